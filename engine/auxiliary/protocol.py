@@ -1,0 +1,90 @@
+"""What every auxiliary network is, and the registry that finds one by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from engine.bank import FeatureBank
+from engine.chain import Chain
+from engine.cut import Span
+from engine.message import Message
+from engine.seed import seeded
+from engine.task import Task
+
+
+class AuxiliaryNetwork(nn.Module, ABC):
+    """Maps a block's output and the feature bank to a prediction; dropped after training."""
+
+    uses_bank: bool = False
+    """Whether ``forward`` reads the bank; key features that nobody reads are not kept."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, chain: Chain, span: Span, bank: FeatureBank, task: Task) -> AuxiliaryNetwork:
+        """Build the network for one block; subclasses add their options as keyword arguments.
+
+        Args:
+            chain: the whole network; ``chain.shapes()`` has every unit's output as meta tensors.
+            span: which units the block has.
+            bank: the key features that will arrive, as meta tensors.
+            task: gives the head.
+        """
+
+    @abstractmethod
+    def forward(self, message: Message, bank: FeatureBank) -> Any:
+        """Prediction from the block's output ``message`` and the ``bank`` of the blocks before it."""
+
+
+Family = TypeVar("Family", bound=type[AuxiliaryNetwork])
+_families: dict[str, type[AuxiliaryNetwork]] = {}
+
+
+def register(name: str) -> Callable[[Family], Family]:
+    """Class decorator: make a family known under ``name``."""
+
+    def add(family: Family) -> Family:
+        assert name not in _families, f"two auxiliary networks are called {name!r}"
+        _families[name] = family
+        return family
+
+    return add
+
+
+def build_auxiliary(
+    spec: str | Mapping[str, Any], chain: Chain, span: Span, bank: FeatureBank, task: Task, seed: int
+) -> AuxiliaryNetwork:
+    """Build the auxiliary network that a config names.
+
+    Args:
+        spec: the name of a family, or a mapping with ``type`` and the family's options.
+        seed: weights are drawn from (seed, block), so no two blocks start alike.
+
+    Raises:
+        ValueError: no such family or option; the message has the nearest known one.
+    """
+    for module in pkgutil.iter_modules(importlib.import_module("engine.auxiliary").__path__):
+        importlib.import_module(f"engine.auxiliary.{module.name}")
+    options = {"type": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("type", None)
+    if name not in _families:
+        raise ValueError(f"local.auxiliary: {name!r} is unknown{_nearest(str(name), _families)}; known: {', '.join(sorted(_families))}")
+    family = _families[name]
+    known = list(inspect.signature(family.build).parameters)[4:]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"local.auxiliary: {name} has no option {option!r}{_nearest(option, known)}; known: {', '.join(known) or 'none'}")
+    with seeded(seed, "auxiliary", span.index):
+        return family.build(chain, span, bank, task, **options)
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

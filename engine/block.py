@@ -1,0 +1,233 @@
+"""A block: units, their auxiliary network, their optimizer, and the local step that trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from engine.auxiliary import AuxiliaryNetwork
+from engine.chain import Chain, Unit
+from engine.cut import Span
+from engine.message import Message
+from engine.seed import derive
+from engine.task import Task
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class BlockError(RuntimeError):
+    """A block failed; names the block, the step and the cause. The job ends with it."""
+
+    def __init__(self, block: int, step: int, cause: BaseException) -> None:
+        super().__init__(f"block {block} failed at micro-batch {step}: {type(cause).__name__}: {cause}")
+        self.block, self.step, self.cause = block, step, cause
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a local step did. Tensors stay on the device, so reporting costs no synchronisation.
+
+    ``gradient_norm`` is the block's own norm before clipping (nan without clipping or update);
+    ``skipped`` counts the updates that this block's loss scaler has left out so far.
+    """
+
+    block: int
+    loss: Tensor
+    gradient_norm: Tensor
+    skipped: int
+
+
+class Block(nn.Module):
+    """Consecutive units trained by one local loss.
+
+    A local step is forward, local loss, backward, clip, optimizer step, and everything freed, *before*
+    the message goes on::
+
+        message ----> units ----> auxiliary network ----> loss
+                        |  (detach)                         |
+                        v                                   v
+        message' <------+        backward stops at the block's input
+
+    No gradient of the input is computed: the message arrives detached. In the last block the task's own
+    head stands in the auxiliary network's place.
+
+    Args:
+        chain: the network the units belong to.
+        span: which units.
+        auxiliary: maps (message, bank) to a prediction; None in the last block.
+        task: gives the loss and the key features for the bank.
+        seed: with the block's index and the step it fixes all random state (dropout), so that results
+            do not depend on where or after what the block runs.
+        precision: ``fp32``, or ``bf16``/``fp16`` by autocast. Each block scales its own loss in fp16,
+            so that one block's overflow skips that block's update only.
+        checkpointing: recompute each unit's activations in backward instead of keeping them.
+        clip_norm: clip the gradient norm of *this block* (units and auxiliary network together) to
+            this value; 0 clips nothing. It is not the norm over the whole network.
+        keeps_key_features: add key features to the message's bank, since a later block reads them.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        span: Span,
+        auxiliary: AuxiliaryNetwork | None,
+        task: Task,
+        *,
+        seed: int = 0,
+        precision: str = "fp32",
+        checkpointing: bool = False,
+        clip_norm: float = 0.0,
+        keeps_key_features: bool = False,
+    ) -> None:
+        super().__init__()
+        assert (auxiliary is None) == span.last, "the last block, and only it, has the task's own head"
+        self.chain, self.span, self.task, self.seed = chain, span, task, seed
+        self.units: list[Unit] = span.units(chain)
+        self.unit_modules = nn.ModuleList([unit.module for unit in self.units])
+        self.auxiliary = auxiliary
+        self.head_module = chain.head.module if span.last else None
+        self.dtype, self.checkpointing, self.clip_norm = DTYPES[precision], checkpointing, clip_norm
+        self.keeps_key_features = keeps_key_features
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.scaler: torch.amp.GradScaler | None = None
+        self.scaled = precision == "fp16"
+        self.skipped = 0
+        self.next_sequence = 0
+        self._predict: Callable[[Message], tuple[Message, Any]] = self._forward
+
+    def attach(self, make_optimizer: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]) -> None:
+        """Create the optimizer over the block's own parameters, units and auxiliary network."""
+        self.optimizer = make_optimizer([(n, p) for n, p in self.named_state().items() if isinstance(p, nn.Parameter)])
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaled)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the block's forward pass, auxiliary network included, as one graph of its own."""
+        self._predict = torch.compile(self._forward, *args, **options)
+
+    @property
+    def index(self) -> int:
+        return self.span.index
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def model_names(self) -> list[str]:
+        """The framework's own names of all the state this block holds of the model."""
+        head = [self.head_module] if self.head_module is not None else []
+        return self.chain.names(*self.unit_modules, *head)
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers, those of the model by its own names, then ``auxiliary.K.name``."""
+        model = self.chain.model.state_dict(keep_vars=True)
+        state = {name: model[name] for name in self.model_names()}
+        if self.auxiliary is not None:
+            own = self.auxiliary.state_dict(keep_vars=True)
+            state.update({f"auxiliary.{self.index}.{name}": tensor for name, tensor in own.items()})
+        return state
+
+    def forward(self, message: Message) -> Message:
+        """Run the units alone, as in evaluation."""
+        with self._autocast():
+            for unit in self.units:
+                message = self._run(unit, message)
+        return message
+
+    def predict(self, message: Message) -> Any:
+        """The block's prediction: of the task's head in the last block, else of its auxiliary network."""
+        with self._autocast():
+            return self._forward(message)[1]
+
+    def _forward(self, message: Message) -> tuple[Message, Any]:
+        output = self.forward(message)
+        if self.auxiliary is None:
+            return output, self.chain.head(output).x
+        return output, self.auxiliary(output, message.bank)
+
+    def _run(self, unit: Unit, message: Message) -> Message:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return unit(message)
+        result: Message = checkpoint(
+            unit, message, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(unit.module))
+        )
+        return result
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def local_step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> tuple[Message, Report]:
+        """Train on one message and send it on.
+
+        Args:
+            message: the micro-batch; it is detached here, whoever sent it.
+            update: whether the optimizer steps after this micro-batch.
+            weight: this micro-batch's share of the batch; the loss is multiplied by it before backward.
+
+        Returns:
+            The message for the next block (detached, this block's key features in its bank), and a report.
+
+        Raises:
+            BlockError: anything that goes wrong inside, with the block and the micro-batch.
+        """
+        try:
+            return self._local_step(message.detach(), update, weight)
+        except Exception as cause:
+            raise BlockError(self.index, message.sequence, cause) from cause
+
+    def _local_step(self, message: Message, update: bool, weight: float) -> tuple[Message, Report]:
+        assert self.optimizer is not None and self.scaler is not None, "attach an optimizer first"
+        if message.sequence != self.next_sequence:
+            raise ValueError(f"message {message.sequence} arrived, {self.next_sequence} expected")
+        torch.manual_seed(derive(self.seed, "step", self.index, message.sequence))
+        with self._autocast():
+            output, prediction = self._predict(message)
+            loss = self.task.loss(prediction, message.targets)
+        del prediction
+        share = loss if weight == 1 else loss * weight
+        self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+        norm = self._update() if update else loss.new_full((), float("nan"))
+        self.next_sequence += 1
+        report = Report(self.index, loss.detach(), norm, self.skipped)
+        output = output.detach()
+        if self.keeps_key_features:
+            with torch.no_grad():
+                key = self.task.key_features(self.chain, output)
+            output = replace(output, bank=message.bank.add(self.index, key))
+        return output, report
+
+    def _update(self) -> Tensor:
+        assert self.optimizer is not None and self.scaler is not None
+        norm = torch.full((), float("nan"), device=self.device)
+        if self.clip_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.parameters(), self.clip_norm)
+        if not self.scaled:
+            self.optimizer.step()
+        else:
+            before = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.skipped += int(self.scaler.get_scale() < before)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep recomputation from counting a batch twice in normalisation statistics."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

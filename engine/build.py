@@ -1,0 +1,60 @@
+"""From a chain and a config to blocks ready to train."""
+
+from __future__ import annotations
+
+from engine.auxiliary import AuxiliaryNetwork, build_auxiliary
+from engine.bank import FeatureBank
+from engine.block import Block
+from engine.chain import Chain
+from engine.config import Config, LocalConfig
+from engine.cut import Span, cut_by_count, cut_by_names
+from engine.optimizer import build_optimizer
+from engine.task import Task
+
+
+def cut(chain: Chain, config: LocalConfig) -> list[Span]:
+    """The spans that a config asks for: one for end-to-end training, else by names or by count."""
+    if config.schedule == "end_to_end":
+        return cut_by_count(chain, 1)
+    if config.cut:
+        return cut_by_names(chain, config.cut)
+    return cut_by_count(chain, config.blocks, config.balance)
+
+
+def build_blocks(chain: Chain, config: Config, task: Task) -> list[Block]:
+    """Cut the chain, give each block its auxiliary network and its optimizer.
+
+    Raises:
+        ValueError: a cut, auxiliary network or option that does not fit; names it.
+    """
+    local, spans = config.local, cut(chain, config.local)
+    auxiliaries: list[AuxiliaryNetwork | None] = []
+    bank = FeatureBank()
+    for span in spans:
+        last = span.last
+        auxiliaries.append(None if last else build_auxiliary(local.auxiliary, chain, span, bank, task, config.train.seed))
+        bank = bank.add(span.index, task.key_features(chain, chain.shapes()[span.stop - 1]))
+    blocks = []
+    for span, auxiliary in zip(spans, auxiliaries, strict=True):
+        later = auxiliaries[span.index + 1 :]
+        block = Block(
+            chain,
+            span,
+            auxiliary,
+            task,
+            seed=config.train.seed,
+            precision=local.precision,
+            checkpointing=local.checkpoint,
+            clip_norm=config.optimizer.clip_norm,
+            keeps_key_features=any(other is not None and other.uses_bank for other in later),
+        )
+        blocks.append(block)
+    return blocks
+
+
+def attach_optimizers(blocks: list[Block], config: Config) -> None:
+    """Give each block its optimizer (after the model has moved to its device), and compile if asked to."""
+    for block in blocks:
+        block.attach(lambda named: build_optimizer(config.optimizer, named))
+        if config.local.compile:
+            block.compile()

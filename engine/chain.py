@@ -1,0 +1,162 @@
+"""A network as a chain of named units, exact down to the last parameter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from engine.message import Message
+from engine.seed import seeded
+from engine.shapes import infer_shapes
+
+Forward = Callable[[nn.Module, Message], Message]
+
+
+def apply_to_x(module: nn.Module, message: Message) -> Message:
+    """The forward of most units: ``module`` maps ``x`` to ``x``, all else passes by."""
+    return message.with_x(module(message.x))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest piece a cut never divides.
+
+    Args:
+        name: shown in tables and used in ``local.cut``.
+        module: holds the unit's parameters. It may be a part of the model as it is, or a new
+            ``nn.Sequential`` around several parts: names are found by identity, in the model.
+        forward: ``forward(module, message) -> message``. The module is an argument, so that the same
+            forward runs a copy of the unit inside an auxiliary network.
+        stage: units of equal stage work at one resolution and width; GLCAN takes its local part from
+            each stage still to come.
+    """
+
+    name: str
+    module: nn.Module
+    forward: Forward = apply_to_x
+    stage: str = ""
+
+    def __call__(self, message: Message) -> Message:
+        return self.forward(self.module, message)
+
+    def copy(self) -> Unit:
+        """The same architecture with weights of its own, drawn from torch's random state.
+
+        Every parameter's elements are shuffled, so a copy follows the very distribution its framework
+        initialised the original with, constants (a normalisation's ones) included, whatever the
+        framework. Normalisation statistics start afresh.
+
+        Known limitation: an initialisation with structure (orthogonal rows) keeps only its marginals.
+        """
+        module = copy.deepcopy(self.module)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                order = torch.randperm(parameter.numel(), device=parameter.device)
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+                parameter.grad = None
+        for child in module.modules():
+            if isinstance(child, nn.modules.batchnorm._NormBase):
+                child.reset_running_stats()
+        return replace(self, module=module)
+
+
+class Chain:
+    """The units of a model in order, then its head; every parameter and buffer is in exactly one.
+
+    Args:
+        model: the network as its framework made it. Its ``state_dict`` names are the names used in
+            checkpoints and exports; its source is not touched.
+        units: in the order of the forward pass; a cut falls between two of them.
+        head: maps the last unit's message to the prediction (in ``x``). It stays with the last block.
+        example: a message as the first unit gets it (any batch size of at least 2), for shapes.
+        layout: order of the axes of ``x`` between units: ``NCHW``, ``NHWC`` or ``NLC`` (tokens).
+
+    Raises:
+        ValueError: names are repeated, or a parameter or buffer is in no unit or in several (named).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> chain = Chain(model, [Unit("hidden", model[:2])], Unit("output", model[2]),
+        ...               Message({"x": torch.zeros(2, 4)}), layout="NLC")
+        >>> chain.names(chain.units[0].module)
+        ['0.weight', '0.bias']
+    """
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[Unit], head: Unit, example: Message, layout: str = "NCHW"
+    ) -> None:
+        if layout not in ("NCHW", "NHWC", "NLC"):
+            raise ValueError(f"layout {layout!r} is none of NCHW, NHWC, NLC")
+        self.model, self.units, self.head, self.example, self.layout = model, list(units), head, example, layout
+        self._owners = _owners(model, [*units, head])
+        self._shapes: list[Message] | None = None
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def names(self, *modules: nn.Module) -> list[str]:
+        """The model's own names of the parameters and persistent buffers in ``modules``."""
+        wanted = {id(tensor) for module in modules for tensor in _tensors(module)}
+        return [name for name, tensor in self.model.state_dict(keep_vars=True).items() if id(tensor) in wanted]
+
+    def index(self, name: str) -> int:
+        """Position of the unit called ``name``.
+
+        Raises:
+            ValueError: no unit is called so; the message names the units there are.
+        """
+        names = [unit.name for unit in self.units]
+        if name not in names:
+            raise ValueError(f"local.cut: {name!r} is not a unit of this network; its units are {', '.join(names)}")
+        return names.index(name)
+
+    def shapes(self) -> list[Message]:
+        """The message after each unit, as meta tensors: shapes and dtypes without the arithmetic."""
+        if self._shapes is None:
+            message, self._shapes = self.example, []
+            for unit in self.units:
+                message = infer_shapes(unit, message, [unit.module])
+                self._shapes.append(message)
+        return self._shapes
+
+    def __call__(self, message: Message) -> Tensor:
+        """The plain forward pass of the whole network."""
+        for unit in self.units:
+            message = unit(message)
+        return self.head(message).x
+
+
+def build_chain(factory: Callable[[], Chain], seed: int) -> Chain:
+    """Build a chain with its weights drawn from ``seed`` alone."""
+    with seeded(seed, "model"):
+        return factory()
+
+
+def _tensors(module: nn.Module) -> Iterable[Tensor]:
+    return module.state_dict(keep_vars=True).values()
+
+
+def _owners(model: nn.Module, units: Sequence[Unit]) -> dict[str, str]:
+    """Name of every parameter and persistent buffer -> name of the unit that holds it."""
+    seen: set[str] = set()
+    for unit in units:
+        if unit.name in seen:
+            raise ValueError(f"two units are called {unit.name!r}")
+        seen.add(unit.name)
+    holders: dict[int, str] = {}
+    for unit in units:
+        for tensor in {id(tensor): tensor for tensor in _tensors(unit.module)}:
+            if tensor in holders:
+                shared = next(n for n, t in model.state_dict(keep_vars=True).items() if id(t) == tensor)
+                raise ValueError(f"{shared!r} is in two units, {holders[tensor]!r} and {unit.name!r}")
+            holders[tensor] = unit.name
+    owners: dict[str, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in holders:
+            raise ValueError(f"{name!r} of the model is in no unit")
+        owners[name] = holders[id(tensor)]
+    return owners

@@ -1,0 +1,248 @@
+"""Typed configuration: dataclasses read from YAML and dotted overrides, every error one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jsonargparse
+import yaml
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass
+class LocalConfig:
+    """How the network is cut and trained."""
+
+    blocks: int = 4
+    """Number of blocks; more blocks need less memory and cost some accuracy."""
+    cut: list[str] = field(default_factory=list)
+    """Names of the units that start a block (the first block's left out); replaces `blocks` and `balance`."""
+    balance: Literal["units", "parameters"] | list[float] = "units"
+    """What `blocks` evens out: units, parameters, or one weight per unit."""
+    auxiliary: str | dict[str, Any] = "glcan"
+    """Auxiliary network: a name, or a mapping with `type` and its options."""
+    schedule: Literal["sequential", "end_to_end"] = "sequential"
+    """Order in which blocks run; `end_to_end` is ordinary backpropagation, the baseline."""
+    checkpoint: bool = False
+    """Activation checkpointing: recompute each unit in backward. Less memory, more time, same result."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type of forward and loss; fp16 scales each block's loss on its own."""
+    compile: bool = False
+    """Compile each block with torch.compile; the first step takes longer."""
+
+
+@dataclass
+class OptimizerConfig:
+    """One optimizer per block, all alike."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of SGD; AdamW's first beta."""
+    nesterov: bool = True
+    """Nesterov's form of momentum (SGD only)."""
+    weight_decay: float = 1e-4
+    """L2 decay of SGD, decoupled decay of AdamW; on every parameter."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Course of the learning rate after warm-up: to 0 by a half cosine, or times `gamma` at `milestones`."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the rate rises linearly to `lr`."""
+    milestones: list[int] = field(default_factory=list)
+    """Epochs at which `schedule: step` lowers the rate."""
+    gamma: float = 0.1
+    """Factor at each milestone."""
+    clip_norm: float = 0.0
+    """Largest gradient norm of each block (not of the whole network); 0 does not clip."""
+
+
+@dataclass
+class TrainConfig:
+    """Length, seed and book-keeping of a run."""
+
+    epochs: int = 10
+    """Passes over the training data; fixes the learning-rate course."""
+    steps: int = 0
+    """Cap on optimizer steps, for short trials; 0 is no cap."""
+    seed: int = 0
+    """Fixes weights, data order, augmentation and dropout."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step; each holds `data.batch` / `accumulate` samples."""
+    resume: str = ""
+    """`auto` goes on from the newest complete checkpoint of this run's folder; a folder, from that one."""
+    save_every: int = 0
+    """Optimizer steps between checkpoints, beside one per epoch; 0 saves per epoch only."""
+    keep: int = 2
+    """Newest checkpoints kept; at least 2, so that a damaged one leaves another."""
+    evaluate_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    log_every: int = 10
+    """Optimizer steps between lines of metrics."""
+    device: str = "auto"
+    """`auto` takes a GPU where there is one; or `cpu`, `cuda`, `cuda:1`."""
+    deterministic: bool = True
+    """Choose algorithms that give the same bits on every run; costs some speed on a GPU."""
+
+
+@dataclass
+class OutputConfig:
+    """Where a run writes."""
+
+    root: str = "runs"
+    """Folder of all runs."""
+    name: str = ""
+    """This run's folder in it; empty: the config file's name."""
+
+
+@dataclass
+class Config:
+    """What every task's config has; a task adds `model` and `data`."""
+
+    task: str = ""
+    """Folder under tasks/: classification, ..."""
+    local: LocalConfig = field(default_factory=LocalConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def check(self) -> None:
+        """Refuse values that no run can use.
+
+        Raises:
+            ValueError: naming the key, its value and what it may be.
+        """
+        train, optimizer = self.train, self.optimizer
+        for key, value, least in (
+            ("train.epochs", train.epochs, 1),
+            ("train.steps", train.steps, 0),
+            ("train.accumulate", train.accumulate, 1),
+            ("train.save_every", train.save_every, 0),
+            ("train.keep", train.keep, 2),
+            ("train.evaluate_every", train.evaluate_every, 1),
+            ("train.log_every", train.log_every, 1),
+            ("local.blocks", self.local.blocks, 1),
+            ("optimizer.clip_norm", optimizer.clip_norm, 0),
+            ("optimizer.warmup_epochs", optimizer.warmup_epochs, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{key}: {value} is too small; the least is {least}")
+        if optimizer.lr <= 0:
+            raise ValueError(f"optimizer.lr: {optimizer.lr} must be above 0")
+        if optimizer.schedule == "step" and not optimizer.milestones:
+            raise ValueError("optimizer.milestones: empty; schedule `step` needs at least one epoch")
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def task_name(argv: Sequence[str]) -> str:
+    """The task that the config file or the overrides in ``argv`` name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--task")
+    known, _ = parser.parse_known_args(list(argv))
+    if known.task:
+        return str(known.task)
+    if known.config is None:
+        raise ValueError("--config: no file given; try --config tasks/classification/configs/digits_resnet32_k16_glcan.yaml")
+    return str(read_yaml(Path(known.config)).get("task", ""))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: no such file, or not a mapping.
+    """
+    if not path.is_file():
+        raise ValueError(f"--config: no such file: {path}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a config is a mapping of sections, this is {type(content).__name__}")
+    return content
+
+
+def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "tools/train.py") -> AnyConfig:
+    """Read ``--config FILE`` and ``--section.key value`` overrides into ``config_class``.
+
+    Raises:
+        ValueError: unknown key (with the nearest known one), wrong type, or a refused value.
+    """
+    known = keys(config_class)
+    for number, word in enumerate(argv):
+        if word == "--config" and number + 1 < len(argv):
+            _check_keys(_flat(read_yaml(Path(argv[number + 1]))), known, f"{argv[number + 1]}: ")
+    _check_keys([w[2:].split("=")[0].rstrip("+") for w in argv if w.startswith("--")], {*known, "config", "help", "print_config"}, "")
+    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False, description=(config_class.__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file with the sections below")
+    parser.add_class_arguments(config_class)
+    try:
+        values = vars(parser.instantiate(parser.parse_args(list(argv))))
+        config = config_class(**{name: value for name, value in values.items() if name != "config"})
+    except (argparse.ArgumentError, TypeError) as error:
+        raise ValueError(_one_line(str(error))) from error
+    if isinstance(config.local.auxiliary, dict):
+        config.local.auxiliary = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in config.local.auxiliary.items()}
+    config.check()
+    return config
+
+
+def keys(config_class: type[Any], prefix: str = "") -> set[str]:
+    """Dotted names of all sections and keys."""
+    found: set[str] = set()
+    hints = typing.get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        found.add(prefix + item.name)
+        if dataclasses.is_dataclass(hints[item.name]):
+            found |= keys(hints[item.name], f"{prefix}{item.name}.")  # type: ignore[arg-type]
+    return found
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the complete, resolved config."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for key, value in content.items():
+        names.append(f"{prefix}{key}")
+        if isinstance(value, dict) and not prefix:
+            names += _flat(value, f"{key}.")
+    return names
+
+
+def _check_keys(names: Sequence[str], known: set[str], where: str) -> None:
+    for name in names:
+        if name in known or name.startswith("local.auxiliary."):
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        raise ValueError(f"{where}unknown key {name!r}" + (f", did you mean {close[0]!r}?" if close else ""))
+
+
+def _one_line(text: str) -> str:
+    text = re.sub(r"^Parser key \"?([\w.]+)\"?:", r"\1:", text.strip())
+    return " ".join(text.replace("<class '", "").replace("'>", "").split())
+
+
+def run_tool(main: Any) -> None:
+    """Run a command-line tool: user errors become one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,80 @@
+"""What a run says: metrics.jsonl, TensorBoard curves, tables and a progress bar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from engine.block import Block
+
+console = Console(width=None if Console().is_terminal else 120, highlight=False)
+MIB = 2**20
+
+
+class RunLog:
+    """Writes a run's curves; lines and points after ``step`` (of an interrupted run) are dropped first."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in _lines(self.path) if line.get("step", 0) <= step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add one line and one point per number; lists become one curve per block."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            for number, item in enumerate(value if isinstance(value, list) else [value]):
+                tag = f"{name}/block_{number}" if isinstance(value, list) else name
+                if isinstance(item, int | float):
+                    self.curves.add_scalar(tag, item, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self.curves.close()  # type: ignore[no-untyped-call]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue  # the line that a kill cut short
+    return lines
+
+
+def block_table(blocks: Sequence[Block]) -> Table:
+    """Units, parameters and the auxiliary network's share of each block."""
+    table = Table(title="Blocks")
+    for name in ("block", "units"):
+        table.add_column(name)
+    for name in ("number", "parameters", "auxiliary parameters", "auxiliary share"):
+        table.add_column(name, justify="right")
+    sums = [0, 0, 0]
+    for block in blocks:
+        names = [unit.name for unit in block.units]
+        own = sum(p.numel() for p in block.parameters())
+        extra = sum(p.numel() for p in block.auxiliary.parameters()) if block.auxiliary else 0
+        span = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+        table.add_row(str(block.index), span, *_counts(len(names), own - extra, extra))
+        sums = [a + b for a, b in zip(sums, (len(names), own - extra, extra), strict=True)]
+    table.add_row("all", "", *_counts(*sums), style="bold")
+    return table
+
+
+def _counts(units: int, parameters: int, extra: int) -> list[str]:
+    return [str(units), f"{parameters:,}", f"{extra:,}", f"{extra / max(1, parameters + extra):.0%}"]
+
+
+def progress_bar() -> Progress:
+    """A bar on a terminal; elsewhere nothing (plain lines are printed per epoch instead)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

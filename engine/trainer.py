@@ -1,0 +1,279 @@
+"""The training loop: steps, evaluation, checkpoints, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine.block import Block, Report
+from engine.build import attach_optimizers, build_blocks
+from engine.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint
+from engine.config import Config, save
+from engine.log import RunLog, block_table, console, progress_bar
+from engine.message import Message
+from engine.optimizer import rate_factor, set_rate
+from engine.schedules import SCHEDULES
+from engine.task import Task
+
+
+class Trainer:
+    """Trains one task by one config and writes ``runs/NAME/``.
+
+    Raises:
+        ValueError: anything in the config that cannot work, before the run's folder is made.
+    """
+
+    def __init__(self, config: Config, task: Task) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"local.schedule: {config.local.schedule} runs in one process, torchrun started "
+                f"{os.environ['WORLD_SIZE']}; use --nproc-per-node 1"
+            )
+        self.config, self.task = config, task
+        self.device = choose_device(config.train.device)
+        self.chain = task.build_chain()
+        self.blocks = build_blocks(self.chain, config, task)
+        _check_batch(self.chain.model, self.blocks, task)
+        self.steps_per_epoch = task.steps_per_epoch()
+        if self.steps_per_epoch == 0:
+            raise ValueError("data.batch: larger than the training set, and data.drop_last leaves nothing")
+        self.chain.model.to(self.device)
+        for block in self.blocks:
+            block.to(self.device)
+        attach_optimizers(self.blocks, config)
+        self.schedule = SCHEDULES[config.local.schedule](self.blocks)
+        self.position = Position()
+        self.folder = run_folder(config)
+        self._resume()
+        self._pending: list[tuple[int, list[Report]]] = []
+        self._stop = False
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps of the whole run."""
+        whole = self.config.train.epochs * self.steps_per_epoch
+        return min(whole, self.config.train.steps) if self.config.train.steps else whole
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end, or to an interrupt; returns what ``summary.json`` holds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save(self.config, self.folder / "config.yaml")
+        console.print(block_table(self.blocks))
+        console.print(f"training on {self.device}, writing {self.folder}")
+        if self.config.optimizer.clip_norm:
+            console.print(f"clipping each block's own gradient norm to {self.config.optimizer.clip_norm}")
+        log, start, values = RunLog(self.folder, self.position.step), time.monotonic(), {}
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            with self._stop_on_signal(), _determinism(self.config.train.deterministic, self.device):
+                while self.position.step < self.last_step and not self._stop:
+                    self._epoch(log)
+                    done = self.position.step >= self.last_step
+                    if not self._stop and (done or self.position.epoch % self.config.train.evaluate_every == 0):
+                        values = self.evaluate()
+                        log.write(self.position.step, {"epoch": self.position.epoch, **values})
+                        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+                        console.print(f"epoch {self.position.epoch}, step {self.position.step}: test {shown}")
+        finally:
+            log.close()
+        if self._stop:
+            console.print(f"stopped and saved at step {self.position.step}; go on with --train.resume auto")
+        elif not values:
+            values = self.evaluate()
+        summary = self._summary(values, time.monotonic() - start)
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def evaluate(self) -> dict[str, float]:
+        """The task's figures on its test data; training mode is back afterwards."""
+        self.chain.model.eval()
+        try:
+            return self.task.evaluate(lambda message: self.schedule.predict(message.to(self.device)))
+        finally:
+            self.chain.model.train()
+
+    def step(self, micro_batches: Sequence[Message]) -> list[Report]:
+        """One optimizer step of every block; returns the last micro-batch's reports."""
+        rate = self.config.optimizer.lr * rate_factor(
+            self.config.optimizer, self.position.step, self.steps_per_epoch, self.config.train.epochs
+        )
+        for block in self.blocks:
+            assert block.optimizer is not None
+            set_rate(block.optimizer, rate)
+        samples = sum(message.batch for message in micro_batches)
+        for number, message in enumerate(micro_batches):
+            message = replace(message.to(self.device), sequence=self.position.sequence)
+            update = number == len(micro_batches) - 1
+            reports = self.schedule.step(message, update=update, weight=message.batch / samples)
+            self.position.sequence += 1
+        self.position.step += 1
+        self.position.step_in_epoch += 1
+        return reports
+
+    def _epoch(self, log: RunLog) -> None:
+        """The rest of the current epoch, or as much as the cap on steps and an interrupt leave of it."""
+        train, position, start = self.config.train, self.position, time.monotonic()
+        with progress_bar() as bar:
+            shown = bar.add_task(f"epoch {position.epoch + 1}/{train.epochs}", total=self.steps_per_epoch, completed=position.step_in_epoch)
+            for micro_batches in self.task.batches(position.epoch, position.step_in_epoch):
+                self._pending.append((position.step + 1, self.step(micro_batches)))
+                bar.advance(shown)
+                ended = position.step_in_epoch == self.steps_per_epoch
+                if ended:
+                    position.epoch, position.step_in_epoch = position.epoch + 1, 0
+                last = position.step >= self.last_step
+                saving = ended or last or self._stop or (train.save_every and position.step % train.save_every == 0)
+                if saving or position.step % train.log_every == 0:
+                    self._write_losses(log, time.monotonic() - start)
+                if saving:
+                    self.save()
+                if last or self._stop:
+                    break
+
+    def _write_losses(self, log: RunLog, seconds: float) -> None:
+        """Log the newest step; refuse any loss since the last call that is not a number."""
+        for step, reports in self._pending:
+            losses = torch.stack([report.loss for report in reports]).tolist()
+            for report, loss in zip(reports, losses, strict=True):
+                if not math.isfinite(loss):
+                    kept = find_checkpoint(self.folder / "checkpoints", console.print)
+                    raise ValueError(
+                        f"block {report.block}: loss is {loss} at step {step}; lower optimizer.lr (now "
+                        f"{self.config.optimizer.lr}) or set optimizer.clip_norm; last good checkpoint: {kept or 'none'}"
+                    )
+        self._pending.clear()
+        assert self.blocks[0].optimizer is not None
+        values: dict[str, Any] = {"epoch": self.position.epoch, "train_loss": losses, "seconds": seconds}
+        values["lr"] = self.blocks[0].optimizer.param_groups[0]["lr"]
+        if self.config.optimizer.clip_norm:
+            values["gradient_norm"] = [float(report.gradient_norm) for report in reports]
+        if any(report.skipped for report in reports):
+            values["skipped_updates"] = [report.skipped for report in reports]
+        log.write(step, values)
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        folder, auxiliary = self.folder / "checkpoints", self.config.local.auxiliary
+        return save_checkpoint(folder, self.blocks, self.position, auxiliary, self.config.train.keep)
+
+    def _resume(self) -> None:
+        wish = self.config.train.resume
+        if not wish:
+            return
+        path = find_checkpoint(self.folder / "checkpoints", console.print) if wish == "auto" else Path(wish)
+        if path is None:
+            console.print(f"train.resume: no checkpoint in {self.folder / 'checkpoints'}; starting at step 0")
+            return
+        self.position = load_checkpoint(path, self.blocks, self.config.local.auxiliary, console.print)
+        console.print(f"resumed {path} at step {self.position.step}")
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            self._stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            yield
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+
+    def _summary(self, values: dict[str, float], seconds: float) -> dict[str, Any]:
+        local, end_to_end = self.config.local, self.config.local.schedule == "end_to_end"
+        spec = local.auxiliary if isinstance(local.auxiliary, str) else local.auxiliary.get("type")
+        cuda = self.device.type == "cuda"
+        # ru_maxrss is in KiB on Linux, in bytes on macOS.
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "task": self.task.name,
+            "schedule": local.schedule,
+            "blocks": len(self.blocks),
+            "auxiliary": None if end_to_end else spec,
+            "world_size": 1,
+            "steps": self.position.step,
+            "metric": self.task.metric,
+            "value": values.get(self.task.metric),
+            **{name: value for name, value in values.items() if name != self.task.metric},
+            "seconds": seconds,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else resident,
+            "peak_memory_of": "CUDA tensors" if cuda else "resident set of the process",
+            "skipped_updates": [block.skipped for block in self.blocks],
+            "interrupted": self._stop,
+        }
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a config names.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"train.device: {name!r} is none of auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"train.device: {name} asked for, but torch {torch.__version__} sees no GPU; use auto or cpu")
+    return device
+
+
+def run_folder(config: Config) -> Path:
+    """``root/name`` to go on in, or for a new run the first of ``name``, ``name-2``, ... that is free."""
+    folder = Path(config.output.root) / (config.output.name or config.task)
+    if config.train.resume:
+        return folder
+    number, free = 2, folder
+    while free.exists():
+        free, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return free
+
+
+def _check_batch(model: nn.Module, blocks: Sequence[Block], task: Task) -> None:
+    if task.smallest_batch() > 1:
+        return
+    named = [*model.named_modules(), *(item for block in blocks for item in block.named_modules())]
+    for name, module in named:
+        if isinstance(module, _BatchNorm):
+            raise ValueError(
+                f"data.batch: the smallest micro-batch has 1 sample and BatchNorm {name!r} needs at least 2; "
+                "choose another data.batch or train.accumulate, or data.drop_last true"
+            )
+
+
+@contextmanager
+def _determinism(wanted: bool, device: torch.device) -> Iterator[None]:
+    """On a GPU, algorithms that give the same bits on every run; the CPU's do anyway."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.backends.cudnn.benchmark = not wanted
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

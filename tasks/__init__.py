@@ -1,0 +1,37 @@
+"""Tasks: each folder turns a kind of problem into chains, data, heads and a metric for the engine."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config import Config
+from tasks.torchvision_operators import provide_operators
+
+provide_operators()
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """How tools find a task: the class of its config and the class built from such a config."""
+
+    config: type[Config]
+    build: Any
+
+
+def find_task(name: str) -> TaskEntry:
+    """The task in the folder ``tasks/<name>``.
+
+    Raises:
+        ValueError: no such task; has the nearest known one.
+    """
+    known = [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"task: {name!r} is unknown{hint}; known: {', '.join(known)}")
+    entry: TaskEntry = importlib.import_module(f"tasks.{name}").TASK
+    return entry

@@ -1,0 +1,187 @@
+"""Images and labels, the same bits in the same order whatever loads them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from engine.seed import derive
+from tasks.classification.config import DataConfig
+
+MEAN = {"digits": (0.3055,) * 3, "cifar10": (0.4914, 0.4822, 0.4465), "svhn": (0.4377, 0.4438, 0.4728)}
+STD = {"digits": (0.3762,) * 3, "cifar10": (0.2470, 0.2435, 0.2616), "svhn": (0.1980, 0.2010, 0.1970)}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """A data set with transforms whose randomness depends on (seed, epoch, index) alone.
+
+    Items are asked for as (epoch, index).
+    """
+
+    def __init__(self, source: Any, labels: Sequence[int], classes: Sequence[str], transform: Any, seed: int) -> None:
+        self.source, self.labels, self.classes = source, list(labels), list(classes)
+        self.transform, self.seed = transform, seed
+        self.indices = list(range(len(self.labels)))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = item
+        torch.default_generator.manual_seed(derive(self.seed, "sample", epoch, index))
+        image, label = self.source[self.indices[index]]
+        return self.transform(image), label
+
+    def take(self, count: int) -> None:
+        """Keep ``count`` images, evenly over the classes (equally many of each up to rounding)."""
+        if count > len(self):
+            raise ValueError(f"data.subset: {count} images asked for, there are {len(self)}")
+        by_class = sorted(self.indices, key=lambda index: (self.labels[index], index))
+        self.indices = sorted(by_class[number * len(by_class) // count] for number in range(count))
+
+    def batches(self, epoch: int, start: int, batch: int, workers: int, shuffle: bool, drop_last: bool) -> Iterator[list[Tensor]]:
+        """Batches ``start`` and on of an epoch, as [images, labels]."""
+        order = list(range(len(self)))
+        if shuffle:
+            generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
+            order = torch.randperm(len(self), generator=generator).tolist()
+        lots = [[(epoch, index) for index in order[at : at + batch]] for at in range(0, len(order), batch)]
+        if drop_last and len(lots[-1]) < batch:
+            lots.pop()
+        loader = DataLoader(self, batch_sampler=lots[start:], num_workers=workers, generator=torch.Generator())  # type: ignore[arg-type]
+        try:
+            yield from loader
+        except ValueError as error:
+            # A worker process wraps its traceback around the message; the last line is the cause.
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
+def load_images(config: DataConfig, seed: int) -> tuple[Images, Images]:
+    """Training and test images.
+
+    Raises:
+        ValueError: a folder or file is missing, or classes differ between the two.
+    """
+    from torchvision import datasets  # slow to import, and needed only here
+
+    name, root = config.name, Path(config.root)
+    train_transform, test_transform = transforms(config)
+    if name == "digits":
+        return _digits(config.size, train_transform, test_transform, seed)
+    if name == "folder":
+        folder = _unpacked(root) if root.is_file() else root
+        train, test = (_image_folder(folder, splits) for splits in (("train",), ("test", "val")))
+        strange = set(test.classes) - set(train.classes)
+        if strange:
+            raise ValueError(f"data.root: test class {sorted(strange)[0]!r} is not among the training classes of {folder}")
+        index = {train.classes.index(name): number for number, name in enumerate(test.classes)}
+        back = {number: known for known, number in index.items()}
+        test.samples = [(path, back[label]) for path, label in test.samples]
+        pairs = [(split, [label for _, label in split.samples], train.classes) for split in (train, test)]
+    else:
+        try:
+            if name == "cifar10":
+                sets = [datasets.CIFAR10(root, train=flag, download=True) for flag in (True, False)]
+                pairs = [(split, split.targets, split.classes) for split in sets]
+            else:
+                kind = {"stl10": datasets.STL10, "svhn": datasets.SVHN}[name]
+                sets = [kind(root, split=split, download=True) for split in ("train", "test")]
+                pairs = [(split, split.labels.tolist(), [str(c) for c in range(10)]) for split in sets]
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"data.root: {name} is not in {root} and could not be downloaded: {error}") from error
+    train_images = Images(*pairs[0], train_transform, seed)
+    test_images = Images(*pairs[1], test_transform, seed)
+    return train_images, test_images
+
+
+def transforms(config: DataConfig) -> tuple[Any, Any]:
+    """Transforms of training and test images; both end in a normalised float tensor of (3, size, size)."""
+    from torchvision.transforms import v2
+
+    size = config.size
+    mean = MEAN.get(config.name, IMAGENET_MEAN)
+    std = STD.get(config.name, IMAGENET_STD)
+    end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    square: list[Any] = [v2.Resize((size, size), antialias=True)]
+    train: dict[str, list[Any]] = {
+        "none": square,
+        "shift": [*square, v2.RandomCrop(size, padding=2)],
+        "crop_flip": [*square, v2.RandomCrop(size, padding=max(1, size // 8), padding_mode="reflect"), v2.RandomHorizontalFlip()],
+        "imagenet": [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()],
+    }
+    test = square
+    if config.augment == "imagenet":
+        test = [v2.Resize(round(size / 0.875), antialias=True), v2.CenterCrop(size)]
+    return v2.Compose([*train[config.augment], *end]), v2.Compose([*test, *end])
+
+
+def _digits(size: int, train_transform: Any, test_transform: Any, seed: int) -> tuple[Images, Images]:
+    """1,797 scans of handwritten digits, 8 x 8 pixels (scikit-learn); every fifth of a class is for testing."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)
+    images = [Image.fromarray(image.numpy()).convert("RGB").resize((size, size), Image.Resampling.BILINEAR) for image in pixels]
+    seen = [0] * 10
+    parts: tuple[list[tuple[Any, int]], list[tuple[Any, int]]] = ([], [])
+    for image, label in zip(images, bunch.target.tolist(), strict=True):
+        parts[seen[label] % 5 == 4].append((image, label))
+        seen[label] += 1
+    names = [str(digit) for digit in range(10)]
+    train, test = ([label for _, label in part] for part in parts)
+    return Images(parts[0], train, names, train_transform, seed), Images(parts[1], test, names, test_transform, seed)
+
+
+def _image_folder(root: Path, splits: Sequence[str]) -> Any:
+    from torchvision import datasets
+
+    for split in splits:
+        if (root / split).is_dir():
+            try:
+                return datasets.ImageFolder(root / split, loader=open_image)
+            except FileNotFoundError as error:
+                raise ValueError(f"data.root: {root / split}: {' '.join(str(error).split())}") from error
+    raise ValueError(f"data.root: {root} has no folder {' or '.join(splits)}/ with one folder a class")
+
+
+def open_image(path: str) -> Image.Image:
+    """Read an image as RGB.
+
+    Raises:
+        ValueError: the file is damaged or no image; names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"data.root: cannot read image {path}: {' '.join(str(error).split())}") from error
+
+
+def _unpacked(archive: Path) -> Path:
+    """The folder in a tar file, unpacked into ``data/`` unless it is there; never a half-unpacked one."""
+    target = Path("data") / archive.name.split(".")[0]
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        print(f"unpacking {archive} into {target}", flush=True)
+        room = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unpacking-"))
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(room, filter="data")
+            inner = list(room.iterdir())
+            os.replace(inner[0] if len(inner) == 1 and inner[0].is_dir() else room, target)
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise ValueError(f"data.root: {archive} cannot be unpacked: {error}") from error
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+    return target

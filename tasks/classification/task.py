@@ -1,0 +1,119 @@
+"""Classification as the engine sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.auxiliary.spatial import as_map
+from engine.bank import FeatureBank
+from engine.chain import Chain, build_chain
+from engine.message import Message
+from tasks.classification.chain import build_model_chain
+from tasks.classification.config import ClassificationConfig
+from tasks.classification.data import Images, load_images
+
+
+class PooledLinear(nn.Module):
+    """A classifier's own head on pooled features: GLCAN's global part joins the bank's before the linear layer.
+
+    Maps a message whose ``x`` has ``channels`` channels, and a bank of (batch, c_i) pooled features
+    with sum(c_i) = ``banked``, to logits (batch, classes).
+    """
+
+    def __init__(self, channels: int, banked: int, classes: int, layout: str) -> None:
+        super().__init__()
+        self.layout = layout
+        self.linear = nn.Linear(channels + banked, classes)
+
+    def forward(self, message: Message, bank: FeatureBank) -> Tensor:
+        pooled = pool(message.x, self.layout)
+        logits: Tensor = self.linear(torch.cat([pooled, *bank.values()], dim=1))
+        return logits
+
+
+def pool(x: Tensor, layout: str) -> Tensor:
+    """Average over positions: (batch, channels)."""
+    return as_map(x, layout).mean((2, 3))
+
+
+class Classification:
+    """Images to classes; cross-entropy; accuracy."""
+
+    name = "classification"
+    metric = "accuracy"
+
+    def __init__(self, config: ClassificationConfig) -> None:
+        self.config = config
+        self._images: tuple[Images, Images] | None = None
+
+    @property
+    def images(self) -> tuple[Images, Images]:
+        """Training and test images, loaded when first asked for."""
+        if self._images is None:
+            train, test = load_images(self.config.data, self.config.train.seed)
+            if self.config.data.subset:
+                train.take(self.config.data.subset)
+            classes = self.config.model.classes
+            if classes and max(train.labels + test.labels) >= classes:
+                label = max(train.labels + test.labels)
+                raise ValueError(
+                    f"model.classes: label {label} ({train.classes[label]!r}) is out of range for {classes} classes"
+                )
+            self._images = train, test
+        return self._images
+
+    def build_chain(self) -> Chain:
+        classes = self.config.model.classes or len(self.images[0].classes)
+        return build_chain(
+            lambda: build_model_chain(self.config.model, classes, self.config.data.size), self.config.train.seed
+        )
+
+    def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(prediction, targets)
+
+    def key_features(self, chain: Chain, message: Message) -> Tensor:
+        return pool(message.x, chain.layout)
+
+    def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> nn.Module:
+        classes = self.config.model.classes or len(self.images[0].classes)
+        channels = as_map(message.x, chain.layout).shape[1]
+        return PooledLinear(channels, sum(features.shape[1] for features in bank.values()), classes, chain.layout)
+
+    def steps_per_epoch(self) -> int:
+        data, count = self.config.data, len(self.images[0])
+        return count // data.batch if data.drop_last else math.ceil(count / data.batch)
+
+    def smallest_batch(self) -> int:
+        data, accumulate = self.config.data, self.config.train.accumulate
+        rest = 0 if data.drop_last else len(self.images[0]) % data.batch
+        return min(part for full in (data.batch, rest) if full for part in _shares(full, accumulate))
+
+    def batches(self, epoch: int, start: int) -> Iterator[list[Message]]:
+        data, accumulate = self.config.data, self.config.train.accumulate
+        loaded = self.images[0].batches(epoch, start, data.batch, data.workers, True, data.drop_last)
+        for images, labels in loaded:
+            parts = _shares(len(labels), accumulate)
+            yield [
+                Message({"x": x}, targets=y) for x, y in zip(images.split(parts), labels.split(parts), strict=True)
+            ]
+
+    def evaluate(self, predict: Callable[[Message], Any]) -> dict[str, float]:
+        data, right, loss, count = self.config.data, 0, 0.0, 0
+        for images, labels in self.images[1].batches(0, 0, max(data.batch, 100), data.workers, False, False):
+            logits = predict(Message({"x": images})).float().cpu()
+            right += int((logits.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            count += len(labels)
+        return {"accuracy": right / count, "loss": loss / count}
+
+
+def _shares(count: int, parts: int) -> list[int]:
+    """``count`` samples in at most ``parts`` micro-batches that differ by at most one."""
+    parts = min(parts, count)
+    return [count // parts + (number < count % parts) for number in range(parts)]

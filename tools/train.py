@@ -1,0 +1,28 @@
+"""Train: torchrun --standalone --nproc-per-node 1 tools/train.py --config FILE [--section.key value ...]"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.config import parse, run_tool, task_name
+from engine.trainer import Trainer
+from tasks import find_task
+
+
+def main(argv: Sequence[str]) -> None:
+    entry = find_task(task_name(argv))
+    config = parse(entry.config, argv)
+    if not config.output.name:
+        config.output.name = next(Path(b).stem for a, b in zip(argv, argv[1:], strict=False) if a == "--config")
+    trainer = Trainer(config, entry.build(config))
+    summary = trainer.fit()
+    if not summary["interrupted"]:
+        print(f"{summary['metric']} {summary['value']:.4f} after {summary['steps']} steps, {summary['seconds']:.0f} s: {trainer.folder}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
