@@ -224,10 +224,11 @@ class Block(nn.Module):
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Keep recomputation from counting a batch twice in normalisation statistics."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, batches in kept:
+        norm.momentum, norm.num_batches_tracked = 0.0, None if batches is None else batches.clone()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, batches in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, batches

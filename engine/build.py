@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from engine.auxiliary import AuxiliaryNetwork, build_auxiliary
 from engine.bank import FeatureBank
 from engine.block import Block
@@ -32,7 +34,9 @@ def build_blocks(chain: Chain, config: Config, task: Task) -> list[Block]:
     bank = FeatureBank()
     for span in spans:
         last = span.last
-        auxiliaries.append(None if last else build_auxiliary(local.auxiliary, chain, span, bank, task, config.train.seed))
+        auxiliaries.append(
+            None if last else build_auxiliary(local.auxiliary, chain, span, bank, task, config.train.seed)
+        )
         bank = bank.add(span.index, task.key_features(chain, chain.shapes()[span.stop - 1]))
     blocks = []
     for span, auxiliary in zip(spans, auxiliaries, strict=True):
@@ -52,8 +56,13 @@ def build_blocks(chain: Chain, config: Config, task: Task) -> list[Block]:
     return blocks
 
 
-def attach_optimizers(blocks: list[Block], config: Config) -> None:
-    """Give each block its optimizer (after the model has moved to its device), and compile if asked to."""
+def prepare(blocks: list[Block], config: Config, device: torch.device) -> None:
+    """Move the model and its blocks to ``device``, give each block its optimizer, compile if asked to."""
+    # Moving to where a tensor is already would still fail under fake tensors.
+    if device.type != "cpu":
+        blocks[0].chain.model.to(device)
+        for block in blocks:
+            block.to(device)
     for block in blocks:
         block.attach(lambda named: build_optimizer(config.optimizer, named))
         if config.local.compile:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.message import Message
-from engine.seed import seeded
 from engine.shapes import infer_shapes
 
 Forward = Callable[[nn.Module, Message], Message]
@@ -52,12 +51,12 @@ class Unit:
 
         Known limitation: an initialisation with structure (orthogonal rows) keeps only its marginals.
         """
-        module = copy.deepcopy(self.module)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                order = torch.randperm(parameter.numel(), device=parameter.device)
-                parameter.copy_(parameter.flatten()[order].view_as(parameter))
-                parameter.grad = None
+        memo: dict[int, Tensor] = {id(buffer): buffer.clone() for buffer in self.module.buffers()}
+        for parameter in self.module.parameters():
+            values = parameter.detach().flatten()
+            order = torch.randperm(len(values), device=values.device)
+            memo[id(parameter)] = nn.Parameter(values[order].view_as(parameter), parameter.requires_grad)
+        module = copy.deepcopy(self.module, memo)
         for child in module.modules():
             if isinstance(child, nn.modules.batchnorm._NormBase):
                 child.reset_running_stats()
@@ -128,12 +127,6 @@ class Chain:
         for unit in self.units:
             message = unit(message)
         return self.head(message).x
-
-
-def build_chain(factory: Callable[[], Chain], seed: int) -> Chain:
-    """Build a chain with its weights drawn from ``seed`` alone."""
-    with seeded(seed, "model"):
-        return factory()
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:

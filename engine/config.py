@@ -155,7 +155,9 @@ def task_name(argv: Sequence[str]) -> str:
     if known.task:
         return str(known.task)
     if known.config is None:
-        raise ValueError("--config: no file given; try --config tasks/classification/configs/digits_resnet32_k16_glcan.yaml")
+        raise ValueError(
+            "--config: no file given; try --config tasks/classification/configs/digits_resnet32_k16_glcan.yaml"
+        )
     return str(read_yaml(Path(known.config)).get("task", ""))
 
 
@@ -186,8 +188,14 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     for number, word in enumerate(argv):
         if word == "--config" and number + 1 < len(argv):
             _check_keys(_flat(read_yaml(Path(argv[number + 1]))), known, f"{argv[number + 1]}: ")
-    _check_keys([w[2:].split("=")[0].rstrip("+") for w in argv if w.startswith("--")], {*known, "config", "help", "print_config"}, "")
-    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False, description=(config_class.__doc__ or "").split("\n")[0])
+    _check_keys(
+        [w[2:].split("=")[0].rstrip("+") for w in argv if w.startswith("--")],
+        {*known, "config", "help", "print_config"},
+        "",
+    )
+    parser = jsonargparse.ArgumentParser(
+        prog=program, exit_on_error=False, description=(config_class.__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--config", action="config", help="YAML file with the sections below")
     parser.add_class_arguments(config_class)
     try:
@@ -196,7 +204,9 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(_one_line(str(error))) from error
     if isinstance(config.local.auxiliary, dict):
-        config.local.auxiliary = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in config.local.auxiliary.items()}
+        config.local.auxiliary = {
+            k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in config.local.auxiliary.items()
+        }
     config.check()
     return config
 
@@ -208,7 +218,7 @@ def keys(config_class: type[Any], prefix: str = "") -> set[str]:
     for item in dataclasses.fields(config_class):
         found.add(prefix + item.name)
         if dataclasses.is_dataclass(hints[item.name]):
-            found |= keys(hints[item.name], f"{prefix}{item.name}.")  # type: ignore[arg-type]
+            found |= keys(hints[item.name], f"{prefix}{item.name}.")
     return found
 
 

@@ -106,5 +106,7 @@ def _spans(chain: Chain, bounds: Sequence[int]) -> list[Span]:
         modules = [unit.module for unit in span.units(chain)] + ([chain.head.module] if span.last else [])
         if not any(p.requires_grad for module in modules for p in module.parameters()):
             names = ", ".join(unit.name for unit in span.units(chain))
-            raise ValueError(f"local.cut: block {span.index} ({names}) has no trainable parameter; join it to a neighbour")
+            raise ValueError(
+                f"local.cut: block {span.index} ({names}) has no trainable parameter; join it to a neighbour"
+            )
     return spans

@@ -25,7 +25,7 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if line.get("step", 0) <= step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self.curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one line and one point per number; lists become one curve per block."""
@@ -35,10 +35,10 @@ class RunLog:
             for number, item in enumerate(value if isinstance(value, list) else [value]):
                 tag = f"{name}/block_{number}" if isinstance(value, list) else name
                 if isinstance(item, int | float):
-                    self.curves.add_scalar(tag, item, step)  # type: ignore[no-untyped-call]
+                    self.curves.add_scalar(tag, item, step)
 
     def close(self) -> None:
-        self.curves.close()  # type: ignore[no-untyped-call]
+        self.curves.close()
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

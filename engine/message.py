@@ -83,9 +83,7 @@ class Message:
         tree = (dict(self.features), self.targets, dict(self.bank))
         leaves, spec = pytree.tree_flatten(tree)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        described = tuple(
-            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves
-        )
+        described = tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         return tensors, Structure((spec, tuple(isinstance(leaf, Tensor) for leaf in leaves)), described)
 
     @staticmethod

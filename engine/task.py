@@ -19,8 +19,11 @@ class Task(Protocol):
     metric: str
     """Name of the figure ``evaluate`` returns first, as written to ``summary.json``."""
 
-    def build_chain(self) -> Chain:
-        """Build the network; its weights depend on ``train.seed`` alone."""
+    def build_chain(self, initial: bool = True) -> Chain:
+        """Build the network; its weights depend on ``train.seed`` alone.
+
+        ``initial`` loads the initial weights that the config names; without, others are to be loaded.
+        """
         ...
 
     def loss(self, prediction: Any, targets: Any) -> Tensor:

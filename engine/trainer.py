@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.block import Block, Report
-from engine.build import attach_optimizers, build_blocks
+from engine.build import build_blocks, prepare
 from engine.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint
 from engine.config import Config, save
 from engine.log import RunLog, block_table, console, progress_bar
@@ -51,10 +51,7 @@ class Trainer:
         self.steps_per_epoch = task.steps_per_epoch()
         if self.steps_per_epoch == 0:
             raise ValueError("data.batch: larger than the training set, and data.drop_last leaves nothing")
-        self.chain.model.to(self.device)
-        for block in self.blocks:
-            block.to(self.device)
-        attach_optimizers(self.blocks, config)
+        prepare(self.blocks, config, self.device)
         self.schedule = SCHEDULES[config.local.schedule](self.blocks)
         self.position = Position()
         self.folder = run_folder(config)
@@ -129,7 +126,11 @@ class Trainer:
         """The rest of the current epoch, or as much as the cap on steps and an interrupt leave of it."""
         train, position, start = self.config.train, self.position, time.monotonic()
         with progress_bar() as bar:
-            shown = bar.add_task(f"epoch {position.epoch + 1}/{train.epochs}", total=self.steps_per_epoch, completed=position.step_in_epoch)
+            shown = bar.add_task(
+                f"epoch {position.epoch + 1}/{train.epochs}",
+                total=self.steps_per_epoch,
+                completed=position.step_in_epoch,
+            )
             for micro_batches in self.task.batches(position.epoch, position.step_in_epoch):
                 self._pending.append((position.step + 1, self.step(micro_batches)))
                 bar.advance(shown)

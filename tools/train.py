@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,11 +18,12 @@ def main(argv: Sequence[str]) -> None:
     entry = find_task(task_name(argv))
     config = parse(entry.config, argv)
     if not config.output.name:
-        config.output.name = next(Path(b).stem for a, b in zip(argv, argv[1:], strict=False) if a == "--config")
+        config.output.name = next((Path(b).stem for a, b in pairwise(argv) if a == "--config"), config.task)
     trainer = Trainer(config, entry.build(config))
     summary = trainer.fit()
     if not summary["interrupted"]:
-        print(f"{summary['metric']} {summary['value']:.4f} after {summary['steps']} steps, {summary['seconds']:.0f} s: {trainer.folder}")
+        value = f"{summary['metric']} {summary['value']:.4f}"
+        print(f"{value} after {summary['steps']} steps, {summary['seconds']:.0f} s: {trainer.folder}")
 
 
 if __name__ == "__main__":

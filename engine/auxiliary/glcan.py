@@ -60,13 +60,15 @@ class GLCAN(AuxiliaryNetwork):
         span: Span,
         bank: FeatureBank,
         task: Task,
-        depth: int = 1,
+        depth: int = 2,
         width: float = 1.0,
         reduce: int = 2,
         use_bank: bool = True,
     ) -> GLCAN:
         if depth < 0 or width <= 0 or reduce < 1:
-            raise ValueError(f"local.auxiliary: glcan wants depth >= 0, width > 0, reduce >= 1, got {depth}, {width}, {reduce}")
+            raise ValueError(
+                f"local.auxiliary: glcan wants depth >= 0, width > 0, reduce >= 1, got {depth}, {width}, {reduce}"
+            )
         output = chain.shapes()[span.stop - 1]
         units = [unit.copy() for unit in remaining_units(chain, span, depth)]
         narrow: nn.Module = nn.Identity()
@@ -74,7 +76,9 @@ class GLCAN(AuxiliaryNetwork):
             units = [replace(unit, module=thin(unit.module, width, unit.name)) for unit in units]
             channels = as_map(output.x, chain.layout).shape[1]
             narrow = nn.Conv2d(channels, max(1, round(channels * width)), 1, bias=False)
-        spatial = chain.layout == "NCHW" and output.x.dim() == 4 and min(output.x.shape[-2:]) >= 2 * reduce and bool(units)
+        spatial = (
+            chain.layout == "NCHW" and output.x.dim() == 4 and min(output.x.shape[-2:]) >= 2 * reduce and bool(units)
+        )
         network = cls(units, narrow, reduce if spatial else 1, use_bank)
         try:
             features = infer_shapes(network.local, output, [network])

@@ -28,12 +28,21 @@ def thin(module: nn.Module, width: float, name: str) -> nn.Module:
             if child.groups > 1:
                 groups = scaled(child.in_channels) // (child.in_channels // child.groups)
             new = nn.Conv2d(
-                scaled(child.in_channels), scaled(child.out_channels), child.kernel_size, child.stride,
-                child.padding, child.dilation, groups, child.bias is not None, child.padding_mode,
-            )  # fmt: skip
+                scaled(child.in_channels),
+                scaled(child.out_channels),
+                child.kernel_size,  # type: ignore[arg-type]
+                child.stride,  # type: ignore[arg-type]
+                child.padding,  # type: ignore[arg-type]
+                child.dilation,  # type: ignore[arg-type]
+                groups,
+                child.bias is not None,
+                child.padding_mode,
+            )
             nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(child, _BatchNorm):
-            new = type(child)(scaled(child.num_features), child.eps, child.momentum, child.affine, child.track_running_stats)
+            new = type(child)(
+                scaled(child.num_features), child.eps, child.momentum, child.affine, child.track_running_stats
+            )
         elif isinstance(child, nn.GroupNorm):
             new = nn.GroupNorm(child.num_groups, scaled(child.num_channels), child.eps, child.affine)
         elif any(True for _ in child.parameters(recurse=False)):

@@ -50,7 +50,9 @@ class Images(Dataset[tuple[Tensor, int]]):
         by_class = sorted(self.indices, key=lambda index: (self.labels[index], index))
         self.indices = sorted(by_class[number * len(by_class) // count] for number in range(count))
 
-    def batches(self, epoch: int, start: int, batch: int, workers: int, shuffle: bool, drop_last: bool) -> Iterator[list[Tensor]]:
+    def batches(
+        self, epoch: int, start: int, batch: int, workers: int, shuffle: bool, drop_last: bool
+    ) -> Iterator[list[Tensor]]:
         """Batches ``start`` and on of an epoch, as [images, labels]."""
         order = list(range(len(self)))
         if shuffle:
@@ -84,7 +86,9 @@ def load_images(config: DataConfig, seed: int) -> tuple[Images, Images]:
         train, test = (_image_folder(folder, splits) for splits in (("train",), ("test", "val")))
         strange = set(test.classes) - set(train.classes)
         if strange:
-            raise ValueError(f"data.root: test class {sorted(strange)[0]!r} is not among the training classes of {folder}")
+            raise ValueError(
+                f"data.root: test class {sorted(strange)[0]!r} is not among the training classes of {folder}"
+            )
         index = {train.classes.index(name): number for number, name in enumerate(test.classes)}
         back = {number: known for known, number in index.items()}
         test.samples = [(path, back[label]) for path, label in test.samples]
@@ -117,7 +121,11 @@ def transforms(config: DataConfig) -> tuple[Any, Any]:
     train: dict[str, list[Any]] = {
         "none": square,
         "shift": [*square, v2.RandomCrop(size, padding=2)],
-        "crop_flip": [*square, v2.RandomCrop(size, padding=max(1, size // 8), padding_mode="reflect"), v2.RandomHorizontalFlip()],
+        "crop_flip": [
+            *square,
+            v2.RandomCrop(size, padding=max(1, size // 8), padding_mode="reflect"),
+            v2.RandomHorizontalFlip(),
+        ],
         "imagenet": [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()],
     }
     test = square
@@ -132,7 +140,10 @@ def _digits(size: int, train_transform: Any, test_transform: Any, seed: int) -> 
 
     bunch = load_digits()
     pixels = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)
-    images = [Image.fromarray(image.numpy()).convert("RGB").resize((size, size), Image.Resampling.BILINEAR) for image in pixels]
+    images = [
+        Image.fromarray(image.numpy()).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        for image in pixels
+    ]
     seen = [0] * 10
     parts: tuple[list[tuple[Any, int]], list[tuple[Any, int]]] = ([], [])
     for image, label in zip(images, bunch.target.tolist(), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 
 from engine.auxiliary.spatial import as_map
 from engine.bank import FeatureBank
-from engine.chain import Chain, build_chain
+from engine.chain import Chain
 from engine.message import Message
+from engine.seed import seeded
 from tasks.classification.chain import build_model_chain
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.data import Images, load_images
@@ -23,7 +25,9 @@ class PooledLinear(nn.Module):
     """A classifier's own head on pooled features: GLCAN's global part joins the bank's before the linear layer.
 
     Maps a message whose ``x`` has ``channels`` channels, and a bank of (batch, c_i) pooled features
-    with sum(c_i) = ``banked``, to logits (batch, classes).
+    with sum(c_i) = ``banked``, to logits (batch, classes). Joined features are brought to one scale by
+    layer normalisation first (our choice): residual sums grow from block to block, and without it the
+    later of many blocks diverge.
     """
 
     def __init__(self, channels: int, banked: int, classes: int, layout: str) -> None:
@@ -32,8 +36,10 @@ class PooledLinear(nn.Module):
         self.linear = nn.Linear(channels + banked, classes)
 
     def forward(self, message: Message, bank: FeatureBank) -> Tensor:
-        pooled = pool(message.x, self.layout)
-        logits: Tensor = self.linear(torch.cat([pooled, *bank.values()], dim=1))
+        parts = [pool(message.x, self.layout), *bank.values()]
+        if len(parts) > 1:
+            parts = [F.layer_norm(part, part.shape[1:]) for part in parts]
+        logits: Tensor = self.linear(torch.cat(parts, dim=1))
         return logits
 
 
@@ -68,11 +74,15 @@ class Classification:
             self._images = train, test
         return self._images
 
-    def build_chain(self) -> Chain:
-        classes = self.config.model.classes or len(self.images[0].classes)
-        return build_chain(
-            lambda: build_model_chain(self.config.model, classes, self.config.data.size), self.config.train.seed
-        )
+    @property
+    def classes(self) -> int:
+        """Number of classes: the config's, or the data's."""
+        return self.config.model.classes or len(self.images[0].classes)
+
+    def build_chain(self, initial: bool = True) -> Chain:
+        model = self.config.model if initial else replace(self.config.model, weights="", pretrained=False)
+        with seeded(self.config.train.seed, "model"):
+            return build_model_chain(model, self.classes, self.config.data.size)
 
     def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(prediction, targets)
@@ -81,9 +91,8 @@ class Classification:
         return pool(message.x, chain.layout)
 
     def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> nn.Module:
-        classes = self.config.model.classes or len(self.images[0].classes)
         channels = as_map(message.x, chain.layout).shape[1]
-        return PooledLinear(channels, sum(features.shape[1] for features in bank.values()), classes, chain.layout)
+        return PooledLinear(channels, sum(features.shape[1] for features in bank.values()), self.classes, chain.layout)
 
     def steps_per_epoch(self) -> int:
         data, count = self.config.data, len(self.images[0])
@@ -99,9 +108,7 @@ class Classification:
         loaded = self.images[0].batches(epoch, start, data.batch, data.workers, True, data.drop_last)
         for images, labels in loaded:
             parts = _shares(len(labels), accumulate)
-            yield [
-                Message({"x": x}, targets=y) for x, y in zip(images.split(parts), labels.split(parts), strict=True)
-            ]
+            yield [Message({"x": x}, targets=y) for x, y in zip(images.split(parts), labels.split(parts), strict=True)]
 
     def evaluate(self, predict: Callable[[Message], Any]) -> dict[str, float]:
         data, right, loss, count = self.config.data, 0, 0.0, 0

@@ -1,0 +1,51 @@
+"""A finished or interrupted run, opened again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.chain import Chain
+from engine.checkpoint import find_checkpoint, load_model
+from engine.config import parse, task_name
+from engine.log import console
+from engine.task import Task
+from engine.trainer import choose_device
+from tasks import find_task
+
+
+@dataclass(frozen=True)
+class Run:
+    """The plain network of a run at its newest complete checkpoint, in evaluation mode."""
+
+    folder: Path
+    task: Task
+    chain: Chain
+    device: torch.device
+    step: int
+
+
+def open_run(folder: Path) -> Run:
+    """Build the network of ``folder``'s config and load the newest complete checkpoint into it.
+
+    Raises:
+        ValueError: not a run, or no complete checkpoint in it.
+    """
+    config_file = folder / "config.yaml"
+    if not config_file.is_file():
+        raise ValueError(f"--run: {folder} is no run: it has no config.yaml")
+    path = find_checkpoint(folder / "checkpoints", console.print)
+    if path is None:
+        raise ValueError(f"--run: {folder} has no complete checkpoint")
+    argv = ["--config", str(config_file)]
+    entry = find_task(task_name(argv))
+    config = parse(entry.config, argv)
+
+    task: Task = entry.build(config)
+    chain = task.build_chain(initial=False)
+    step = load_model(path, chain.model)
+    device = choose_device(config.train.device)
+    chain.model.to(device).eval()
+    return Run(folder, task, chain, device, step)

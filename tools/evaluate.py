@@ -1,0 +1,32 @@
+"""Evaluate: python tools/evaluate.py --run runs/NAME"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from engine.config import run_tool
+from tasks.run import open_run
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description="Evaluate the newest complete checkpoint of a run.")
+    parser.add_argument("--run", required=True, type=Path, help="folder that tools/train.py wrote")
+    run = open_run(parser.parse_args(list(argv)).run)
+    with torch.no_grad():
+        values = run.task.evaluate(lambda message: run.chain(message.to(run.device)))
+    result = {"run": str(run.folder), "step": run.step, "metric": run.task.metric, **values}
+    (run.folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    print(f"step {run.step}: {shown}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
