@@ -1,0 +1,191 @@
+"""Any timm model as a chain, found by watching which module's output is the next module's input."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Format
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from engine.chain import Chain, Unit
+from engine.message import Message
+
+
+# A tensor in a moment: its identity, and how often it has been changed in place.
+_State = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module during the forward pass."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[_State, ...]
+    output: _State
+
+
+def _state(tensor: Tensor) -> _State:
+    return id(tensor), tensor._version
+
+
+class _PositionEmbedding(nn.Module):
+    """A vision transformer's class token and position embedding, which belong to the model itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in model.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self._model = [model]  # in a list, so that the model is not registered as a part of its own part
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded: Tensor = self._model[0]._pos_embed(x)  # type: ignore[operator]
+        return embedded
+
+
+def timm_chain(name: str, classes: int, size: int, pretrained: bool) -> Chain:
+    """Build ``name`` with timm and split it into the finest units through which it is one chain.
+
+    A module is divided into its children where each child's output is the next one's input, so a stage
+    falls into its residual blocks, and a residual block (whose shortcut goes around) stays whole. What
+    ``forward_features`` does not use is the head.
+
+    Raises:
+        ValueError: timm has no such model, or its features are not a chain of modules (names the place);
+            write a chain of your own then, see the README.
+    """
+    options: dict[str, Any] = {"num_classes": classes, "pretrained": pretrained}
+    try:
+        model = timm.create_model(name, **options)
+        # Networks with tokens or windows are built for one size; others take no such argument.
+        if model.default_cfg.get("fixed_input_size") and model.default_cfg["input_size"][-1] != size:
+            model = timm.create_model(name, img_size=size, **options)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"model.name: timm cannot build {name!r} at {size} px: {error}") from error
+    example = Message({"x": torch.zeros(2, 3, size, size)})
+    parts = _divide(model, example.x, name)
+    units = _units(parts)
+    held = {id(tensor) for unit in units for tensor in unit.module.state_dict(keep_vars=True).values()}
+    head = nn.ModuleList(
+        child
+        for child in model.children()
+        if not any(id(tensor) in held for tensor in child.state_dict(keep_vars=True).values())
+    )
+    def classify(_: nn.Module, message: Message) -> Message:
+        return message.with_x(model.forward_head(message.x))  # type: ignore[operator]
+
+    layout = {Format.NHWC: "NHWC", Format.NLC: "NLC"}.get(getattr(model, "output_fmt", Format.NCHW), "NCHW")
+    outputs = [message.x for message in Chain(model, units, Unit("head", head, classify), example).shapes()]
+    # What has one shape is one stage: same resolution, same width.
+    units = [replace(unit, stage=str(tuple(x.shape[1:]))) for unit, x in zip(units, outputs, strict=True)]
+    return Chain(model, units, Unit("head", head, classify), example, "NLC" if outputs[-1].dim() == 3 else layout)
+
+
+def _divide(model: nn.Module, x: Tensor, name: str) -> list[tuple[str, nn.Module]]:
+    """The modules that ``model.forward_features`` runs one after another, divided as far as possible."""
+    calls, result, start = _watch(model, x)
+    done: list[tuple[str, nn.Module]] = []
+
+    def descend(prefix: str, first: _State, last: _State, whole: nn.Module | None) -> bool:
+        """Add the chain of calls right below ``prefix`` that leads from ``first`` to ``last``."""
+        below = [call for call in calls if call.name.startswith(prefix) and call.name != prefix.rstrip(".")]
+        at, chosen = first, []
+        while at != last or not chosen:
+            step = next((c for c in below if c.inputs == (at,) and c not in chosen and _outermost(c, below, at)), None)
+            if step is None:
+                break
+            chosen.append(step)
+            at = step.output
+        if at != last or not chosen or len({call.name for call in chosen}) < len(chosen):
+            return False
+        if whole is not None and not _covers(whole, [call.module for call in chosen]):
+            return False
+        for call in chosen:
+            if not any(True for _ in call.module.children()) or not descend(
+                call.name + ".", call.inputs[0], call.output, call.module
+            ):
+                done.append((call.name, call.module))
+        return True
+
+    if not descend("", start, result, None):
+        reached = done[-1][0] if done else "its input"
+        raise ValueError(
+            f"model.name: {name} is not a chain of modules after {reached!r}; write a chain of your own, see README"
+        )
+    return done
+
+
+def _outermost(call: _Call, calls: list[_Call], at: _State) -> bool:
+    """Whether no other call with the same input contains this one."""
+    return not any(call.name.startswith(other.name + ".") and other.inputs == (at,) for other in calls)
+
+
+def _covers(whole: nn.Module, parts: list[nn.Module]) -> bool:
+    """Whether every parameter and buffer of ``whole`` is in one of ``parts``."""
+    held = {id(tensor) for part in parts for tensor in part.state_dict(keep_vars=True).values()}
+    return all(id(tensor) in held for tensor in whole.state_dict(keep_vars=True).values())
+
+
+def _watch(model: nn.Module, x: Tensor) -> tuple[list[_Call], _State, _State]:
+    """Run ``forward_features`` on fake tensors and note every module's call."""
+    calls: list[_Call] = []
+    alive: list[Any] = []  # an identity is only unique while its tensor lives
+    entered: list[tuple[_State, ...]] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        alive.extend(tensors)
+        entered.append(tuple(_state(tensor) for tensor in tensors))
+
+    def leave(name: str, module: nn.Module, output: Any) -> None:
+        inputs = entered.pop()
+        alive.append(output)
+        if isinstance(output, Tensor):
+            calls.append(_Call(name, module, inputs, _state(output)))
+
+    def hooked(name: str, module: nn.Module) -> None:
+        stack.callback(module.register_forward_pre_hook(enter).remove)
+        stack.callback(module.register_forward_hook(lambda m, args, output: leave(name, m, output)).remove)
+
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name:
+                hooked(name, module)
+        if hasattr(model, "_pos_embed"):
+            embedding = _PositionEmbedding(model)
+            hooked("pos_embed", embedding)
+            # Shadows the method for this one forward pass, so that the embedding is seen as a module's call.
+            original = model._pos_embed
+            embedding._model = [SimpleNamespace(_pos_embed=original)]
+            model._pos_embed = embedding.__call__  # type: ignore[assignment]
+            stack.callback(lambda: setattr(embedding, "_model", [model]))
+            stack.callback(lambda: delattr(model, "_pos_embed"))
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            inputs = torch.empty(x.shape)
+            start = _state(inputs)
+            result = model.forward_features(inputs)  # type: ignore[operator]
+            alive.extend([inputs, result])
+            return calls, _state(result), start
+
+
+def _units(parts: list[tuple[str, nn.Module]]) -> list[Unit]:
+    """Join modules that are too small to be a unit: a convolution takes what follows it up to the next one."""
+    groups: list[list[tuple[str, nn.Module]]] = []
+    for name, module in parts:
+        weights = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+        if weights or not groups:
+            groups.append([(name, module)])
+        else:
+            groups[-1].append((name, module))
+    units = []
+    for group in groups:
+        name = group[0][0]
+        module = group[0][1] if len(group) == 1 else nn.Sequential(*[module for _, module in group])
+        units.append(Unit(name, module))
+    return units

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from engine.bank import FeatureBank
+from engine.message import Message
+
+
+def message() -> Message:
+    features = {
+        "x": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "skips": [torch.randn(2, 1, dtype=torch.bfloat16), torch.empty(0, 5)],
+        "time": {"embedding": torch.arange(4)},
+    }
+    return Message(features, targets=(torch.tensor([1, 0]), "cat"), bank=FeatureBank({0: torch.ones(2, 3)}), sequence=5)
+
+
+def test_flatten_and_back_keeps_every_leaf() -> None:
+    sent = message()
+    tensors, structure = sent.flatten()
+    arrived = Message.unflatten(tensors, structure, 5)
+    assert arrived.targets[1] == "cat"
+    assert arrived.sequence == 5
+    assert list(arrived.bank) == [0]
+    again, same = arrived.flatten()
+    assert same == structure
+    assert all(a is b for a, b in zip(tensors, again, strict=True))
+
+
+def test_structure_tells_shapes_and_dtypes_apart() -> None:
+    first = message().flatten()[1]
+    assert message().flatten()[1] == first
+    assert message().with_x(torch.randn(1, 3, 4, 4)).flatten()[1] != first
+    assert message().with_x(torch.randn(2, 3, 4, 4).half()).flatten()[1] != first
+
+
+def test_arrival_of_other_tensors_is_refused() -> None:
+    tensors, structure = message().flatten()
+    with pytest.raises(ValueError, match="message 5: tensor 0 is"):
+        Message.unflatten([tensors[0][:1], *tensors[1:]], structure, 5)
+    with pytest.raises(ValueError, match="message 5: 1 tensors arrived, 6 expected"):
+        Message.unflatten(tensors[:1], structure, 5)
+
+
+def test_detach_cuts_everything_and_keeps_strides() -> None:
+    sent = message().map(lambda t: t.requires_grad_() if t.is_floating_point() else t)
+    detached = sent.detach()
+    assert not any(tensor.requires_grad for tensor in detached.flatten()[0])
+    assert detached.x.stride() == sent.x.stride()
+    assert detached.x.is_contiguous(memory_format=torch.channels_last)
+    assert detached.x.data_ptr() == sent.x.data_ptr(), "detaching copies nothing"
+
+
+def test_bank_is_added_to_without_changing_the_old_one() -> None:
+    old = FeatureBank()
+    new = old.add(0, 1)
+    assert len(old) == 0
+    assert dict(new) == {0: 1}
+    with pytest.raises(AssertionError):
+        new.add(0, 2)

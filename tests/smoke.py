@@ -1,0 +1,46 @@
+"""A few steps of everything a task offers: python -m tests.smoke --config tasks/TASK/configs/smoke.yaml"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from engine.config import run_tool
+from engine.trainer import choose_device
+from tools import evaluate, export, train
+
+VARIANTS = {
+    "end-to-end": ["--local.schedule", "end_to_end"],
+    "end-to-end, checkpointing": ["--local.schedule", "end_to_end", "--local.checkpoint", "true"],
+    "glcan": [],
+    "dgl": ["--local.auxiliary", "dgl"],
+    "greedy": ["--local.auxiliary", "greedy"],
+    "glcan, checkpointing": ["--local.checkpoint", "true"],
+    "glcan, bf16": ["--local.precision", "bf16"],
+    "glcan, fp16": ["--local.precision", "fp16"],
+    "glcan, accumulation and clipping": ["--train.accumulate", "2", "--optimizer.clip_norm", "1"],
+    "glcan, compiled": ["--local.compile", "true"],
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    with tempfile.TemporaryDirectory() as room:
+        for number, (name, overrides) in enumerate(VARIANTS.items()):
+            print(f"-- {name}", flush=True)
+            output = ["--output.root", room, "--output.name", str(number)]
+            train.main([*argv, *overrides, *output])
+            # Going on from the end only evaluates; the point is that the checkpoint loads.
+            train.main([*argv, *overrides, *output, "--train.resume", "auto"])
+            run = Path(room) / str(number)
+            evaluate.main(["--run", str(run)])
+            export.main(["--run", str(run), "--out", str(run / "model.safetensors")])
+    print(f"{len(VARIANTS)} passed, 0 failed, on {choose_device('auto')}, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
+    sys.exit(0)
