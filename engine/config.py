@@ -184,10 +184,14 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     Raises:
         ValueError: unknown key (with the nearest known one), wrong type, or a refused value.
     """
-    known = keys(config_class)
+    known, sections = keys(config_class), typing.get_type_hints(config_class)
     for number, word in enumerate(argv):
         if word == "--config" and number + 1 < len(argv):
-            _check_keys(_flat(read_yaml(Path(argv[number + 1]))), known, f"{argv[number + 1]}: ")
+            content, where = read_yaml(Path(argv[number + 1])), f"{argv[number + 1]}: "
+            _check_keys(_flat(content), known, where)
+            for name, value in content.items():
+                if dataclasses.is_dataclass(sections.get(name)) and not isinstance(value, dict):
+                    raise ValueError(f"{where}{name}: a section is a mapping of keys, this is {type(value).__name__}")
     _check_keys(
         [w[2:].split("=")[0].rstrip("+") for w in argv if w.startswith("--")],
         {*known, "config", "help", "print_config"},

@@ -66,7 +66,9 @@ class Toy:
         torch.manual_seed(3)
         model = Stack(self.depth, self.width, self.dropout, self.norm)
         units = [Unit(f"layer{n}", layer, stage=f"stage{n // 2}") for n, layer in enumerate(model.layers)]
-        return Chain(model, units, Unit("output", model.output), Message({"x": torch.zeros(2, self.width)}), layout="NLC")
+        return Chain(
+            model, units, Unit("output", model.output), Message({"x": torch.zeros(2, self.width)}), layout="NLC"
+        )
 
     def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
         return (prediction - targets).square().mean()

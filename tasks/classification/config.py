@@ -37,7 +37,7 @@ class DataConfig:
     augment: Literal["none", "shift", "crop_flip", "imagenet"] = "crop_flip"
     """Training images: as they are; shifted by up to 2 px; reflect-padded crop and flip; or random resized crop and flip."""
     subset: int = 0
-    """Train on this many images, evenly over the classes; 0 takes all."""
+    """Train on this many images, of each class in proportion; 0 takes all."""
     workers: int = 0
     """Processes that load images; 0 loads in the training process. Any number gives the same bits."""
     drop_last: bool = False

@@ -44,7 +44,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.transform(image), label
 
     def take(self, count: int) -> None:
-        """Keep ``count`` images, evenly over the classes (equally many of each up to rounding)."""
+        """Keep ``count`` images, of each class in proportion."""
         if count > len(self):
             raise ValueError(f"data.subset: {count} images asked for, there are {len(self)}")
         by_class = sorted(self.indices, key=lambda index: (self.labels[index], index))

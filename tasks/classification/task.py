@@ -76,8 +76,10 @@ class Classification:
 
     @property
     def classes(self) -> int:
-        """Number of classes: the config's, or the data's."""
-        return self.config.model.classes or len(self.images[0].classes)
+        """Number of classes: the config's, or the data's, which the config then has too."""
+        if not self.config.model.classes:
+            self.config.model.classes = len(self.images[0].classes)
+        return self.config.model.classes
 
     def build_chain(self, initial: bool = True) -> Chain:
         model = self.config.model if initial else replace(self.config.model, weights="", pretrained=False)

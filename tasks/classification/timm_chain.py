@@ -12,6 +12,7 @@ import torch
 from timm.layers import Format
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _NormBase
 
 from engine.chain import Chain, Unit
 from engine.message import Message
@@ -77,6 +78,7 @@ def timm_chain(name: str, classes: int, size: int, pretrained: bool) -> Chain:
         for child in model.children()
         if not any(id(tensor) in held for tensor in child.state_dict(keep_vars=True).values())
     )
+
     def classify(_: nn.Module, message: Message) -> Message:
         return message.with_x(model.forward_head(message.x))  # type: ignore[operator]
 
@@ -166,6 +168,11 @@ def _watch(model: nn.Module, x: Tensor) -> tuple[list[_Call], _State, _State]:
             model._pos_embed = embedding.__call__  # type: ignore[assignment]
             stack.callback(lambda: setattr(embedding, "_model", [model]))
             stack.callback(lambda: delattr(model, "_pos_embed"))
+        # In training mode, so that functional dropout is not overlooked; but statistics must not change.
+        for module in model.modules():
+            if isinstance(module, _NormBase) and module.training:
+                module.eval()
+                stack.callback(module.train)
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             inputs = torch.empty(x.shape)
             start = _state(inputs)

@@ -229,7 +229,9 @@ def test_fp16_overflow_skips_one_block_only() -> None:
     scales = [block.scaler.get_scale() for block in blocks]
     before = [state([block]) for block in blocks]
     reports = schedule.step(replace(messages(task, 2)[1], sequence=1))
-    moved = [any(not torch.equal(t, old[n]) for n, t in state([b]).items()) for b, old in zip(blocks, before, strict=True)]
+    moved = [
+        any(not torch.equal(t, old[n]) for n, t in state([b]).items()) for b, old in zip(blocks, before, strict=True)
+    ]
     assert moved == [True, False, True]
     assert [report.skipped for report in reports] == [0, 1, 0]
     after = [block.scaler.get_scale() for block in blocks]

@@ -28,7 +28,8 @@ def test_the_heaviest_block_is_the_lightest_possible(seed: int) -> None:
     for count in range(1, 9):
         spans = cut_by_count(chain, count, [float(w) for w in weights])
         best = min(
-            max(sum(weights[a:b]) for a, b in pairwise([0, *inner, 8])) for inner in combinations(range(1, 8), count - 1)
+            max(sum(weights[a:b]) for a, b in pairwise([0, *inner, 8]))
+            for inner in combinations(range(1, 8), count - 1)
         )
         assert max(sum(weights[span.start : span.stop]) for span in spans) == best
 

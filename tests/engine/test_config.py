@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.config import keys, parse, save, task_name
+from tasks import find_task
+from tasks.classification.config import ClassificationConfig
+
+CONFIGS = sorted(Path("tasks").glob("*/configs/*.yaml"))
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> ClassificationConfig:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return parse(ClassificationConfig, ["--config", str(path), *overrides])
+
+
+def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:
+    config = read(tmp_path, "task: classification\nlocal: {blocks: 3}\n", "--local.blocks", "5", "--train.steps=7")
+    assert (config.local.blocks, config.train.steps, config.optimizer.lr) == (5, 7, 0.1)
+
+
+def test_what_is_saved_reads_back_the_same(tmp_path: Path) -> None:
+    text = "local: {auxiliary: {type: glcan, width: 0.5}, balance: [1, 2.5], cut: [a, b]}"
+    config = read(tmp_path, text)
+    save(config, tmp_path / "saved.yaml")
+    assert parse(ClassificationConfig, ["--config", str(tmp_path / "saved.yaml")]) == config
+    assert keys(ClassificationConfig) >= set(yaml.safe_load((tmp_path / "saved.yaml").read_text()))
+
+
+def test_options_of_the_auxiliary_network_from_the_command_line(tmp_path: Path) -> None:
+    text = "local: {auxiliary: {type: glcan, depth: 1}}"
+    assert read(tmp_path, text, "--local.auxiliary.width", "0.5").local.auxiliary == {
+        "type": "glcan",
+        "depth": 1,
+        "width": 0.5,
+    }
+    assert read(tmp_path, text, "--local.auxiliary", "dgl").local.auxiliary == "dgl"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("local: {blcks: 3}", [], r"c.yaml: unknown key 'local.blcks', did you mean 'local.blocks'\?$"),
+        ("lokal: {blocks: 3}", [], r"unknown key 'lokal', did you mean 'local'"),
+        ("{}", ["--local.blcks", "3"], r"^unknown key 'local.blcks', did you mean 'local.blocks'"),
+        ("{}", ["--data.bach=3"], r"^unknown key 'data.bach', did you mean 'data.batch'"),
+        ("local: {blocks: many}", [], r"local.blocks: Expected a int. Got value: many"),
+        ("{}", ["--train.epochs", "1.5"], r"train.epochs: Expected a int. Got value: 1.5"),
+        ("local: {precision: fp8}", [], r"local.precision:.*fp32.*bf16.*fp16.*fp8"),
+        ("{}", ["--optimizer.lr", "0"], r"optimizer.lr: 0.0 must be above 0"),
+        ("{}", ["--train.keep", "1"], r"train.keep: 1 is too small; the least is 2"),
+        ("{}", ["--data.batch", "0"], r"data.batch: 0 is too small"),
+        ("{}", ["--train.accumulate", "3"], r"train.accumulate: 3 does not divide data.batch, 128"),
+        ("{}", ["--optimizer.schedule", "step"], r"optimizer.milestones: empty"),
+        ("- a list", [], r"a config is a mapping of sections"),
+        ("a: [", [], r"not YAML"),
+        ("local: 3", [], r"c.yaml: local: a section is a mapping of keys, this is int"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_culprit(tmp_path: Path, text: str, overrides: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read(tmp_path, text, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_unknown_task() -> None:
+    with pytest.raises(ValueError, match="no such file: nowhere.yaml"):
+        task_name(["--config", "nowhere.yaml"])
+    with pytest.raises(ValueError, match="--config: no file given"):
+        task_name([])
+    with pytest.raises(ValueError, match="'clasification' is unknown, did you mean 'classification'"):
+        find_task("clasification")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_that_is_shipped_is_valid(path: Path) -> None:
+    argv = ["--config", str(path)]
+    parse(find_task(task_name(argv)).config, argv)
+
+
+def test_every_key_has_a_docstring() -> None:
+    """Each field's effect is said below it; --help shows it."""
+    import ast
+    import inspect
+
+    import engine.config
+    import tasks.classification.config
+
+    for module in (engine.config, tasks.classification.config):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Config") and node.name != "ClassificationConfig":
+                body = node.body
+                for item, after in zip(body, body[1:], strict=False):
+                    if isinstance(item, ast.AnnAssign) and not ast.unparse(item.annotation).endswith("Config"):
+                        assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(item.target)}"

@@ -1,0 +1,117 @@
+"""timm models as chains: the same function, the same names, every family by the one adapter."""
+
+import pytest
+import torch
+
+from engine.message import Message
+from engine.schedules import Sequential
+from tasks.classification.config import ClassificationConfig
+from tasks.classification.task import Classification
+from tasks.classification.timm_chain import timm_chain
+from tests.toy import blocks_of
+
+MODELS = [
+    ("resnet18", 64),
+    ("resnet50", 64),
+    ("resnext50_32x4d", 64),
+    ("vit_tiny_patch16_224", 32),
+    ("deit_tiny_distilled_patch16_224", 32),
+    ("swin_tiny_patch4_window7_224", 56),
+    ("convnext_atto", 64),
+    ("efficientnet_b0", 64),
+    ("mobilenetv3_small_050", 64),
+    ("regnetx_002", 64),
+    ("vgg11_bn", 64),
+    ("densenet121", 64),
+    ("mixer_s32_224", 224),
+    ("seresnet50", 64),
+    ("poolformer_s12", 64),
+]
+NAMED = [("resnet101", 64), ("resnet152", 64), ("resnext101_32x8d", 64)]
+
+
+@pytest.mark.parametrize(("name", "size"), MODELS + NAMED)
+def test_the_chain_computes_what_the_model_computes(name: str, size: int) -> None:
+    chain = timm_chain(name, 7, size, pretrained=False)
+    x = torch.randn(2, 3, size, size)
+    chain.model.eval()
+    with torch.no_grad():
+        assert torch.equal(chain(Message({"x": x})), chain.model(x))
+    assert len(chain) >= 8
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_gradients_are_the_models_own(name: str) -> None:
+    size = {"resnet18": 32, "vit_tiny_patch16_224": 32, "swin_tiny_patch4_window7_224": 56}[name]
+    chain = timm_chain(name, 3, size, pretrained=False)
+    x = torch.randn(2, 3, size, size)
+    gradients = []
+    for forward in (lambda: chain(Message({"x": x})), lambda: chain.model(x)):
+        chain.model.zero_grad()
+        torch.manual_seed(0)
+        forward().square().sum().backward()
+        gradients.append({n: p.grad for n, p in chain.model.named_parameters()})
+    for parameter, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][parameter]), parameter
+
+
+def test_units_are_residual_blocks_and_stages_are_shapes() -> None:
+    chain = timm_chain("resnet18", 10, 64, pretrained=False)
+    assert [unit.name for unit in chain.units] == [
+        "conv1", *(f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2)),
+    ]  # fmt: skip
+    assert len({unit.stage for unit in chain.units}) == 4, "the stem has layer1's shape"
+    vit = timm_chain("vit_tiny_patch16_224", 10, 32, pretrained=False)
+    assert [unit.name for unit in vit.units[:3]] == ["patch_embed", "pos_embed", "blocks.0"]
+    assert vit.layout == "NLC"
+    assert timm_chain("swin_tiny_patch4_window7_224", 10, 56, pretrained=False).layout == "NHWC"
+
+
+def test_watching_changes_no_statistic_and_leaves_no_hook() -> None:
+    chain = timm_chain("resnet18", 10, 64, pretrained=False)
+    for name, tensor in chain.model.state_dict().items():
+        if name.endswith("running_mean"):
+            assert not tensor.any(), name
+        if name.endswith("num_batches_tracked"):
+            assert tensor == 0
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in chain.model.modules())
+    vit = timm_chain("vit_tiny_patch16_224", 10, 32, pretrained=False)
+    assert "_pos_embed" not in vars(vit.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "auxiliary"),
+    [
+        ("timm:resnet50", 64, "glcan"),
+        ("timm:vit_tiny_patch16_224", 32, "glcan"),
+        ("timm:swin_tiny_patch4_window7_224", 56, "glcan"),
+        ("timm:vit_tiny_patch16_224", 32, "dgl"),
+        ("timm:resnext50_32x4d", 64, "{type: glcan, width: 0.5}"),
+        ("timm:convnext_atto", 64, "greedy"),
+    ],
+)
+def test_they_train_in_blocks(name: str, size: int, auxiliary: str) -> None:
+    import yaml
+
+    config = ClassificationConfig(task="classification")
+    config.model.name, config.data.size, config.data.batch = name, size, 4
+    config.data.subset, config.local.auxiliary = 8, yaml.safe_load(auxiliary)
+    task = Classification(config)
+    chain, blocks, schedule = blocks_of(task, config)
+    assert isinstance(schedule, Sequential)
+    assert len(blocks) == 4
+    before = {n: p.detach().clone() for n, p in chain.model.named_parameters()}
+    reports = schedule.step(next(task.batches(0, 0))[0])
+    assert all(torch.isfinite(report.loss) for report in reports)
+    still = [n for n, p in chain.model.named_parameters() if torch.equal(p, before[n])]
+    # A layer scale's or a norm's bias may round to no change; weights do not.
+    assert not [n for n in still if before[n].dim() > 1]
+
+
+def test_models_that_are_no_chain_say_where() -> None:
+    with pytest.raises(
+        ValueError, match="hrnet_w18_small is not a chain of modules after .*; write a chain of your own"
+    ):
+        timm_chain("hrnet_w18_small", 10, 64, pretrained=False)
+    with pytest.raises(ValueError, match="timm cannot build 'resnet5000'"):
+        timm_chain("resnet5000", 10, 64, pretrained=False)
