@@ -183,7 +183,8 @@ class Block(nn.Module):
             raise BlockError(self.index, message.sequence, cause) from cause
 
     def _local_step(self, message: Message, update: bool, weight: float) -> tuple[Message, Report]:
-        assert self.optimizer is not None and self.scaler is not None, "attach an optimizer first"
+        assert self.optimizer is not None, "attach an optimizer first"
+        assert self.scaler is not None
         if message.sequence != self.next_sequence:
             raise ValueError(f"message {message.sequence} arrived, {self.next_sequence} expected")
         torch.manual_seed(derive(self.seed, "step", self.index, message.sequence))
@@ -204,7 +205,8 @@ class Block(nn.Module):
         return output, report
 
     def _update(self) -> Tensor:
-        assert self.optimizer is not None and self.scaler is not None
+        assert self.optimizer is not None
+        assert self.scaler is not None
         norm = torch.full((), float("nan"), device=self.device)
         if self.clip_norm > 0:
             self.scaler.unscale_(self.optimizer)

@@ -153,9 +153,10 @@ class Trainer:
             for report, loss in zip(reports, losses, strict=True):
                 if not math.isfinite(loss):
                     kept = find_checkpoint(self.folder / "checkpoints", console.print)
+                    rate = self.config.optimizer.lr
                     raise ValueError(
-                        f"block {report.block}: loss is {loss} at step {step}; lower optimizer.lr (now "
-                        f"{self.config.optimizer.lr}) or set optimizer.clip_norm; last good checkpoint: {kept or 'none'}"
+                        f"block {report.block}: loss is {loss} at step {step}; lower optimizer.lr (now {rate}) or "
+                        f"set optimizer.clip_norm; last good checkpoint: {kept or 'none'}"
                     )
         self._pending.clear()
         assert self.blocks[0].optimizer is not None

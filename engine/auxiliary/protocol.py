@@ -75,16 +75,14 @@ def build_auxiliary(
     options = {"type": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("type", None)
     if name not in _families:
-        raise ValueError(
-            f"local.auxiliary: {name!r} is unknown{_nearest(str(name), _families)}; known: {', '.join(sorted(_families))}"
-        )
+        known = ", ".join(sorted(_families))
+        raise ValueError(f"local.auxiliary: {name!r} is unknown{_nearest(str(name), _families)}; known: {known}")
     family = _families[name]
-    known = list(inspect.signature(family.build).parameters)[4:]
+    takes = list(inspect.signature(family.build).parameters)[4:]
     for option in options:
-        if option not in known:
-            raise ValueError(
-                f"local.auxiliary: {name} has no option {option!r}{_nearest(option, known)}; known: {', '.join(known) or 'none'}"
-            )
+        if option not in takes:
+            close, known = _nearest(option, takes), ", ".join(takes) or "none"
+            raise ValueError(f"local.auxiliary: {name} has no option {option!r}{close}; known: {known}")
     with seeded(seed, "auxiliary", span.index):
         return family.build(chain, span, bank, task, **options)
 

@@ -46,9 +46,8 @@ def thin(module: nn.Module, width: float, name: str) -> nn.Module:
         elif isinstance(child, nn.GroupNorm):
             new = nn.GroupNorm(child.num_groups, scaled(child.num_channels), child.eps, child.affine)
         elif any(True for _ in child.parameters(recurse=False)):
-            raise ValueError(
-                f"local.auxiliary: width={width} cannot thin {type(child).__name__} {path!r} of unit {name!r}; use width=1"
-            )
+            kind = type(child).__name__
+            raise ValueError(f"local.auxiliary: width={width} cannot thin {kind} {path!r} of unit {name!r}; use 1")
         else:
             continue
         if not path:

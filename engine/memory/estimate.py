@@ -68,11 +68,16 @@ def _follow(tracker: MemoryTracker, block: Block) -> None:
     """Make a block's state known, and have gradients and optimizer state counted as such when they appear."""
     optimizer = block.optimizer
     assert optimizer is not None
+
+    def count_gradient(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        tracker.add([parameter.grad], "gradients")
+
     extra = set(block.auxiliary.parameters()) if block.auxiliary else set()
     for parameter in block.parameters():
         tracker.add([parameter], "auxiliary" if parameter in extra else "parameters")
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: tracker.add([p.grad], "gradients"))  # type: ignore[list-item]
+            parameter.register_post_accumulate_grad_hook(count_gradient)  # type: ignore[no-untyped-call]
     tracker.add(block.buffers(), "buffers")
 
     def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +15,7 @@ ROUND = 512
 """Bytes a tensor's storage is rounded up to, as CUDA's caching allocator does."""
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage from the operator that makes it to its release.
 
     A storage counts once however many tensors view it. What exists beforehand is made known with
@@ -25,6 +24,7 @@ class MemoryTracker(TorchDispatchMode):
     Known limitation: memory that an operator takes and gives back inside itself is not seen.
 
     Example:
+        >>> import torch
         >>> with MemoryTracker() as tracker:
         ...     x = torch.zeros(1000)
         ...     y = x.view(10, 100) + 1
@@ -34,7 +34,7 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sizes: dict[int, tuple[str, int]] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self.live: Counter[str] = Counter()

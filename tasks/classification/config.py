@@ -27,7 +27,7 @@ class DataConfig:
     """The images."""
 
     name: Literal["digits", "cifar10", "stl10", "svhn", "folder"] = "digits"
-    """`digits` comes with scikit-learn; `cifar10`, `stl10`, `svhn` download; `folder` is train/ and test/ or val/ of class folders."""
+    """`digits` comes with scikit-learn; `cifar10`, `stl10`, `svhn` download; `folder`: train/ and test/ or val/."""
     root: str = "data"
     """Folder of the images (or of downloads); for `folder` also a tar file, unpacked once into data/."""
     batch: int = 128
@@ -35,7 +35,7 @@ class DataConfig:
     size: int = 32
     """Side of the square input in pixels."""
     augment: Literal["none", "shift", "crop_flip", "imagenet"] = "crop_flip"
-    """Training images: as they are; shifted by up to 2 px; reflect-padded crop and flip; or random resized crop and flip."""
+    """Training images: as they are; shifted by up to 2 px; reflect-padded crop and flip; random resized crop, flip."""
     subset: int = 0
     """Train on this many images, of each class in proportion; 0 takes all."""
     workers: int = 0

@@ -190,7 +190,8 @@ def _unpacked(archive: Path) -> Path:
             with tarfile.open(archive) as tar:
                 tar.extractall(room, filter="data")
             inner = list(room.iterdir())
-            os.replace(inner[0] if len(inner) == 1 and inner[0].is_dir() else room, target)
+            if not target.is_dir():  # another run may have been faster
+                os.replace(inner[0] if len(inner) == 1 and inner[0].is_dir() else room, target)
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ValueError(f"data.root: {archive} cannot be unpacked: {error}") from error
         finally:

@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from engine.chain import Chain, Unit
 from engine.message import Message
 
-
 # A tensor in a moment: its identity, and how often it has been changed in place.
 _State = tuple[int, int]
 

@@ -134,7 +134,7 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path: Path, monkeypatch: 
     for fatal in range(6):
         count = 0
 
-        def save_file(tensors: object, path: Path) -> None:
+        def save_file(tensors: object, path: Path, fatal: int = fatal) -> None:
             nonlocal count
             if count == fatal:
                 path.write_bytes(b"half")

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,6 @@ def test_every_key_has_a_docstring() -> None:
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config") and node.name != "ClassificationConfig":
                 body = node.body
-                for item, after in zip(body, body[1:], strict=False):
+                for item, after in pairwise(body):
                     if isinstance(item, ast.AnnAssign) and not ast.unparse(item.annotation).endswith("Config"):
                         assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(item.target)}"

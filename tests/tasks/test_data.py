@@ -202,7 +202,7 @@ def test_svhn_and_stl10_labels_are_numbers(tmp_path: Path) -> None:
 
     with (
         mock.patch.object(datasets.SVHN, "download"),
-        mock.patch.object(datasets.SVHN, "_check_integrity", lambda s: True),
+        mock.patch.object(datasets.SVHN, "_check_integrity", return_value=True),
     ):
         train, _ = load_images(settings(name="svhn", root=str(tmp_path)).data, 0)
     assert train.labels == [0, 1, 2, 3], "SVHN calls zero 10"

@@ -26,7 +26,7 @@ def test_the_chain_is_the_network(depth: int) -> None:
     x = torch.randn(2, 3, 32, 32)
     chain.model.eval()
     assert torch.equal(chain(Message({"x": x})), chain.model(x))
-    assert list(chain.model.state_dict())[0] == "conv1.weight"
+    assert next(iter(chain.model.state_dict())) == "conv1.weight"
     assert {"layer1.0.conv1.weight", "linear.bias"} <= set(chain.model.state_dict())
 
 

@@ -1,0 +1,95 @@
+"""Accuracy of auxiliary networks against end-to-end training, same data, epochs, schedule and seeds.
+
+python -m benchmarks.accuracy --config FILE [--auxiliaries glcan dgl greedy] [--seeds 0 1 2] [--json FILE]
+                              [--section.key value ...]
+
+Every run is a process of its own that runs tools/train.py; its folder stays under --output.root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.variant import header
+from engine.config import parse, run_tool, task_name
+from engine.log import console
+from tasks import find_task
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--auxiliaries", nargs="+", default=["glcan", "dgl", "greedy"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads a run")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    known, rest = parser.parse_known_args(list(argv))
+    config = parse(find_task(task_name(rest)).config, rest)
+    kinds = ["end_to_end", *known.auxiliaries]
+    runs = [(kind, seed) for seed in known.seeds for kind in kinds]
+    with ThreadPoolExecutor(known.jobs) as pool:
+        summaries = list(pool.map(lambda run: _train(rest, *run, config.output.root, known.threads), runs))
+    rows = []
+    for kind in kinds:
+        mine = [summary for (name, _), summary in zip(runs, summaries, strict=True) if name == kind]
+        values = [summary["value"] for summary in mine]
+        rows.append(
+            {
+                "variant": kind,
+                "schedule": mine[0]["schedule"],
+                "auxiliary": mine[0]["auxiliary"],
+                "blocks": mine[0]["blocks"],
+                "metric": mine[0]["metric"],
+                "values": values,
+                "mean": statistics.mean(values),
+                "seconds": [summary["seconds"] for summary in mine],
+            }
+        )
+    table = Table(title=f"{rows[0]['metric']}, {len(known.seeds)} seed(s)")
+    table.add_column("variant")
+    for name in ("blocks", "mean", "each seed", "to end-to-end, points", "seconds"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["variant"],
+            str(row["blocks"]),
+            f"{100 * row['mean']:.2f}",
+            " ".join(f"{100 * value:.2f}" for value in row["values"]),
+            f"{100 * (row['mean'] - rows[0]['mean']):+.2f}",
+            f"{statistics.mean(row['seconds']):.0f}",
+        )
+    console.print(table)
+    if known.json:
+        about = header(rest, known.threads, seeds=known.seeds)
+        known.json.write_text(json.dumps({"header": about, "rows": rows}, indent=1) + "\n")
+
+
+def _train(argv: Sequence[str], kind: str, seed: int, root: str, threads: int) -> dict[str, Any]:
+    """Run tools/train.py on one variant and read its summary."""
+    name = f"accuracy_{kind}_{seed}"
+    chosen = ["--local.schedule", "end_to_end"] if kind == "end_to_end" else ["--local.auxiliary", kind]
+    more = ["--train.seed", str(seed), "--output.name", name, "--train.resume", "auto"]
+    command = [sys.executable, "tools/train.py", *argv, *chosen, *more]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+    summary: dict[str, Any] = json.loads((Path(root) / name / "summary.json").read_text())
+    console.print(f"{kind}, seed {seed}: {summary['metric']} {summary['value']:.4f}")
+    return summary
+
+
+if __name__ == "__main__":
+    run_tool(main)
