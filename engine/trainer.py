@@ -178,6 +178,8 @@ class Trainer:
         if not wish:
             return
         path = find_checkpoint(self.folder / "checkpoints", console.print) if wish == "auto" else Path(wish)
+        if path is not None and not path.is_dir():
+            raise ValueError(f"train.resume: {path} is no checkpoint; give `auto` or a folder checkpoints/step_N")
         if path is None:
             console.print(f"train.resume: no checkpoint in {self.folder / 'checkpoints'}; starting at step 0")
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -39,6 +40,8 @@ def build_model_chain(config: ModelConfig, classes: int, size: int) -> Chain:
 
 def _own_chain(name: str, classes: int, size: int) -> Chain:
     module_name, _, function = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # the user's own files lie where the command is given
     try:
         factory = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
