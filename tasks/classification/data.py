@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tarfile
@@ -190,8 +191,11 @@ def _unpacked(archive: Path) -> Path:
             with tarfile.open(archive) as tar:
                 tar.extractall(room, filter="data")
             inner = list(room.iterdir())
-            if not target.is_dir():  # another run may have been faster
-                os.replace(inner[0] if len(inner) == 1 and inner[0].is_dir() else room, target)
+            whole = inner[0] if len(inner) == 1 and inner[0].is_dir() else room
+            with contextlib.suppress(OSError):  # another run may have been faster
+                os.replace(whole, target)
+            if not target.is_dir():
+                raise OSError(f"{target} could not be made")
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ValueError(f"data.root: {archive} cannot be unpacked: {error}") from error
         finally:

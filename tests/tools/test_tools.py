@@ -71,9 +71,15 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
         (["--local.blcks", "3"], "unknown key 'local.blcks', did you mean 'local.blocks'?"),
         (["--local.blocks", "many"], "local.blocks: Expected a int. Got value: many"),
         (["--local.blocks", "9"], "local.blocks: 9 blocks asked for, the network has 4 units; choose 1 to 4"),
-        (["--local.cut", "[layer7]"], "local.cut: 'layer7' is not a unit of this network; its units are stem, layer1.0"),
+        (
+            ["--local.cut", "[layer7]"],
+            "local.cut: 'layer7' is not a unit of this network; its units are stem, layer1.0",
+        ),
         (["--local.auxiliary", "glcam"], "local.auxiliary: 'glcam' is unknown, did you mean 'glcan'?"),
-        (["--data.batch", "1"], "data.batch: the smallest micro-batch has 1 sample and BatchNorm 'bn1' needs at least 2"),
+        (
+            ["--data.batch", "1"],
+            "data.batch: the smallest micro-batch has 1 sample and BatchNorm 'bn1' needs at least 2",
+        ),
         (["--data.name", "folder", "--data.root", "nowhere"], "data.root: nowhere has no folder train/"),
         (["--model.classes", "5"], "model.classes: label 9 ('9') is out of range for 5 classes"),
         (["--model.name", "resnet19"], "model.name: resnet19 does not exist"),

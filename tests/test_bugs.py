@@ -1,0 +1,85 @@
+"""Defects found once; each test failed before its repair."""
+
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from engine.chain import Unit
+from tasks.classification.timm_chain import timm_chain
+from tests.toy import Toy, blocks_of, config, state, train
+
+
+def test_units_can_be_copied_under_fake_tensors() -> None:
+    """copy.deepcopy of a fake parameter fails on its storage."""
+    with FakeTensorMode():
+        copy = Unit("u", nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).copy()
+        assert copy.module[0].weight.shape == (4, 3)
+
+
+def test_a_sum_in_place_is_no_link_of_a_chain() -> None:
+    """`x += shortcut` keeps the tensor's identity, so a residual block looked like a chain of its convolutions."""
+    chain = timm_chain("resnet18", 10, 32, pretrained=False)
+    assert not [unit.name for unit in chain.units if "layer" in unit.name and "conv" in unit.name]
+
+
+def test_watching_a_model_does_not_count_a_batch() -> None:
+    """Under fake tensors, BatchNorm's counter went up all the same."""
+    chain = timm_chain("resnet18", 10, 32, pretrained=False)
+    assert all(t == 0 for n, t in chain.model.state_dict().items() if n.endswith("num_batches_tracked"))
+
+
+def test_recomputed_batchnorm_saves_the_same_tensors() -> None:
+    """Turning tracking off while recomputing saved fewer tensors, which checkpointing refuses."""
+    task = Toy(norm=True)
+    _, blocks, schedule = blocks_of(task, config(local__schedule="end_to_end", local__checkpoint=True))
+    train(schedule, [batch[0] for batch in task.batches(0, 0)][:1])
+    assert all(t == 1 for n, t in state(blocks).items() if n.endswith("num_batches_tracked"))
+
+
+def test_two_runs_may_unpack_one_archive_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one failed on the folder the faster one had just made."""
+    from tasks.classification.data import _unpacked
+
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("a.png")
+    with tarfile.open("set.tar", "w") as tar:
+        for number in range(300):
+            tar.add("a.png", f"set/train/a/{number}.png")
+    errors: list[BaseException] = []
+    together = threading.Barrier(4)
+
+    def unpack() -> None:
+        together.wait()
+        try:
+            _unpacked(Path("set.tar"))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=unpack) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(list(Path("data/set/train/a").iterdir())) == 300
+    assert [path.name for path in Path("data").iterdir()] == ["set"]
+
+
+def test_later_blocks_of_many_do_not_diverge() -> None:
+    """Unnormalised pooled features grow with the residual sums; joined in one linear layer, losses reached 70."""
+    from tasks.classification.config import ClassificationConfig
+    from tasks.classification.task import Classification
+
+    settings = ClassificationConfig(task="classification")
+    settings.model.name, settings.data.size, settings.data.batch, settings.data.augment = "resnet32", 8, 64, "none"
+    settings.local.blocks = 16
+    task = Classification(settings)
+    _, _, schedule = blocks_of(task, settings)
+    losses = torch.stack([torch.stack(step) for step in train(schedule, [b[0] for b in task.batches(0, 0)])])
+    assert losses[-5:].mean(0).max() < 5, "0.7 now, 24 then"
