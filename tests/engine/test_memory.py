@@ -177,5 +177,5 @@ def test_local_learning_beats_checkpointing_in_memory() -> None:
 def test_an_estimate_takes_no_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = estimate_variant(Variant("", ()), CONFIG, 100_000)
-    assert found.peak_bytes > 50 * 2**30
+    assert found.peak_bytes > 40 * 2**30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "less than 1 GiB"
