@@ -78,8 +78,10 @@ def main(argv: Sequence[str]) -> None:
 def _train(argv: Sequence[str], kind: str, seed: int, root: str, threads: int) -> dict[str, Any]:
     """Run tools/train.py on one variant and read its summary."""
     name = f"accuracy_{kind}_{seed}"
+    if (Path(root) / name).exists():
+        raise ValueError(f"--output.root: {root} has a run {name} already; give another folder")
     chosen = ["--local.schedule", "end_to_end"] if kind == "end_to_end" else ["--local.auxiliary", kind]
-    more = ["--train.seed", str(seed), "--output.name", name, "--train.resume", "auto"]
+    more = ["--train.seed", str(seed), "--output.name", name]
     command = [sys.executable, "tools/train.py", *argv, *chosen, *more]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False

@@ -69,16 +69,11 @@ def first_batch(task: Task) -> Message:
 
 def estimate_variant(variant: Variant, argv: Sequence[str], batch: int = 0) -> Estimate:
     """Peak bytes on fake tensors, at ``batch`` samples or the config's own number of them."""
-    config, task = variant.load([*argv, "--train.device", "cpu"])
+    config, task = variant.load(argv)
     message = first_batch(task)
-
-    def build() -> tuple[Schedule, Message]:
-        def fake(tensor: torch.Tensor) -> torch.Tensor:
-            return torch.zeros((batch or len(tensor), *tensor.shape[1:]), dtype=tensor.dtype)
-
-        return build_schedule(config, task), message.map(fake)
-
-    return estimate_step(build)
+    if batch:
+        message = message.map(lambda t: torch.empty((batch, *t.shape[1:]), dtype=t.dtype, device="meta"))
+    return estimate_step(build_blocks(task.build_chain(initial=False), config, task), config, message)
 
 
 def time_variants(
@@ -97,15 +92,16 @@ def time_variants(
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(variant, list(argv), threads, there), daemon=True)
             process.start()
+            there.close()  # the worker's end is its own, so that its death is noticed here
             workers.append((variant, process, here))
-        for _, _, pipe in workers:
-            pipe.recv()
+        for variant, _, pipe in workers:
+            _answer(variant, pipe)
         with progress_bar() as bar:
             shown = bar.add_task("timing", total=warmup + steps)
             for number in range(warmup + steps):
                 for variant, _, pipe in workers:
                     pipe.send(True)
-                    taken = pipe.recv()
+                    taken = _answer(variant, pipe)
                     if number >= warmup:
                         seconds[variant.name].append(taken)
                 bar.advance(shown)
@@ -116,13 +112,20 @@ def time_variants(
     return {name: Timing(statistics.median(taken), min(taken), max(taken)) for name, taken in seconds.items()}
 
 
+def _answer(variant: Variant, pipe: Connection) -> float:
+    try:
+        return float(pipe.recv())
+    except EOFError as error:
+        raise ValueError(f"the process of variant {variant.name!r} has died; out of memory?") from error
+
+
 def _work(variant: Variant, argv: list[str], threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
     config, task = variant.load(argv)
     schedule = build_schedule(config, task)
     device = choose_device(config.train.device)
     message = first_batch(task).to(device)
-    pipe.send(True)
+    pipe.send(0.0)
     sequence = 0
     while pipe.recv():
         start = time.perf_counter()

@@ -22,16 +22,16 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BlockError(RuntimeError):
-    """A block failed; names the block, the step and the cause. The job ends with it."""
+    """A block failed; names the block, the micro-batch and the cause. The job ends with it."""
 
-    def __init__(self, block: int, step: int, cause: BaseException) -> None:
-        super().__init__(f"block {block} failed at micro-batch {step}: {type(cause).__name__}: {cause}")
-        self.block, self.step, self.cause = block, step, cause
+    def __init__(self, block: int, sequence: int, cause: BaseException) -> None:
+        super().__init__(f"block {block} failed at micro-batch {sequence}: {type(cause).__name__}: {cause}")
+        self.block, self.sequence, self.cause = block, sequence, cause
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a local step did. Tensors stay on the device, so reporting costs no synchronisation.
+    """What a local step did. Tensors stay on the device: reporting makes nobody wait (an fp16 scaler does).
 
     ``gradient_norm`` is the block's own norm before clipping (nan without clipping or update);
     ``skipped`` counts the updates that this block's loss scaler has left out so far.
@@ -153,9 +153,20 @@ class Block(nn.Module):
     def _run(self, unit: Unit, message: Message) -> Message:
         if not (self.checkpointing and torch.is_grad_enabled()):
             return unit(message)
+        version = message.x._version
+        # The tensor is an argument of its own so that checkpoint sees its device and keeps that one's
+        # random state: inside a message it would not look.
         result: Message = checkpoint(
-            unit, message, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(unit.module))
+            lambda message, _: unit(message),
+            message,
+            message.x,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _frozen_statistics(unit.module)),
         )
+        if message.x._version != version:
+            raise ValueError(
+                f"unit {unit.name!r} changes its input in place and so cannot be recomputed; set local.checkpoint false"
+            )
         return result
 
     def _autocast(self) -> AbstractContextManager[Any]:

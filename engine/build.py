@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch._dynamo
 
 from engine.auxiliary import AuxiliaryNetwork, build_auxiliary
 from engine.bank import FeatureBank
@@ -24,7 +25,7 @@ def cut(chain: Chain, config: LocalConfig) -> list[Span]:
 
 
 def build_blocks(chain: Chain, config: Config, task: Task) -> list[Block]:
-    """Cut the chain, give each block its auxiliary network and its optimizer.
+    """Cut the chain and give each block its auxiliary network; ``prepare`` gives optimizers.
 
     Raises:
         ValueError: a cut, auxiliary network or option that does not fit; names it.
@@ -63,6 +64,11 @@ def prepare(blocks: list[Block], config: Config, device: torch.device) -> None:
         blocks[0].chain.model.to(device)
         for block in blocks:
             block.to(device)
+        blocks[0].chain.check()
+    if config.local.compile:
+        # Blocks share the code that is compiled, and a graph is kept for each: more than dynamo's limit of 8.
+        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 4 * len(blocks)))
     for block in blocks:
         block.attach(lambda named: build_optimizer(config.optimizer, named))
         if config.local.compile:

@@ -47,15 +47,16 @@ class Unit:
 
         Every parameter's elements are shuffled, so a copy follows the very distribution its framework
         initialised the original with, constants (a normalisation's ones) included, whatever the
-        framework. Normalisation statistics start afresh.
+        framework. Normalisation statistics start afresh, and every parameter learns.
 
-        Known limitation: an initialisation with structure (orthogonal rows) keeps only its marginals.
+        Known limitations: an initialisation with structure (orthogonal rows) keeps only its marginals; of
+        a trained unit it is the trained weights' distribution that is drawn from.
         """
         memo: dict[int, Tensor] = {id(buffer): buffer.clone() for buffer in self.module.buffers()}
         for parameter in self.module.parameters():
             values = parameter.detach().flatten()
             order = torch.randperm(len(values), device=values.device)
-            memo[id(parameter)] = nn.Parameter(values[order].view_as(parameter), parameter.requires_grad)
+            memo[id(parameter)] = nn.Parameter(values[order].view_as(parameter))
         module = copy.deepcopy(self.module, memo)
         for child in module.modules():
             if isinstance(child, nn.modules.batchnorm._NormBase):
@@ -91,8 +92,13 @@ class Chain:
         if layout not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"layout {layout!r} is none of NCHW, NHWC, NLC")
         self.model, self.units, self.head, self.example, self.layout = model, list(units), head, example, layout
-        self._owners = _owners(model, [*units, head])
         self._shapes: list[Message] | None = None
+
+        self.check()
+
+    def check(self) -> None:
+        """See that the chain is exact (again: moving a model replaces buffers)."""
+        _check_exact(self.model, [*self.units, self.head])
 
     def __len__(self) -> int:
         return len(self.units)
@@ -133,23 +139,20 @@ def _tensors(module: nn.Module) -> Iterable[Tensor]:
     return module.state_dict(keep_vars=True).values()
 
 
-def _owners(model: nn.Module, units: Sequence[Unit]) -> dict[str, str]:
-    """Name of every parameter and persistent buffer -> name of the unit that holds it."""
+def _check_exact(model: nn.Module, units: Sequence[Unit]) -> None:
     seen: set[str] = set()
     for unit in units:
         if unit.name in seen:
             raise ValueError(f"two units are called {unit.name!r}")
         seen.add(unit.name)
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
     holders: dict[int, str] = {}
     for unit in units:
-        for tensor in {id(tensor): tensor for tensor in _tensors(unit.module)}:
+        for tensor in {id(tensor) for tensor in _tensors(unit.module)}:
             if tensor in holders:
-                shared = next(n for n, t in model.state_dict(keep_vars=True).items() if id(t) == tensor)
-                raise ValueError(f"{shared!r} is in two units, {holders[tensor]!r} and {unit.name!r}")
+                name = names.get(tensor, "a tensor")
+                raise ValueError(f"{name!r} is in two units, {holders[tensor]!r} and {unit.name!r}")
             holders[tensor] = unit.name
-    owners: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in holders:
+    for tensor, name in names.items():
+        if tensor not in holders:
             raise ValueError(f"{name!r} of the model is in no unit")
-        owners[name] = holders[id(tensor)]
-    return owners

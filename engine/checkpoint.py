@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.block import Block
+from engine.files import flush
 from engine.optimizer import load_state_by_name, state_by_name
 
 FORMAT = 1
@@ -25,12 +26,17 @@ FORMAT = 1
 
 @dataclass
 class Position:
-    """Where training stands: what comes next is micro-batch ``sequence``, step ``step``."""
+    """Where training stands: ``step`` optimizer steps are done, what comes next is micro-batch ``sequence``.
+
+    ``steps_per_epoch`` is that of the data ``step_in_epoch`` counts in; ``seconds`` is the time so far.
+    """
 
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
     sequence: int = 0
+    steps_per_epoch: int = 0
+    seconds: float = 0.0
 
 
 class Incomplete(ValueError):
@@ -38,18 +44,26 @@ class Incomplete(ValueError):
 
 
 def save_checkpoint(folder: Path, blocks: Sequence[Block], position: Position, auxiliary: Any, keep: int) -> Path:
-    """Write ``folder/step_N`` and drop all but the newest ``keep``.
+    """Write ``folder/step_N``; of it and its predecessors the newest ``keep`` stay.
 
     Per block ``model.K``, ``auxiliary.K`` and ``optimizer.K`` (safetensors), then ``state.json`` with the
     position and every file's size and SHA-256. All is written under another name, flushed to disk and
     renamed, so a kill at any byte leaves the checkpoint before it whole.
+
+    Raises:
+        ValueError: a parameter, buffer or optimizer state is not finite (named); nothing is written then.
     """
     target = folder / f"step_{position.step}"
     room = folder / f".step_{position.step}.writing"
+    parts = [_parts(block) for block in blocks]
+    for block, kinds in zip(blocks, parts, strict=True):
+        for name, tensor in ((name, tensor) for kind in kinds.values() for name, tensor in kind.items()):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"block {block.index}: {name!r} is not finite at step {position.step}")
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir(parents=True)
-    for block in blocks:
-        for kind, tensors in _parts(block).items():
+    for block, kinds in zip(blocks, parts, strict=True):
+        for kind, tensors in kinds.items():
             copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
             save_file(copies, room / f"{kind}.{block.index}.safetensors")
     state = {
@@ -57,16 +71,17 @@ def save_checkpoint(folder: Path, blocks: Sequence[Block], position: Position, a
         "position": asdict(position),
         "cut": [[unit.name for unit in block.units] for block in blocks],
         "auxiliary": auxiliary,
+        "optimizer": type(blocks[0].optimizer).__name__,
         "blocks": [_counters(block) for block in blocks],
         "files": {path.name: _fingerprint(path) for path in sorted(room.iterdir())},
     }
     (room / "state.json").write_text(json.dumps(state, indent=1))
     for path in [*room.iterdir(), room]:
-        _flush(path)
+        flush(path)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(room, target)
-    _flush(folder)
-    for old in _steps(folder)[:-keep]:
+    flush(folder)
+    for old in [step for step in _steps(folder) if step <= position.step][:-keep]:
         shutil.rmtree(folder / f"step_{old}")
     return target
 
@@ -78,7 +93,7 @@ def find_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
         try:
             read_state(path)
         except Incomplete as error:
-            log(f"checkpoint {path} is damaged ({error}); trying the one before it")
+            log(f"checkpoint is damaged ({error}); trying the one before it")
             continue
         return path
     return None
@@ -92,12 +107,14 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        files = state["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise Incomplete(f"state.json: {error}") from error
+        files, version = state["files"], state["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Incomplete(f"{path}: state.json: {error}") from error
     for name, fingerprint in files.items():
         if not (path / name).is_file() or _fingerprint(path / name) != fingerprint:
-            raise Incomplete(f"{name} is missing, short or altered")
+            raise Incomplete(f"{path}: {name} is missing, short or altered")
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}; this version of the engine reads format {FORMAT}")
     return state
 
 
@@ -114,18 +131,23 @@ def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Ca
     tensors = _read(path, state, ("model", "auxiliary", "optimizer"))
     model = blocks[0].chain.model
     check_names(model, tensors["model"], str(path))
-    same = state["cut"] == [[unit.name for unit in block.units] for block in blocks] and state["auxiliary"] == auxiliary
+    optimizer = type(blocks[0].optimizer).__name__
+    if state["optimizer"] != optimizer:
+        raise ValueError(f"optimizer.name: {path} was trained with {state['optimizer']}, the config says {optimizer}")
+    own = {name: tensor for block in blocks for name, tensor in _parts(block)["auxiliary"].items()}
+    same = (
+        state["cut"] == [[unit.name for unit in block.units] for block in blocks]
+        and state["auxiliary"] == auxiliary
+        and {name: t.shape for name, t in own.items()} == {n: t.shape for n, t in tensors["auxiliary"].items()}
+    )
     if not same:
         log(f"{path} has other blocks or auxiliary networks: the model goes on, auxiliary networks start fresh")
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             tensor.copy_(tensors["model"][name])
+        for name, tensor in own.items() if same else ():
+            tensor.copy_(tensors["auxiliary"][name])
         for block, counters in zip(blocks, state["blocks"] if same else [{}] * len(blocks), strict=True):
-            own = block.named_state()
-            if same:
-                for name, tensor in own.items():
-                    if name in tensors["auxiliary"]:
-                        tensor.copy_(tensors["auxiliary"][name])
             if block.optimizer is not None:
                 load_state_by_name(block.optimizer, _parameters(block), tensors["optimizer"], drop_auxiliary=not same)
             position = Position(**state["position"])
@@ -162,6 +184,15 @@ def check_names(model: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
             raise ValueError(f"{source} is of another model: {name!r} is {here} there, {there} in this network")
 
 
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Rename checkpoints later than ``step``: training takes another course from there."""
+    later = [f"step_{other}" for other in _steps(folder) if other > step]
+    for name in later:
+        shutil.rmtree(folder / f"superseded_{name}", ignore_errors=True)
+        os.replace(folder / name, folder / f"superseded_{name}")
+    return later
+
+
 def export_model(model: nn.Module, target: Path) -> None:
     """Write the plain network's weights under its own names: safetensors, or a torch file for other suffixes.
 
@@ -174,7 +205,7 @@ def export_model(model: nn.Module, target: Path) -> None:
         save_file(state, room)
     else:
         torch.save(state, room)
-    _flush(room)
+    flush(room)
     os.replace(room, target)
 
 
@@ -222,11 +253,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

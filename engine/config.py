@@ -10,11 +10,14 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jsonargparse
 import yaml
+
+from engine.files import write_text
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -137,6 +140,10 @@ class Config:
         ):
             if value < least:
                 raise ValueError(f"{key}: {value} is too small; the least is {least}")
+        if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum <= 0:
+            raise ValueError("optimizer.nesterov: needs optimizer.momentum above 0; set optimizer.nesterov false")
+        if self.local.compile and self.local.checkpoint:
+            raise ValueError("local.compile: cannot be combined with local.checkpoint; set one of them false")
         if optimizer.lr <= 0:
             raise ValueError(f"optimizer.lr: {optimizer.lr} must be above 0")
         if optimizer.schedule == "step" and not optimizer.milestones:
@@ -146,19 +153,26 @@ class Config:
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
+def words(argv: Sequence[str]) -> list[str]:
+    """Command-line words with every ``--key=value`` taken apart."""
+    return [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+
+
+def config_file(argv: Sequence[str]) -> Path | None:
+    """The file that ``--config`` names, the last one if there are several."""
+    files = [value for key, value in pairwise(words(argv)) if key == "--config"]
+    return Path(files[-1]) if files else None
+
+
 def task_name(argv: Sequence[str]) -> str:
-    """The task that the config file or the overrides in ``argv`` name."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument("--task")
-    known, _ = parser.parse_known_args(list(argv))
-    if known.task:
-        return str(known.task)
-    if known.config is None:
-        raise ValueError(
-            "--config: no file given; try --config tasks/classification/configs/digits_resnet32_k16_glcan.yaml"
-        )
-    return str(read_yaml(Path(known.config)).get("task", ""))
+    """The task that the overrides in ``argv`` or else the config file name."""
+    named = [value for key, value in pairwise(words(argv)) if key == "--task"]
+    if named:
+        return named[-1]
+    file = config_file(argv)
+    if file is None:
+        raise ValueError("--config: no file given; tasks/*/configs/ has them")
+    return str(read_yaml(file).get("task", ""))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -184,18 +198,18 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     Raises:
         ValueError: unknown key (with the nearest known one), wrong type, or a refused value.
     """
+    argv = words(argv)
     known, sections = keys(config_class), typing.get_type_hints(config_class)
-    for number, word in enumerate(argv):
-        if word == "--config" and number + 1 < len(argv):
-            content, where = read_yaml(Path(argv[number + 1])), f"{argv[number + 1]}: "
-            _check_keys(_flat(content), known, where)
-            for name, value in content.items():
-                if dataclasses.is_dataclass(sections.get(name)) and not isinstance(value, dict):
-                    raise ValueError(f"{where}{name}: a section is a mapping of keys, this is {type(value).__name__}")
+    file, auxiliary = config_file(argv), LocalConfig.auxiliary
+    if file is not None:
+        content = read_yaml(file)
+        _check_keys(_flat(content), known, f"{file}: ")
+        for name, value in content.items():
+            if dataclasses.is_dataclass(sections.get(name)) and not isinstance(value, dict):
+                raise ValueError(f"{file}: {name}: a section is a mapping of keys, this is {type(value).__name__}")
+        auxiliary = (content.get("local") or {}).get("auxiliary", auxiliary)
     _check_keys(
-        [w[2:].split("=")[0].rstrip("+") for w in argv if w.startswith("--")],
-        {*known, "config", "help", "print_config"},
-        "",
+        [word[2:].rstrip("+") for word in argv if word.startswith("--")], {*known, "config", "help", "print_config"}, ""
     )
     parser = jsonargparse.ArgumentParser(
         prog=program, exit_on_error=False, description=(config_class.__doc__ or "").split("\n")[0]
@@ -203,14 +217,16 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     parser.add_argument("--config", action="config", help="YAML file with the sections below")
     parser.add_class_arguments(config_class)
     try:
-        values = vars(parser.instantiate(parser.parse_args(list(argv))))
+        values = vars(parser.instantiate(parser.parse_args(argv)))
         config = config_class(**{name: value for name, value in values.items() if name != "config"})
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(_one_line(str(error))) from error
-    if isinstance(config.local.auxiliary, dict):
-        config.local.auxiliary = {
-            k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in config.local.auxiliary.items()
-        }
+    chosen = config.local.auxiliary
+    if isinstance(chosen, dict):
+        chosen = {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in chosen.items()}
+        if "type" not in chosen and isinstance(auxiliary, str):
+            chosen = {"type": auxiliary, **chosen}  # --local.auxiliary.option on top of a mere name
+        config.local.auxiliary = chosen
     config.check()
     return config
 
@@ -228,7 +244,7 @@ def keys(config_class: type[Any], prefix: str = "") -> set[str]:
 
 def save(config: Config, path: Path) -> None:
     """Write the complete, resolved config."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> list[str]:

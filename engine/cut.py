@@ -107,6 +107,6 @@ def _spans(chain: Chain, bounds: Sequence[int]) -> list[Span]:
         if not any(p.requires_grad for module in modules for p in module.parameters()):
             names = ", ".join(unit.name for unit in span.units(chain))
             raise ValueError(
-                f"local.cut: block {span.index} ({names}) has no trainable parameter; join it to a neighbour"
+                f"block {span.index} ({names}) has no trainable parameter; choose another local.cut or local.blocks"
             )
     return spans

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.block import Block
+from engine.files import write_text
 
 console = Console(width=None if Console().is_terminal else 120, highlight=False)
 MIB = 2**20
@@ -24,7 +25,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if line.get("step", 0) <= step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

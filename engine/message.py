@@ -76,7 +76,7 @@ class Message:
 
     def to(self, device: torch.device) -> Message:
         """Move every tensor to ``device``."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def flatten(self) -> tuple[list[Tensor], Structure]:
         """Tensors in a fixed order, and the structure that ``unflatten`` needs to put them back."""

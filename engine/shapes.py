@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -20,13 +21,20 @@ def infer_shapes(forward: Callable[[Message], Message], message: Message, module
     """
     active = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)]
     fake = active[-1] if active else FakeTensorMode(allow_non_fake_inputs=True)
+    with evaluating(modules):
+        with fake, torch.no_grad():
+            result = forward(message.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu")))
+        return result.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode it was in, frozen normalisations included."""
     modes = [(module, module.training) for root in modules for module in root.modules()]
     for module, _ in modes:
         module.training = False
     try:
-        with fake, torch.no_grad():
-            result = forward(message.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu")))
-        return result.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+        yield
     finally:
         for module, training in modes:
             module.training = training

@@ -21,12 +21,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.block import Block, Report
 from engine.build import build_blocks, prepare
-from engine.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint
+from engine.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint, set_aside
 from engine.config import Config, save
+from engine.files import write_text
 from engine.log import RunLog, block_table, console, progress_bar
 from engine.message import Message
 from engine.optimizer import rate_factor, set_rate
 from engine.schedules import SCHEDULES
+from engine.shapes import evaluating
 from engine.task import Task
 
 
@@ -53,17 +55,23 @@ class Trainer:
             raise ValueError("data.batch: larger than the training set, and data.drop_last leaves nothing")
         prepare(self.blocks, config, self.device)
         self.schedule = SCHEDULES[config.local.schedule](self.blocks)
-        self.position = Position()
+        self.position = Position(steps_per_epoch=self.steps_per_epoch)
         self.folder = run_folder(config)
         self._resume()
         self._pending: list[tuple[int, list[Report]]] = []
         self._stop = False
+        self._started = time.monotonic()
 
     @property
     def last_step(self) -> int:
         """Optimizer steps of the whole run."""
         whole = self.config.train.epochs * self.steps_per_epoch
         return min(whole, self.config.train.steps) if self.config.train.steps else whole
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run before its last step."""
+        return self._stop and self.position.step < self.last_step
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, or to an interrupt; returns what ``summary.json`` holds."""
@@ -73,7 +81,8 @@ class Trainer:
         console.print(f"training on {self.device}, writing {self.folder}")
         if self.config.optimizer.clip_norm:
             console.print(f"clipping each block's own gradient norm to {self.config.optimizer.clip_norm}")
-        log, start, values = RunLog(self.folder, self.position.step), time.monotonic(), {}
+        log, values = RunLog(self.folder, self.position.step), {}
+        self._started = time.monotonic() - self.position.seconds
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
@@ -86,41 +95,41 @@ class Trainer:
                         log.write(self.position.step, {"epoch": self.position.epoch, **values})
                         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
                         console.print(f"epoch {self.position.epoch}, step {self.position.step}: test {shown}")
+                if not values and not self.interrupted:
+                    values = self.evaluate()
         finally:
             log.close()
-        if self._stop:
+        if self.interrupted:
             console.print(f"stopped and saved at step {self.position.step}; go on with --train.resume auto")
-        elif not values:
-            values = self.evaluate()
-        summary = self._summary(values, time.monotonic() - start)
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        summary = self._summary(values, time.monotonic() - self._started)
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
     def evaluate(self) -> dict[str, float]:
-        """The task's figures on its test data; training mode is back afterwards."""
-        self.chain.model.eval()
-        try:
+        """The task's figures on its test data."""
+        with evaluating([self.chain.model]):
             return self.task.evaluate(lambda message: self.schedule.predict(message.to(self.device)))
-        finally:
-            self.chain.model.train()
 
     def step(self, micro_batches: Sequence[Message]) -> list[Report]:
-        """One optimizer step of every block; returns the last micro-batch's reports."""
+        """One optimizer step of every block; the reports' losses are the whole batch's."""
         rate = self.config.optimizer.lr * rate_factor(
             self.config.optimizer, self.position.step, self.steps_per_epoch, self.config.train.epochs
         )
         for block in self.blocks:
             assert block.optimizer is not None
             set_rate(block.optimizer, rate)
-        samples = sum(message.batch for message in micro_batches)
+        samples, losses = sum(message.batch for message in micro_batches), []
         for number, message in enumerate(micro_batches):
             message = replace(message.to(self.device), sequence=self.position.sequence)
             update = number == len(micro_batches) - 1
-            reports = self.schedule.step(message, update=update, weight=message.batch / samples)
+            weight = message.batch / samples
+            reports = self.schedule.step(message, update=update, weight=weight)
+            losses.append([report.loss * weight for report in reports])
             self.position.sequence += 1
         self.position.step += 1
         self.position.step_in_epoch += 1
-        return reports
+        whole = [torch.stack(parts).sum() for parts in zip(*losses, strict=True)]
+        return [replace(report, loss=loss) for report, loss in zip(reports, whole, strict=True)]
 
     def _epoch(self, log: RunLog) -> None:
         """The rest of the current epoch, or as much as the cap on steps and an interrupt leave of it."""
@@ -152,12 +161,7 @@ class Trainer:
             losses = torch.stack([report.loss for report in reports]).tolist()
             for report, loss in zip(reports, losses, strict=True):
                 if not math.isfinite(loss):
-                    kept = find_checkpoint(self.folder / "checkpoints", console.print)
-                    rate = self.config.optimizer.lr
-                    raise ValueError(
-                        f"block {report.block}: loss is {loss} at step {step}; lower optimizer.lr (now {rate}) or "
-                        f"set optimizer.clip_norm; last good checkpoint: {kept or 'none'}"
-                    )
+                    raise ValueError(self._remedy(f"block {report.block}: loss is {loss} at step {step}"))
         self._pending.clear()
         assert self.blocks[0].optimizer is not None
         values: dict[str, Any] = {"epoch": self.position.epoch, "train_loss": losses, "seconds": seconds}
@@ -169,9 +173,24 @@ class Trainer:
         log.write(step, values)
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment.
+
+        Raises:
+            ValueError: something has stopped being finite; the checkpoints before are kept.
+        """
         folder, auxiliary = self.folder / "checkpoints", self.config.local.auxiliary
-        return save_checkpoint(folder, self.blocks, self.position, auxiliary, self.config.train.keep)
+        self.position.seconds = time.monotonic() - self._started
+        try:
+            return save_checkpoint(folder, self.blocks, self.position, auxiliary, self.config.train.keep)
+        except ValueError as error:
+            raise ValueError(self._remedy(str(error))) from error
+
+    def _remedy(self, trouble: str) -> str:
+        kept = find_checkpoint(self.folder / "checkpoints", console.print)
+        return (
+            f"{trouble}; lower optimizer.lr (now {self.config.optimizer.lr}) or set optimizer.clip_norm; "
+            f"last good checkpoint: {kept or 'none'}"
+        )
 
     def _resume(self) -> None:
         wish = self.config.train.resume
@@ -184,6 +203,13 @@ class Trainer:
             console.print(f"train.resume: no checkpoint in {self.folder / 'checkpoints'}; starting at step 0")
             return
         self.position = load_checkpoint(path, self.blocks, self.config.local.auxiliary, console.print)
+        if self.position.steps_per_epoch != self.steps_per_epoch:
+            raise ValueError(
+                f"train.resume: {path} has {self.position.steps_per_epoch} steps an epoch, this config "
+                f"{self.steps_per_epoch}; keep data.batch, data.subset and data.drop_last as they were"
+            )
+        for name in set_aside(self.folder / "checkpoints", self.position.step):
+            console.print(f"{name} is later than that and of another course: now superseded_{name}")
         console.print(f"resumed {path} at step {self.position.step}")
 
     @contextmanager
@@ -221,7 +247,7 @@ class Trainer:
             "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else resident,
             "peak_memory_of": "CUDA tensors" if cuda else "resident set of the process",
             "skipped_updates": [block.skipped for block in self.blocks],
-            "interrupted": self._stop,
+            "interrupted": self.interrupted,
         }
 
 
@@ -237,15 +263,22 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"train.device: {name!r} is none of auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise ValueError(f"train.device: {name!r} is none of auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"train.device: {name} asked for, but there are {torch.cuda.device_count()} GPUs")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"train.device: {name} asked for, but torch {torch.__version__} sees no GPU; use auto or cpu")
     return device
 
 
 def run_folder(config: Config) -> Path:
-    """``root/name`` to go on in, or for a new run the first of ``name``, ``name-2``, ... that is free."""
-    folder = Path(config.output.root) / (config.output.name or config.task)
-    if config.train.resume:
+    """``root/name`` to go on in, or for a new run the first of ``name``, ``name-2``, ... that is free.
+
+    A run goes on in its folder; one that starts from another run's checkpoint is new.
+    """
+    folder, resume = Path(config.output.root) / (config.output.name or config.task), config.train.resume
+    if resume == "auto" or (resume and folder.resolve() in Path(resume).resolve().parents):
         return folder
     number, free = 2, folder
     while free.exists():
@@ -272,12 +305,14 @@ def _determinism(wanted: bool, device: torch.device) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, fill = torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(wanted, warn_only=True)
     torch.backends.cudnn.benchmark = not wanted
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

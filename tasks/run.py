@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from engine.block import DTYPES
 from engine.chain import Chain
 from engine.checkpoint import find_checkpoint, load_model
 from engine.config import parse, task_name
 from engine.log import console
+from engine.message import Message
 from engine.task import Task
 from engine.trainer import choose_device
 from tasks import find_task
@@ -24,7 +27,15 @@ class Run:
     task: Task
     chain: Chain
     device: torch.device
+    precision: str
     step: int
+
+    @torch.no_grad()
+    def predict(self, message: Message) -> Any:
+        """The network's prediction, in the precision it was trained in."""
+        dtype = DTYPES[self.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self.chain(message.to(self.device))
 
 
 def open_run(folder: Path) -> Run:
@@ -46,6 +57,7 @@ def open_run(folder: Path) -> Run:
     task: Task = entry.build(config)
     chain = task.build_chain(initial=False)
     step = load_model(path, chain.model)
-    device = choose_device(config.train.device)
+    # A run may be opened on another machine than it was trained on.
+    device = choose_device("cpu" if config.train.device == "cpu" else "auto")
     chain.model.to(device).eval()
-    return Run(folder, task, chain, device, step)
+    return Run(folder, task, chain, device, config.local.precision, step)

@@ -29,5 +29,5 @@ def CIFAR10() -> Path:
             if "/test/" in member.name or ("/train/" in member.name and int(Path(member.name).stem) < 10)
             if member.isfile()
         ]
-        tar.extractall(room, members=wanted, filter="data")
+        tar.extractall(room, members=wanted, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return room / "cifar10"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,4 +42,3 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     run_tool(main)
-    sys.exit(0)

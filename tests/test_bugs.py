@@ -67,8 +67,22 @@ def test_two_runs_may_unpack_one_archive_at_once(tmp_path: Path, monkeypatch: py
     for thread in threads:
         thread.join()
     assert errors == []
-    assert len(list(Path("data/set/train/a").iterdir())) == 300
-    assert [path.name for path in Path("data").iterdir()] == ["set"]
+    (folder,) = Path("data").iterdir()
+    assert len(list((folder / "train/a").iterdir())) == 300
+
+
+def test_archives_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder was named by the archive's name alone, so the second one's images were never seen."""
+    from tasks.classification.data import _unpacked
+
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("a.png")
+    for folder, count in (("one", 1), ("two", 2)):
+        Path(folder).mkdir()
+        with tarfile.open(f"{folder}/set.tar", "w") as tar:
+            for number in range(count):
+                tar.add("a.png", f"set/{number}.png")
+        assert len(list(_unpacked(Path(folder) / "set.tar").iterdir())) == count
 
 
 def test_later_blocks_of_many_do_not_diverge() -> None:

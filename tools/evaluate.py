@@ -10,9 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from engine.config import run_tool
+from engine.files import write_text
 from tasks.run import open_run
 
 
@@ -20,10 +19,9 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Evaluate the newest complete checkpoint of a run.")
     parser.add_argument("--run", required=True, type=Path, help="folder that tools/train.py wrote")
     run = open_run(parser.parse_args(list(argv)).run)
-    with torch.no_grad():
-        values = run.task.evaluate(lambda message: run.chain(message.to(run.device)))
+    values = run.task.evaluate(run.predict)
     result = {"run": str(run.folder), "step": run.step, "metric": run.task.metric, **values}
-    (run.folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_text(run.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
     print(f"step {run.step}: {shown}")
 

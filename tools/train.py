@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.config import parse, run_tool, task_name
+from engine.config import config_file, parse, run_tool, task_name
 from engine.trainer import Trainer
 from tasks import find_task
 
@@ -18,7 +17,8 @@ def main(argv: Sequence[str]) -> None:
     entry = find_task(task_name(argv))
     config = parse(entry.config, argv)
     if not config.output.name:
-        config.output.name = next((Path(b).stem for a, b in pairwise(argv) if a == "--config"), config.task)
+        file = config_file(argv)
+        config.output.name = file.stem if file else config.task
     trainer = Trainer(config, entry.build(config))
     summary = trainer.fit()
     if not summary["interrupted"]:

@@ -22,7 +22,10 @@ class DGL(AuxiliaryNetwork):
     """Pool to a quarter, three 1x1 convolutions, pool to 2x2, three-layer MLP (Belilovsky et al., ICML 2020).
 
     The last of the MLP's layers is the task's own head, on a flat vector. Tokens are taken as a map of
-    height 1. ``width`` is the number of channels, the block's own output's by default.
+    height 1.
+
+    Known limitation: on a GPU the backward of its adaptive pooling sums in no fixed order, so runs repeat
+    only up to rounding there.
     """
 
     def __init__(self, channels: int, layout: str, head_of: Any) -> None:

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -73,9 +74,10 @@ def build_auxiliary(
     for module in pkgutil.iter_modules(importlib.import_module("engine.auxiliary").__path__):
         importlib.import_module(f"engine.auxiliary.{module.name}")
     options = {"type": spec} if isinstance(spec, str) else dict(spec)
-    name = options.pop("type", None)
-    if name not in _families:
-        known = ", ".join(sorted(_families))
+    name, known = options.pop("type", None), ", ".join(sorted(_families))
+    if name is None:
+        raise ValueError(f"local.auxiliary: options {', '.join(options)} without `type`, which is one of {known}")
+    if not isinstance(name, str) or name not in _families:
         raise ValueError(f"local.auxiliary: {name!r} is unknown{_nearest(str(name), _families)}; known: {known}")
     family = _families[name]
     takes = list(inspect.signature(family.build).parameters)[4:]
@@ -83,6 +85,13 @@ def build_auxiliary(
         if option not in takes:
             close, known = _nearest(option, takes), ", ".join(takes) or "none"
             raise ValueError(f"local.auxiliary: {name} has no option {option!r}{close}; known: {known}")
+    hints = typing.get_type_hints(family.build)
+    for option, value in options.items():
+        wanted = hints[option]
+        if not isinstance(value, (int, float) if wanted is float else wanted) or (
+            isinstance(value, bool) and wanted is not bool
+        ):
+            raise ValueError(f"local.auxiliary: {option} of {name} is {value!r}, expected {wanted.__name__}")
     with seeded(seed, "auxiliary", span.index):
         return family.build(chain, span, bank, task, **options)
 

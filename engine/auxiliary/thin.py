@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def thin(module: nn.Module, width: float, name: str) -> nn.Module:
@@ -18,40 +17,49 @@ def thin(module: nn.Module, width: float, name: str) -> nn.Module:
         ValueError: a layer with parameters is of a kind that cannot be thinned; names it.
     """
 
-    def scaled(channels: int) -> int:
-        return max(1, round(channels * width))
-
     for path, child in list(module.named_modules()):
-        new: nn.Module
-        if isinstance(child, nn.Conv2d):
-            groups = 1
-            if child.groups > 1:
-                groups = scaled(child.in_channels) // (child.in_channels // child.groups)
-            new = nn.Conv2d(
-                scaled(child.in_channels),
-                scaled(child.out_channels),
-                child.kernel_size,  # type: ignore[arg-type]
-                child.stride,  # type: ignore[arg-type]
-                child.padding,  # type: ignore[arg-type]
-                child.dilation,  # type: ignore[arg-type]
-                groups,
-                child.bias is not None,
-                child.padding_mode,
-            )
-            nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(child, _BatchNorm):
-            new = type(child)(
-                scaled(child.num_features), child.eps, child.momentum, child.affine, child.track_running_stats
-            )
-        elif isinstance(child, nn.GroupNorm):
-            new = nn.GroupNorm(child.num_groups, scaled(child.num_channels), child.eps, child.affine)
-        elif any(True for _ in child.parameters(recurse=False)):
-            kind = type(child).__name__
-            raise ValueError(f"local.auxiliary: width={width} cannot thin {kind} {path!r} of unit {name!r}; use 1")
-        else:
+        if not any(True for _ in child.parameters(recurse=False)):
             continue
+        try:
+            new = _thinned(child, width)
+        except ValueError as error:
+            kind = type(child).__name__
+            raise ValueError(
+                f"local.auxiliary: width={width} cannot thin {kind} {path!r} of unit {name!r} ({error}); use width=1"
+            ) from error
         if not path:
             return new
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, new)
     return module
+
+
+def _thinned(layer: nn.Module, width: float) -> nn.Module:
+    """A new layer of exactly the same type; a subclass may do more than its base, and is refused."""
+
+    def scaled(channels: int) -> int:
+        return max(1, round(channels * width))
+
+    if type(layer) is nn.Conv2d:
+        groups = 1
+        if layer.groups > 1:
+            groups = scaled(layer.in_channels) // (layer.in_channels // layer.groups)
+        convolution = nn.Conv2d(
+            scaled(layer.in_channels),
+            scaled(layer.out_channels),
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            groups,
+            layer.bias is not None,
+            layer.padding_mode,
+        )
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        return convolution
+    if type(layer) is nn.BatchNorm2d:
+        channels = scaled(layer.num_features)
+        return nn.BatchNorm2d(channels, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+    if type(layer) is nn.GroupNorm:
+        return nn.GroupNorm(layer.num_groups, scaled(layer.num_channels), layer.eps, layer.affine)
+    raise ValueError("not a Conv2d, BatchNorm2d or GroupNorm")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from engine.block import Block
+from engine.build import prepare
+from engine.config import Config
 from engine.memory.tracker import MemoryTracker
 from engine.message import Message
-from engine.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -28,40 +30,62 @@ class Estimate:
     by_block_bytes: list[int]
 
 
-def estimate_step(build: Callable[[], tuple[Schedule, Message]]) -> Estimate:
-    """Bytes of all tensors alive at the peak of one training step of ``build``'s schedule on its message.
+def estimate_step(blocks: list[Block], config: Config, message: Message) -> Estimate:
+    """Bytes of all tensors alive at the peak of one optimizer step of ``config``'s schedule.
 
-    ``build`` runs under fake tensors, so it may build a network of any size. The second step is read:
-    optimizer state is born in the first.
+    Args:
+        blocks: as ``build_blocks`` returns them, on the CPU; afterwards their tensors are fake and they are
+            of no further use. Only their parameters take real memory, and no step is computed.
+        config: schedule, optimizer, precision, checkpointing and accumulation.
+        message: a micro-batch; only its shapes count.
+
+    The second step is read: optimizer state is born in the first.
 
     Known limitations: counts tensors as PyTorch makes them on the CPU, each rounded up to 512 bytes. Not
-    seen are convolution workspaces, fragmentation and a GPU's context.
+    seen are convolution workspaces, fragmentation and a GPU's context; fp16's loss scaler is left out.
     """
     with FakeTensorMode():
-        schedule, message = build()
+        _make_fake([blocks[0].chain.model, *blocks])
+        for block in blocks:
+            block.scaled = False  # a scaler asks for values, and fake tensors have none
+        config = replace(config, local=replace(config.local, compile=False))
+        prepare(blocks, config, torch.device("cpu"))
+        message = message.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         tracker = MemoryTracker()
-        message.map(lambda tensor: _add(tracker, tensor))
-        for block in schedule.blocks:
+        tracker.add(message.flatten()[0], "activations")
+        for block in blocks:
             _follow(tracker, block)
+        peaks, highest, categories = [0] * len(blocks), 0, tracker.peak
         with tracker:
-            schedule.step(replace(message, sequence=0))
-            tracker.reset_peak()
-            peaks = []
-            # The batch stays alive through the step, as in a training loop.
-            passing = replace(message, sequence=1)
-            highest, categories = 0, tracker.peak
-            for block in schedule.blocks:
-                tracker.reset_peak()
-                passing, _ = block.local_step(passing)
-                peaks.append(tracker.peak_bytes)
-                if tracker.peak_bytes > highest:
-                    highest, categories = tracker.peak_bytes, tracker.peak
+            for sequence in range(2 * config.train.accumulate):
+                update = (sequence + 1) % config.train.accumulate == 0
+                # The batch stays alive through the step, as in a training loop.
+                passing = replace(message, sequence=sequence)
+                for number, block in enumerate(blocks):
+                    tracker.reset_peak()
+                    passing, _ = block.local_step(passing, update=update)
+                    if sequence < config.train.accumulate:
+                        continue
+                    peaks[number] = max(peaks[number], tracker.peak_bytes)
+                    if tracker.peak_bytes > highest:
+                        highest, categories = tracker.peak_bytes, tracker.peak
     return Estimate(highest, {name: size for name, size in categories.items() if size}, peaks)
 
 
-def _add(tracker: MemoryTracker, tensor: torch.Tensor) -> torch.Tensor:
-    tracker.add([tensor], "activations")
-    return tensor
+def _make_fake(modules: Iterable[nn.Module]) -> None:
+    """Put a fake tensor in every parameter's and buffer's place; what was shared stays shared."""
+    made: dict[int, torch.Tensor] = {}
+    for root in modules:
+        for module in root.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is None or isinstance(tensor, FakeTensor):
+                        continue
+                    if id(tensor) not in made:
+                        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        wanted = isinstance(tensor, nn.Parameter)
+                        made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if wanted else empty
+                    held[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
 def _follow(tracker: MemoryTracker, block: Block) -> None:

@@ -65,8 +65,11 @@ def load_weights(chain: Chain, path: Path) -> None:
     except Exception as error:
         raise ValueError(f"model.weights: {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     for key in ("state_dict", "model"):
-        content = content.get(key, content)
-    state: dict[str, Tensor] = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise ValueError(f"model.weights: {path} holds {type(content).__name__}, not tensors by name")
+    state = {name.removeprefix("module."): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     expected = chain.model.state_dict()
     # Old files have no counters; BatchNorm with momentum does not read them.
     for name, tensor in expected.items():

@@ -57,6 +57,7 @@ class ClassificationConfig(Config):
         for key, value, least in (
             ("data.batch", data.batch, 1),
             ("data.size", data.size, 4),
+            ("model.classes", self.model.classes, 0),
             ("data.subset", data.subset, 0),
             ("data.workers", data.workers, 0),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tarfile
@@ -182,14 +183,17 @@ def open_image(path: str) -> Image.Image:
 
 def _unpacked(archive: Path) -> Path:
     """The folder in a tar file, unpacked into ``data/`` unless it is there; never a half-unpacked one."""
-    target = Path("data") / archive.name.split(".")[0]
+    about = archive.stat()
+    mark = hashlib.sha256(f"{archive.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:8]
+    target = Path("data") / f"{archive.name.split('.')[0]}-{mark}"
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         print(f"unpacking {archive} into {target}", flush=True)
         room = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unpacking-"))
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(room, filter="data")
+                # Older patch releases of Python have no filters.
+                tar.extractall(room, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
             inner = list(room.iterdir())
             whole = inner[0] if len(inner) == 1 and inner[0].is_dir() else room
             with contextlib.suppress(OSError):  # another run may have been faster

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -36,16 +36,24 @@ def _state(tensor: Tensor) -> _State:
 
 
 class _PositionEmbedding(nn.Module):
-    """A vision transformer's class token and position embedding, which belong to the model itself."""
+    """A vision transformer's class token and position embedding, which belong to the model itself.
+
+    ``_pos_embed`` runs on a stand-in for the model that has this module's own parameters and no blocks,
+    so that a copy of this module works on the copy's parameters.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         for name, parameter in model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self._model = [model]  # in a list, so that the model is not registered as a part of its own part
+        plain = {name: child for name, child in model.named_children() if not list(child.parameters())}
+        stand_in = copy.copy(model)
+        stand_in.__dict__ = {**model.__dict__, "_parameters": self._parameters, "_modules": plain}
+        self._stand_in = [stand_in]  # in a list, so that it is not registered as a part
 
     def forward(self, x: Tensor) -> Tensor:
-        embedded: Tensor = self._model[0]._pos_embed(x)  # type: ignore[operator]
+        stand_in = self._stand_in[0]
+        embedded: Tensor = type(stand_in)._pos_embed(stand_in, x)  # type: ignore[operator]
         return embedded
 
 
@@ -66,7 +74,7 @@ def timm_chain(name: str, classes: int, size: int, pretrained: bool) -> Chain:
         # Networks with tokens or windows are built for one size; others take no such argument.
         if model.default_cfg.get("fixed_input_size") and model.default_cfg["input_size"][-1] != size:
             model = timm.create_model(name, img_size=size, **options)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except Exception as error:  # a model's own code, or a download, may raise anything
         raise ValueError(f"model.name: timm cannot build {name!r} at {size} px: {error}") from error
     example = Message({"x": torch.zeros(2, 3, size, size)})
     parts = _divide(model, example.x, name)
@@ -162,10 +170,7 @@ def _watch(model: nn.Module, x: Tensor) -> tuple[list[_Call], _State, _State]:
             embedding = _PositionEmbedding(model)
             hooked("pos_embed", embedding)
             # Shadows the method for this one forward pass, so that the embedding is seen as a module's call.
-            original = model._pos_embed
-            embedding._model = [SimpleNamespace(_pos_embed=original)]
             model._pos_embed = embedding.__call__  # type: ignore[assignment]
-            stack.callback(lambda: setattr(embedding, "_model", [model]))
             stack.callback(lambda: delattr(model, "_pos_embed"))
         # In training mode, so that functional dropout is not overlooked; but statistics must not change.
         for module in model.modules():

@@ -112,6 +112,14 @@ def test_thin_keeps_groups_and_refuses_what_it_does_not_know() -> None:
     assert (depthwise.in_channels, depthwise.groups) == (16, 16)
     block = nn.Sequential(nn.Conv2d(8, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 8, 1))
     assert thin(block, 2.0, "u")(torch.randn(1, 16, 2, 2)).shape == (1, 16, 2, 2)
+
+    class Same(nn.Conv2d):
+        """More than its base class: replacing it by that would change what it computes."""
+
+    with pytest.raises(ValueError, match="cannot thin Same '' of unit 'u'"):
+        thin(Same(8, 8, 3), 0.5, "u")
+    with pytest.raises(ValueError, match="cannot thin Conv2d .* of unit 'u' .*groups"):
+        thin(nn.Conv2d(24, 24, 3, groups=2), 0.45, "u")
     module = nn.Module()
     module.attention = nn.MultiheadAttention(8, 2)
     with pytest.raises(ValueError, match=r"width=0.5 cannot thin MultiheadAttention 'attention' of unit 'layer7'"):
@@ -133,6 +141,14 @@ def test_bad_options_name_the_nearest() -> None:
         build({"type": "glcan", "widht": 1})
     with pytest.raises(ValueError, match="greedy has no option 'depth'; known: none"):
         build({"type": "greedy", "depth": 1})
+    with pytest.raises(ValueError, match="options width without `type`, which is one of dgl, glcan, greedy"):
+        build({"width": 0.5})
+    with pytest.raises(ValueError, match="width of glcan is 'wide', expected float"):
+        build({"type": "glcan", "width": "wide"})
+    with pytest.raises(ValueError, match="depth of glcan is 1.5, expected int"):
+        build({"type": "glcan", "depth": 1.5})
+    with pytest.raises(ValueError, match="is unknown"):
+        build({"type": ["a"]})
     with pytest.raises(ValueError, match="reduce >= 1"):
         build({"type": "glcan", "reduce": 0})
 

@@ -31,7 +31,7 @@ def test_a_parameter_in_two_units_is_named() -> None:
     model = three()
     model[2] = model[0]
     units = [Unit("first", model[0]), Unit("norm", model[1])]
-    with pytest.raises(ValueError, match=r"'0.weight' is in two units, 'first' and 'head'"):
+    with pytest.raises(ValueError, match=r"'[02].weight' is in two units, 'first' and 'head'"):
         Chain(model, units, Unit("head", model[2]), EXAMPLE, "NLC")
 
 

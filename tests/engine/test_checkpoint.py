@@ -102,7 +102,8 @@ def test_a_file_cut_short_at_any_place_falls_back_to_the_one_before(tmp_path: Pa
             path.write_bytes(whole[:length])
             said: list[str] = []
             assert find_checkpoint(folder, said.append) == folder / "step_1"
-            assert "step_2 is damaged" in said[0]
+            assert "checkpoint is damaged" in said[0]
+            assert "step_2" in said[0]
         path.write_bytes(whole)
     assert find_checkpoint(folder, print) == folder / "step_2"
 
@@ -157,7 +158,8 @@ def test_resume_after_damage_says_so_and_goes_on(tmp_path: Path, capsys: pytest.
     made = trainer(tmp_path, train__resume="auto")
     assert made.position.step == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "step_2 is damaged" in said
+    assert "checkpoint is damaged" in said
+    assert "step_2" in said
     assert "resumed" in said
 
 
@@ -208,6 +210,74 @@ def test_names_are_compared_before_loading() -> None:
     check_names(model, good, "here")
     with pytest.raises(ValueError, match="here is of another model: 'extra' is"):
         check_names(model, {**good, "extra": torch.zeros(1)}, "here")
+
+
+def test_resume_with_other_steps_an_epoch_is_refused(tmp_path: Path) -> None:
+    """The position in the epoch would mean another batch, or none: the loop never ended."""
+    saved(tmp_path)
+    task = Toy(dropout=0.2, norm=True)
+    task.batch = 16
+    settings = config(local__blocks=2, train__resume="auto")
+    settings.output.root, settings.output.name = str(tmp_path), "run"
+    with pytest.raises(ValueError, match=r"step_2 has 4 steps an epoch, this config 2; keep data.batch"):
+        Trainer(settings, task)
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(ValueError, match=r"optimizer.name: .*step_2 was trained with SGD, the config says AdamW"):
+        trainer(tmp_path, train__resume="auto", optimizer__name="adamw")
+
+
+def test_resume_from_an_earlier_checkpoint_sets_later_ones_aside(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    made = trainer(tmp_path, train__resume=str(folder / "step_1"), train__steps=2)
+    assert made.folder == tmp_path / "run"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_1", "superseded_step_2"]
+    made.fit()
+    assert find_checkpoint(folder, print) == folder / "step_2"
+
+
+def test_resume_from_another_runs_checkpoint_is_a_new_run(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    shutil.copytree(folder / "step_2", tmp_path / "elsewhere/step_2")
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    made = trainer(tmp_path, train__resume=str(tmp_path / "elsewhere/step_2"), train__steps=3)
+    assert made.folder == tmp_path / "run-2"
+    made.fit()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    assert [path.name for path in (made.folder / "checkpoints").iterdir()] == ["step_3"]
+
+
+def test_auxiliary_networks_of_another_shape_start_afresh(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    state_file = folder / "step_2" / "state.json"
+    said: list[str] = []
+    _, blocks, _ = blocks_of(Toy(norm=True), config(local__blocks=2, local__auxiliary={"type": "glcan", "reduce": 1}))
+    content = json.loads(state_file.read_text())
+    content["auxiliary"] = "glcan"  # a default changed since: the same name, another network
+    state_file.write_text(json.dumps(content))
+    load_checkpoint(folder / "step_2", blocks, "glcan", said.append)
+    assert "auxiliary networks start fresh" in said[0]
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    state_file = folder / "step_2" / "state.json"
+    content = json.loads(state_file.read_text())
+    state_file.write_text(json.dumps({**content, "format": 2}))
+    with pytest.raises(ValueError, match="step_2 has format 2; this version of the engine reads format 1"):
+        read_state(folder / "step_2")
+    state_file.write_text("[]")
+    with pytest.raises(Incomplete, match="step_2: state.json"):
+        read_state(folder / "step_2")
+
+
+def test_seconds_add_up_over_a_resume(tmp_path: Path) -> None:
+    first = trainer(tmp_path, train__steps=2)
+    first.position.seconds = 100.0
+    first.fit()
+    assert trainer(tmp_path, train__resume="auto").fit()["seconds"] > 100
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import keys, parse, save, task_name
+from engine.config import config_file, keys, parse, save, task_name
 from tasks import find_task
 from tasks.classification.config import ClassificationConfig
 
@@ -38,6 +38,8 @@ def test_options_of_the_auxiliary_network_from_the_command_line(tmp_path: Path) 
         "width": 0.5,
     }
     assert read(tmp_path, text, "--local.auxiliary", "dgl").local.auxiliary == "dgl"
+    named = read(tmp_path, "local: {auxiliary: glcan}", "--local.auxiliary.depth", "1")
+    assert named.local.auxiliary == {"type": "glcan", "depth": 1}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,9 @@ def test_options_of_the_auxiliary_network_from_the_command_line(tmp_path: Path) 
         ("{}", ["--data.batch", "0"], r"data.batch: 0 is too small"),
         ("{}", ["--train.accumulate", "3"], r"train.accumulate: 3 does not divide data.batch, 128"),
         ("{}", ["--optimizer.schedule", "step"], r"optimizer.milestones: empty"),
+        ("{}", ["--optimizer.momentum", "0"], r"optimizer.nesterov: needs optimizer.momentum above 0"),
+        ("{}", ["--model.classes", "-1"], r"model.classes: -1 is too small"),
+        ("local: {compile: true, checkpoint: true}", [], r"local.compile: cannot be combined with local.checkpoint"),
         ("- a list", [], r"a config is a mapping of sections"),
         ("a: [", [], r"not YAML"),
         ("local: 3", [], r"c.yaml: local: a section is a mapping of keys, this is int"),
@@ -64,6 +69,13 @@ def test_bad_input_is_one_line_that_names_the_culprit(tmp_path: Path, text: str,
     with pytest.raises(ValueError, match=message) as caught:
         read(tmp_path, text, *overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_config_may_be_given_with_an_equals_sign(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("local: {blcks: 3}")
+    with pytest.raises(ValueError, match="unknown key 'local.blcks', did you mean 'local.blocks'"):
+        parse(ClassificationConfig, [f"--config={tmp_path / 'c.yaml'}"])
+    assert config_file([f"--config={tmp_path / 'c.yaml'}"]) == tmp_path / "c.yaml"
 
 
 def test_missing_file_and_unknown_task() -> None:

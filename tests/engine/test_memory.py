@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.variant import Variant, build_schedule, estimate_variant, first_batch
+from engine.build import build_blocks
 from engine.memory import Estimate, estimate_step
 from engine.memory.tracker import MemoryTracker
 from engine.message import Message
@@ -20,6 +21,11 @@ BATCH = 1024
 @functools.cache
 def peak(*overrides: str) -> Estimate:
     return estimate_variant(Variant("", overrides), CONFIG, BATCH)
+
+
+def estimate(task: Toy, message: Message, **changes: object) -> Estimate:
+    settings = config(**changes)
+    return estimate_step(build_blocks(task.build_chain(), settings, task), settings, message)
 
 
 def end_to_end(model: str) -> int:
@@ -46,13 +52,8 @@ def test_tracker_counts_storages_once_and_rounds_up() -> None:
 
 def test_exact_bytes_of_a_linear_chain() -> None:
     """Every category by hand: 3 layers and a head of width 128, batch 64, SGD with momentum."""
-    task = Toy(depth=3, width=128)
-
-    def build() -> tuple:
-        _, _, schedule = blocks_of(task, config(local__schedule="end_to_end"))
-        return schedule, Message({"x": torch.zeros(64, 128)}, torch.zeros(64, 1))
-
-    found = estimate_step(build).by_category_bytes
+    message = Message({"x": torch.zeros(64, 128)}, torch.zeros(64, 1))
+    found = estimate(Toy(depth=3, width=128), message, local__schedule="end_to_end").by_category_bytes
     layer, head = (128 * 128 + 128) * 4, 2 * 512  # the head's 128 weights and 1 bias round up to a block each
     assert found["parameters"] == found["optimizer"] == 3 * layer + head
     # The batch and each layer's tanh stay for backward, with 512 bytes of targets. The peak is in the last
@@ -83,11 +84,23 @@ def test_fake_and_real_tensors_count_the_same_bytes(auxiliary: str, checkpointin
 
 
 def test_the_second_step_is_read() -> None:
-    def build() -> tuple:
-        _, _, schedule = blocks_of(Toy(width=64), config(local__blocks=2))
-        return schedule, Message({"x": torch.zeros(8, 64)}, torch.zeros(8, 1))
+    message = Message({"x": torch.zeros(8, 64)}, torch.zeros(8, 1))
+    assert estimate(Toy(width=64), message, local__blocks=2).by_category_bytes["optimizer"] > 0, "born in the first"
 
-    assert estimate_step(build).by_category_bytes["optimizer"] > 0, "born in the first step"
+
+def test_accumulated_gradients_of_all_blocks_stay_alive() -> None:
+    message = Message({"x": torch.zeros(2, 64)}, torch.zeros(2, 1))
+    one, two = (estimate(Toy(width=64), message, local__blocks=4, train__accumulate=n).peak_bytes for n in (1, 2))
+    weights = 4 * 64 * 64 * 4
+    assert two - one > 0.7 * weights
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_and_transformers_are_estimated(precision: str) -> None:
+    more = ("--model.name", "timm:vit_tiny_patch16_224", "--local.blocks", "3", "--local.precision", precision)
+    found = estimate_variant(Variant("", more), CONFIG, 64)
+    full = estimate_variant(Variant("", more[:4]), CONFIG, 64)
+    assert 0.4 < found.by_category_bytes["activations"] / full.by_category_bytes["activations"] < 0.9
 
 
 def test_peak_is_the_largest_blocks_not_the_sum() -> None:
@@ -95,13 +108,11 @@ def test_peak_is_the_largest_blocks_not_the_sum() -> None:
     width, batch, depth = 32, 4096, 10
     task = Toy(depth=depth, width=width)
 
-    def build(blocks: int) -> tuple:
-        message = Message({"x": torch.zeros(batch, width)}, torch.zeros(batch, 1))
-        schedule = "sequential" if blocks > 1 else "end_to_end"
-        _, _, made = blocks_of(task, config(local__blocks=blocks, local__schedule=schedule))
-        return made, message
+    def message() -> Message:
+        return Message({"x": torch.zeros(batch, width)}, torch.zeros(batch, 1))
 
-    one, ten = (estimate_step(lambda b=b: build(b)) for b in (1, 10))
+    one = estimate(task, message(), local__schedule="end_to_end")
+    ten = estimate(task, message(), local__blocks=10)
     layer = batch * width * 4
     assert ten.by_category_bytes["activations"] < 7 * layer
     assert one.by_category_bytes["activations"] > depth * layer
@@ -123,7 +134,8 @@ def test_peak_is_the_largest_blocks_not_the_sum() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        schedule, batch_message = build(10)
+        _, _, schedule = blocks_of(task, config(local__blocks=10))
+        batch_message = message()
         with MemoryTracker() as tracker:
             Summed(schedule).step(batch_message)
     assert tracker.peak_bytes > 0.9 * one.peak_bytes

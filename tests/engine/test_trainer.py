@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.message import Message
 from engine.trainer import Trainer, choose_device
 from tests.toy import Toy, config
 
@@ -25,7 +26,7 @@ def test_a_run_writes_what_the_design_says(tmp_path: Path) -> None:
     wanted = {"task", "schedule", "blocks", "auxiliary", "world_size", "steps", "metric", "value", "seconds"}
     assert wanted | {"peak_memory_bytes"} <= set(summary)
     assert (summary["blocks"], summary["auxiliary"], summary["steps"]) == (2, "greedy", 8)
-    assert summary["value"] == pytest.approx(summary["error"] if "error" in summary else summary["value"])
+    assert summary["metric"] == "error"
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "train_loss" in line]
     assert [line["step"] for line in losses] == list(range(1, 9))
@@ -68,6 +69,43 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_good_checkpoint(
     with pytest.raises(ValueError, match=r"block 1: loss is nan at step 3; lower optimizer.lr .*step_2"):
         made.fit()
     assert sorted(path.name for path in (made.folder / "checkpoints").iterdir()) == ["step_1", "step_2"]
+
+
+def test_a_loss_that_is_not_a_number_in_any_micro_batch_counts(tmp_path: Path) -> None:
+    """Only the last micro-batch's loss was looked at, and poisoned weights were saved as good ones."""
+    task = Toy()
+    batches = task.batches
+    task.batches = lambda epoch, start: (
+        [Message({"x": part}, y) for part, y in zip(b[0].x.split(4), b[0].targets.split(4), strict=True)]
+        for b in batches(epoch, start)
+    )
+    original, calls = task.loss, 0
+
+    def loss(prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(prediction, targets) * (math.nan if calls == 5 else 1)
+
+    task.loss = loss
+    made = trainer(tmp_path, task, train__save_every=1)
+    with pytest.raises(ValueError, match=r"block 0: loss is nan at step 2; .*step_1"):
+        made.fit()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    made = trainer(tmp_path, train__steps=1)
+    made.fit()
+    with torch.no_grad():
+        made.chain.model.output.weight[0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"block 1: 'output.weight' is not finite at step 1; .*checkpoint: .*step_1"):
+        made.save()
+
+
+def test_evaluation_leaves_frozen_normalisations_frozen(tmp_path: Path) -> None:
+    made = trainer(tmp_path, Toy(norm=True))
+    made.chain.model.layers[1].norm.eval()
+    made.evaluate()
+    assert [layer.norm.training for layer in made.chain.model.layers] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -115,8 +153,27 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="cuda asked for, but torch .* sees no GPU"):
         choose_device("cuda")
-    with pytest.raises(ValueError, match="'gpu' is none of"):
-        choose_device("gpu")
+    for name in ("gpu", "meta", "cpu:3"):
+        with pytest.raises(ValueError, match=f"'{name}' is none of"):
+            choose_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="cuda:2 asked for, but there are 2 GPUs"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_checkpointing_changes_no_bit_on_a_gpu(tmp_path: Path) -> None:
+    from tests.toy import assert_equal, state
+
+    states = []
+    for checkpointing in (False, True):
+        made = trainer(tmp_path / str(checkpointing), Toy(dropout=0.5), local__checkpoint=checkpointing)
+        made.fit()
+        states.append(state(made.blocks))
+    assert_equal(*states)
 
 
 @pytest.mark.cuda

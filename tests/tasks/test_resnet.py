@@ -62,6 +62,9 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         load_weights(chain, tmp_path / "torn.pth")
     with pytest.raises(ValueError, match="no such file"):
         load_weights(chain, tmp_path / "none.pth")
+    torch.save(torch.zeros(3), tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match=r"bare.pth holds Tensor, not tensors by name"):
+        load_weights(chain, tmp_path / "bare.pth")
     torch.save({"weights": print}, tmp_path / "pickle.pth")
     with pytest.raises(ValueError, match=r"pickle.pth cannot be read"):
         load_weights(chain, tmp_path / "pickle.pth")

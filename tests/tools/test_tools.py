@@ -131,3 +131,39 @@ def test_help_says_what_each_key_does(tmp_path: Path) -> None:
     done = run("--config", SMOKE[1], "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "more blocks need less memory and cost some accuracy" in " ".join(done.stdout.split())
+
+
+def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
+    """Killed three times, perhaps while saving, and resumed each time: the bits of the run nobody touched."""
+    from safetensors.torch import load_file
+
+    words = [*SMOKE, "--train.steps", "0", "--train.epochs", "3", "--train.save_every", "1", "--train.keep", "3"]
+    assert run(*words, "--output.name", "whole", cwd=tmp_path).returncode == 0
+    command = [sys.executable, str(ROOT / "tools/train.py"), *words, "--output.name", "r", "--train.resume", "auto"]
+    folder = tmp_path / "runs/r/checkpoints"
+    for target in (2, 7, 12):
+        running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while running.poll() is None and time.monotonic() < deadline:
+            if folder.is_dir() and any(path.name == f".step_{target}.writing" for path in folder.iterdir()):
+                break
+            if (folder / f"step_{target}").is_dir():
+                break
+            time.sleep(0.001)
+        running.kill()
+        running.wait()
+    done = run(*words, "--output.name", "r", "--train.resume", "auto", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stdout
+    whole = tmp_path / "runs/whole/checkpoints"
+    (last,) = {max(int(p.name.split("_")[1]) for p in f.glob("step_*")) for f in (whole, folder)}
+    for path in (whole / f"step_{last}").glob("*.safetensors"):
+        ours, theirs = load_file(folder / f"step_{last}" / path.name), load_file(path)
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items()), path.name
+
+
+def test_evaluation_runs_in_the_precision_of_training(tmp_path: Path) -> None:
+    assert run(*SMOKE, "--output.name", "r", "--local.precision", "bf16", cwd=tmp_path).returncode == 0
+    assert run("--run", "runs/r", tool="evaluate", cwd=tmp_path).returncode == 0
+    summary = json.loads((tmp_path / "runs/r/summary.json").read_text())
+    assert json.loads((tmp_path / "runs/r/evaluation.json").read_text())["loss"] == summary["loss"]

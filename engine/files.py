@@ -1,0 +1,23 @@
+"""Files that are whole or not there, whenever a kill comes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under another name, flush to disk, rename."""
+    room = path.with_name(f".{path.name}.writing")
+    room.write_text(text)
+    flush(room)
+    os.replace(room, path)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file's content, or a folder's entries, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
