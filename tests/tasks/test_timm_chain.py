@@ -110,22 +110,20 @@ def test_they_train_in_blocks(name: str, size: int, auxiliary: str) -> None:
 
 def test_a_copied_position_embedding_has_tensors_of_its_own_and_no_blocks() -> None:
     """The wrapper carried the whole model along, and its copies worked on the model's parameters."""
-    from engine.message import Message
-
     chain = timm_chain("vit_tiny_patch16_224", 10, 32, pretrained=False)
     unit = chain.units[1]
     copy = unit.copy()
-    assert copy.module._stand_in[0]._parameters is copy.module._parameters
-    assert not list(copy.module._stand_in[0].children()) or all(
-        not list(child.parameters()) for child in copy.module._stand_in[0].children()
-    )
+    embedding, original = copy.module[0], unit.module[0]
+    (stand_in,) = embedding._stand_in
+    assert stand_in._parameters is embedding._parameters
+    assert not [parameter for child in stand_in.children() for parameter in child.parameters()]
     with torch.no_grad():
-        copy.module.pos_embed.zero_()
+        embedding.pos_embed.zero_()
     x = chain.units[0](Message({"x": torch.randn(2, 3, 32, 32)}))
     assert not torch.equal(copy(x).x, unit(x).x)
     copy(x).x.sum().backward()
-    assert copy.module.cls_token.grad is not None
-    assert unit.module.cls_token.grad is None
+    assert embedding.cls_token.grad is not None
+    assert original.cls_token.grad is None
 
 
 def test_models_that_are_no_chain_say_where() -> None:
