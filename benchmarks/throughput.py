@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--auxiliaries",
         nargs="+",
-        default=["greedy", "dgl", "glcan", "{type: glcan, depth: 1}"],
+        default=["greedy", "dgl", "glcan"],
         help="as local.auxiliary in a config",
     )
     parser.add_argument("--steps", type=int, default=10, help="counted steps a variant, after 2 of warm-up")

@@ -34,8 +34,9 @@ class GLCAN(AuxiliaryNetwork):
     nothing public decides it: the depth rule, thinning by resolution, and the timing of the bank.
 
     Args (the options of ``local.auxiliary``):
-        depth: units taken of each remaining stage, the first ones, with their strides. A stage that the
-            block ends within counts while units of it remain.
+        depth: units taken of each remaining stage, the first ones, with their strides, but no more than
+            the block has itself: a small block gets a small auxiliary network. A stage that the block ends
+            within counts while units of it remain.
         width: factor on the units' channels; 1 keeps the backbone's own. Below or above 1, a 1x1
             convolution leads in, and the units must consist of convolutions and normalisations.
         reduce: the local part works at 1/``reduce`` of the block's resolution. It divides time and
@@ -105,8 +106,8 @@ class GLCAN(AuxiliaryNetwork):
 
 
 def remaining_units(chain: Chain, span: Span, depth: int) -> list[Unit]:
-    """The first ``depth`` units of each stage among the units after the block, in order."""
-    chosen: list[Unit] = []
+    """The first ``depth`` units (or as many as the block has) of each stage among those after it, in order."""
+    depth, chosen = min(depth, span.stop - span.start), list[Unit]()
     for unit in chain.units[span.stop :]:
         if sum(unit.stage == other.stage for other in chosen) < depth:
             chosen.append(unit)

@@ -63,6 +63,8 @@ def test_glcan_takes_the_first_units_of_each_remaining_stage() -> None:
     assert names(6, 2) == ["layer2.0", "layer2.1", "layer3.0", "layer3.1"]
     assert names(15, 2) == ["layer3.4"]
     assert names(6, 0) == []
+    single = Span(3, 16, 3, 4)
+    assert [unit.name for unit in remaining_units(chain, single, 2)] == ["layer1.3", "layer2.0", "layer3.0"]
 
 
 def test_glcan_has_weights_of_its_own() -> None:
