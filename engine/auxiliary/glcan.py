@@ -35,8 +35,8 @@ class GLCAN(AuxiliaryNetwork):
 
     Args (the options of ``local.auxiliary``):
         depth: units taken of each remaining stage, the first ones, with their strides, but no more than
-            the block has itself: a small block gets a small auxiliary network. A stage that the block ends
-            within counts while units of it remain.
+            the block has itself: a small block gets a small auxiliary network. Remaining are the stages
+            after the one that the block ends in; in the last stage, what is left of it.
         width: factor on the units' channels; 1 keeps the backbone's own. Below or above 1, a 1x1
             convolution leads in, and the units must consist of convolutions and normalisations.
         reduce: the local part works at 1/``reduce`` of the block's resolution. It divides time and
@@ -106,9 +106,11 @@ class GLCAN(AuxiliaryNetwork):
 
 
 def remaining_units(chain: Chain, span: Span, depth: int) -> list[Unit]:
-    """The first ``depth`` units (or as many as the block has) of each stage among those after it, in order."""
-    depth, chosen = min(depth, span.stop - span.start), list[Unit]()
-    for unit in chain.units[span.stop :]:
-        if sum(unit.stage == other.stage for other in chosen) < depth:
+    """The first ``depth`` units (or as many as the block has) of each remaining stage, in order."""
+    stage, after = chain.units[span.stop - 1].stage, chain.units[span.stop :]
+    later = [unit for unit in after if unit.stage != stage]
+    chosen: list[Unit] = []
+    for unit in later or after:
+        if sum(unit.stage == other.stage for other in chosen) < min(depth, span.stop - span.start):
             chosen.append(unit)
     return chosen

@@ -59,12 +59,13 @@ def test_glcan_takes_the_first_units_of_each_remaining_stage() -> None:
         return [unit.name for unit in remaining_units(chain, Span(0, 2, 0, stop), depth)]
 
     assert names(1, 1) == ["layer1.0", "layer2.0", "layer3.0"]
-    assert names(3, 1) == ["layer1.2", "layer2.0", "layer3.0"], "a stage that is not over counts"
+    assert names(3, 1) == ["layer2.0", "layer3.0"], "its own stage does not count"
     assert names(6, 2) == ["layer2.0", "layer2.1", "layer3.0", "layer3.1"]
+    assert names(12, 2) == ["layer3.1", "layer3.2"], "but in the last stage, what is left of it does"
     assert names(15, 2) == ["layer3.4"]
     assert names(6, 0) == []
     single = Span(3, 16, 3, 4)
-    assert [unit.name for unit in remaining_units(chain, single, 2)] == ["layer1.3", "layer2.0", "layer3.0"]
+    assert [unit.name for unit in remaining_units(chain, single, 2)] == ["layer2.0", "layer3.0"]
 
 
 def test_glcan_has_weights_of_its_own() -> None:
