@@ -126,7 +126,7 @@ class Config:
             ValueError: naming the key, its value and what it may be.
         """
         train, optimizer = self.train, self.optimizer
-        for key, value, least in (
+        at_least(
             ("train.epochs", train.epochs, 1),
             ("train.steps", train.steps, 0),
             ("train.accumulate", train.accumulate, 1),
@@ -137,9 +137,7 @@ class Config:
             ("local.blocks", self.local.blocks, 1),
             ("optimizer.clip_norm", optimizer.clip_norm, 0),
             ("optimizer.warmup_epochs", optimizer.warmup_epochs, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{key}: {value} is too small; the least is {least}")
+        )
         if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum <= 0:
             raise ValueError("optimizer.nesterov: needs optimizer.momentum above 0; set optimizer.nesterov false")
         if self.local.compile and self.local.checkpoint:
@@ -148,6 +146,13 @@ class Config:
             raise ValueError(f"optimizer.lr: {optimizer.lr} must be above 0")
         if optimizer.schedule == "step" and not optimizer.milestones:
             raise ValueError("optimizer.milestones: empty; schedule `step` needs at least one epoch")
+
+
+def at_least(*checks: tuple[str, float, float]) -> None:
+    """Refuse, by its key, the first (key, value, least) whose value is below the least."""
+    for key, value, least in checks:
+        if value < least:
+            raise ValueError(f"{key}: {value} is too small; the least is {least}")
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

@@ -31,7 +31,8 @@ class GLCAN(AuxiliaryNetwork):
 
     The paper says that the local part reuses units aligned with the remaining stages, thinned, with
     weights of their own, and that the bank is used as the backbone uses such features. Ours, since
-    nothing public decides it: the depth rule, thinning by resolution, and the timing of the bank.
+    nothing public decides it: the depth rule, thinning by resolution rather than width, the timing of the
+    bank, and (in the classification task's head) bringing joined features to one scale.
 
     Args (the options of ``local.auxiliary``):
         depth: units taken of each remaining stage, the first ones, with their strides, but no more than

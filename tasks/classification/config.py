@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.config import Config
+from engine.config import Config, at_least
 
 
 @dataclass
@@ -54,14 +54,12 @@ class ClassificationConfig(Config):
     def check(self) -> None:
         super().check()
         data, accumulate = self.data, self.train.accumulate
-        for key, value, least in (
+        at_least(
             ("data.batch", data.batch, 1),
             ("data.size", data.size, 4),
             ("model.classes", self.model.classes, 0),
             ("data.subset", data.subset, 0),
             ("data.workers", data.workers, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{key}: {value} is too small; the least is {least}")
+        )
         if data.batch % accumulate:
             raise ValueError(f"train.accumulate: {accumulate} does not divide data.batch, {data.batch}")
