@@ -213,6 +213,7 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
             if dataclasses.is_dataclass(sections.get(name)) and not isinstance(value, dict):
                 raise ValueError(f"{file}: {name}: a section is a mapping of keys, this is {type(value).__name__}")
         auxiliary = (content.get("local") or {}).get("auxiliary", auxiliary)
+    auxiliary = next((value for key, value in reversed(list(pairwise(argv))) if key == "--local.auxiliary"), auxiliary)
     _check_keys(
         [word[2:].rstrip("+") for word in argv if word.startswith("--")], {*known, "config", "help", "print_config"}, ""
     )
@@ -232,6 +233,10 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
         if "type" not in chosen and isinstance(auxiliary, str):
             chosen = {"type": auxiliary, **chosen}  # --local.auxiliary.option on top of a mere name
         config.local.auxiliary = chosen
+    elif any(word.startswith("--local.auxiliary.") for word in argv):
+        raise ValueError(
+            f"local.auxiliary: options come after the name: --local.auxiliary {chosen} --local.auxiliary.KEY"
+        )
     config.check()
     return config
 

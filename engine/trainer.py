@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ class Trainer:
         save(self.config, self.folder / "config.yaml")
         console.print(block_table(self.blocks))
         console.print(f"training on {self.device}, writing {self.folder}")
+        if self.config.local.precision == "fp16" and self.device.type == "cpu":
+            console.print("fp16 is very slow on a CPU; local.precision bf16 needs as little memory")
+        if self.position.step >= self.last_step:
+            console.print(
+                f"step {self.position.step} is the last already: only evaluating; raise train.epochs to train on"
+            )
         if self.config.optimizer.clip_norm:
             console.print(f"clipping each block's own gradient norm to {self.config.optimizer.clip_norm}")
         log, values = RunLog(self.folder, self.position.step), {}
@@ -273,17 +280,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def run_folder(config: Config) -> Path:
-    """``root/name`` to go on in, or for a new run the first of ``name``, ``name-2``, ... that is free.
+    """Of ``root/name``, ``name-2``, ...: the first that is free for a new run, the last that is not to go on.
 
     A run goes on in its folder; one that starts from another run's checkpoint is new.
     """
     folder, resume = Path(config.output.root) / (config.output.name or config.task), config.train.resume
-    if resume == "auto" or (resume and folder.resolve() in Path(resume).resolve().parents):
-        return folder
-    number, free = 2, folder
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    last, free = folder, folder
     while free.exists():
-        free, number = folder.with_name(f"{folder.name}-{number}"), number + 1
-    return free
+        last, free = free, next(numbered)
+        if resume and last.resolve() in Path(resume).resolve().parents:
+            return last
+    return last if resume == "auto" else free
 
 
 def _check_batch(model: nn.Module, blocks: Sequence[Block], task: Task) -> None:

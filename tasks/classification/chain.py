@@ -45,7 +45,7 @@ def _own_chain(name: str, classes: int, size: int) -> Chain:
     try:
         factory = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"model.name: cannot import {name!r}: {error}") from error
+        raise ValueError(f"model.name: cannot import {name!r} (looked in {here} too): {error}") from error
     chain = factory(classes, size)
     if not isinstance(chain, Chain):
         raise ValueError(f"model.name: {name!r} returned {type(chain).__name__}, not an engine.chain.Chain")

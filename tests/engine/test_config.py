@@ -40,6 +40,11 @@ def test_options_of_the_auxiliary_network_from_the_command_line(tmp_path: Path) 
     assert read(tmp_path, text, "--local.auxiliary", "dgl").local.auxiliary == "dgl"
     named = read(tmp_path, "local: {auxiliary: glcan}", "--local.auxiliary.depth", "1")
     assert named.local.auxiliary == {"type": "glcan", "depth": 1}
+    both = ["--local.auxiliary", "dgl", "--local.auxiliary.width", "2"]
+    for content in (text, "local: {auxiliary: glcan}"):
+        assert read(tmp_path, content, *both).local.auxiliary == {"type": "dgl", "width": 2}, "never silently glcan's"
+    with pytest.raises(ValueError, match="options come after the name"):
+        read(tmp_path, text, *both[2:], *both[:2])
 
 
 @pytest.mark.parametrize(

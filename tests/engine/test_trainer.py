@@ -55,6 +55,14 @@ def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(tmp_path: Path) 
         made.fit()
 
 
+def test_auto_goes_on_with_the_last_run_of_the_name(tmp_path: Path) -> None:
+    """It took the first one's folder, so an interrupted second run was never gone on with."""
+    for steps in (8, 3):
+        trainer(tmp_path, train__steps=steps).fit()
+    again = trainer(tmp_path, train__resume="auto")
+    assert (again.folder.name, again.position.step) == ("run-2", 3)
+
+
 def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_good_checkpoint(tmp_path: Path) -> None:
     task = Toy()
     made = trainer(tmp_path, task, train__save_every=1, train__log_every=100)
