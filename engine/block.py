@@ -106,9 +106,9 @@ class Block(nn.Module):
         self.optimizer = make_optimizer([(n, p) for n, p in self.named_state().items() if isinstance(p, nn.Parameter)])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaled)
 
-    def compile(self, *args: Any, **options: Any) -> None:
+    def compile_forward(self) -> None:
         """Compile the block's forward pass, auxiliary network included, as one graph of its own."""
-        self._predict = torch.compile(self._forward, *args, **options)
+        self._predict = torch.compile(self._forward)
 
     @property
     def index(self) -> int:

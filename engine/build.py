@@ -72,4 +72,4 @@ def prepare(blocks: list[Block], config: Config, device: torch.device) -> None:
     for block in blocks:
         block.attach(lambda named: build_optimizer(config.optimizer, named))
         if config.local.compile:
-            block.compile()
+            block.compile_forward()

@@ -134,7 +134,7 @@ def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Ca
     optimizer = type(blocks[0].optimizer).__name__
     if state["optimizer"] != optimizer:
         raise ValueError(f"optimizer.name: {path} was trained with {state['optimizer']}, the config says {optimizer}")
-    own = {name: tensor for block in blocks for name, tensor in _parts(block)["auxiliary"].items()}
+    own = {name: tensor for block in blocks for name, tensor in _auxiliary_state(block).items()}
     same = (
         state["cut"] == [[unit.name for unit in block.units] for block in blocks]
         and state["auxiliary"] == auxiliary
@@ -142,6 +142,7 @@ def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Ca
     )
     if not same:
         log(f"{path} has other blocks or auxiliary networks: the model goes on, auxiliary networks start fresh")
+    position = Position(**state["position"])
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             tensor.copy_(tensors["model"][name])
@@ -150,7 +151,6 @@ def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Ca
         for block, counters in zip(blocks, state["blocks"] if same else [{}] * len(blocks), strict=True):
             if block.optimizer is not None:
                 load_state_by_name(block.optimizer, _parameters(block), tensors["optimizer"], drop_auxiliary=not same)
-            position = Position(**state["position"])
             block.next_sequence = position.sequence
             block.skipped = counters.get("skipped", 0)
             if block.scaler is not None and counters.get("scaler"):
@@ -211,13 +211,19 @@ def export_model(model: nn.Module, target: Path) -> None:
 
 def _parts(block: Block) -> dict[str, dict[str, Tensor]]:
     assert block.optimizer is not None
-    state = block.named_state()
-    own = {name for name in state if name.startswith(f"auxiliary.{block.index}.")} if block.auxiliary else set()
+    own = _auxiliary_state(block)
     return {
-        "model": {name: tensor for name, tensor in state.items() if name not in own},
-        "auxiliary": {name: state[name] for name in sorted(own)},
+        "model": {name: tensor for name, tensor in block.named_state().items() if name not in own},
+        "auxiliary": own,
         "optimizer": state_by_name(block.optimizer, _parameters(block)),
     }
+
+
+def _auxiliary_state(block: Block) -> dict[str, Tensor]:
+    if block.auxiliary is None:
+        return {}
+    prefix = f"auxiliary.{block.index}."
+    return {name: tensor for name, tensor in block.named_state().items() if name.startswith(prefix)}
 
 
 def _parameters(block: Block) -> list[tuple[str, nn.Parameter]]:

@@ -79,21 +79,20 @@ def timm_chain(name: str, classes: int, size: int, pretrained: bool) -> Chain:
     example = Message({"x": torch.zeros(2, 3, size, size)})
     parts = _divide(model, example.x, name)
     units = _units(parts)
-    held = {id(tensor) for unit in units for tensor in unit.module.state_dict(keep_vars=True).values()}
-    head = nn.ModuleList(
-        child
-        for child in model.children()
-        if not any(id(tensor) in held for tensor in child.state_dict(keep_vars=True).values())
-    )
+    held = _held([unit.module for unit in units])
+    head = nn.ModuleList(child for child in model.children() if not _held([child]) & held)
 
     def classify(_: nn.Module, message: Message) -> Message:
         return message.with_x(model.forward_head(message.x))  # type: ignore[operator]
 
     layout = {Format.NHWC: "NHWC", Format.NLC: "NLC"}.get(getattr(model, "output_fmt", Format.NCHW), "NCHW")
-    outputs = [message.x for message in Chain(model, units, Unit("head", head, classify), example).shapes()]
+    chain = Chain(model, units, Unit("head", head, classify), example, layout)
+    outputs = [message.x for message in chain.shapes()]
+    if outputs[-1].dim() == 3:
+        chain.layout = "NLC"
     # What has one shape is one stage: same resolution, same width.
-    units = [replace(unit, stage=str(tuple(x.shape[1:]))) for unit, x in zip(units, outputs, strict=True)]
-    return Chain(model, units, Unit("head", head, classify), example, "NLC" if outputs[-1].dim() == 3 else layout)
+    chain.units = [replace(unit, stage=str(tuple(x.shape[1:]))) for unit, x in zip(units, outputs, strict=True)]
+    return chain
 
 
 def _divide(model: nn.Module, x: Tensor, name: str) -> list[tuple[str, nn.Module]]:
@@ -113,7 +112,7 @@ def _divide(model: nn.Module, x: Tensor, name: str) -> list[tuple[str, nn.Module
             at = step.output
         if at != last or not chosen or len({call.name for call in chosen}) < len(chosen):
             return False
-        if whole is not None and not _covers(whole, [call.module for call in chosen]):
+        if whole is not None and not _held([whole]) <= _held([call.module for call in chosen]):
             return False
         for call in chosen:
             if not any(True for _ in call.module.children()) or not descend(
@@ -135,10 +134,9 @@ def _outermost(call: _Call, calls: list[_Call], at: _State) -> bool:
     return not any(call.name.startswith(other.name + ".") and other.inputs == (at,) for other in calls)
 
 
-def _covers(whole: nn.Module, parts: list[nn.Module]) -> bool:
-    """Whether every parameter and buffer of ``whole`` is in one of ``parts``."""
-    held = {id(tensor) for part in parts for tensor in part.state_dict(keep_vars=True).values()}
-    return all(id(tensor) in held for tensor in whole.state_dict(keep_vars=True).values())
+def _held(modules: list[nn.Module]) -> set[int]:
+    """Identities of all parameters and persistent buffers in ``modules``."""
+    return {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
 
 
 def _watch(model: nn.Module, x: Tensor) -> tuple[list[_Call], _State, _State]:

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import signal
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ def trainer(room: Path, task: Toy | None = None, **changes: object) -> Trainer:
     settings = config(local__blocks=2, train__epochs=2, **changes)
     settings.output.root, settings.output.name = str(room), "run"
     return Trainer(settings, task or Toy())
+
+
+def poison(task: Toy, call: int) -> None:
+    """Make the loss not a number the ``call``-th time it is computed."""
+    original, calls = task.loss, count(1)
+    task.loss = lambda prediction, targets: original(prediction, targets) * (math.nan if next(calls) == call else 1)
 
 
 def test_a_run_writes_what_the_design_says(tmp_path: Path) -> None:
@@ -66,14 +73,7 @@ def test_auto_goes_on_with_the_last_run_of_the_name(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_good_checkpoint(tmp_path: Path) -> None:
     task = Toy()
     made = trainer(tmp_path, task, train__save_every=1, train__log_every=100)
-    original, calls = task.loss, 0
-
-    def loss(prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return original(prediction, targets) * (math.nan if calls == 6 else 1)
-
-    task.loss = loss
+    poison(task, call=6)
     with pytest.raises(ValueError, match=r"block 1: loss is nan at step 3; lower optimizer.lr .*step_2"):
         made.fit()
     assert sorted(path.name for path in (made.folder / "checkpoints").iterdir()) == ["step_1", "step_2"]
@@ -87,14 +87,7 @@ def test_a_loss_that_is_not_a_number_in_any_micro_batch_counts(tmp_path: Path) -
         [Message({"x": part}, y) for part, y in zip(b[0].x.split(4), b[0].targets.split(4), strict=True)]
         for b in batches(epoch, start)
     )
-    original, calls = task.loss, 0
-
-    def loss(prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return original(prediction, targets) * (math.nan if calls == 5 else 1)
-
-    task.loss = loss
+    poison(task, call=5)
     made = trainer(tmp_path, task, train__save_every=1)
     with pytest.raises(ValueError, match=r"block 0: loss is nan at step 2; .*step_1"):
         made.fit()
