@@ -21,9 +21,9 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.variant import header
 from engine.config import parse, run_tool, task_name
 from engine.log import console
+from engine.memory.report import header, write_json
 from tasks import find_task
 
 
@@ -71,8 +71,7 @@ def main(argv: Sequence[str]) -> None:
         )
     console.print(table)
     if known.json:
-        about = header(rest, known.threads, seeds=known.seeds)
-        known.json.write_text(json.dumps({"header": about, "rows": rows}, indent=1) + "\n")
+        write_json(known.json, header(rest, known.threads, seeds=known.seeds), rows)
 
 
 def _train(argv: Sequence[str], kind: str, seed: int, root: str, threads: int) -> dict[str, Any]:

@@ -1,76 +1,146 @@
-"""Memory against its price in time: python -m benchmarks.memory --config FILE [--json FILE] [--section.key value ...]
+"""The memory tables of GLCAN's field: python -m benchmarks.memory [--json FILE]
 
-Four rows: end-to-end, end-to-end + activation checkpointing, local, local + activation checkpointing.
-Peak bytes are those of all tensors alive in a training step, on fake tensors; the time is measured.
+ResNet-32 and ResNet-110 at batch 1024 (CIFAR-10), ResNet-101, ResNet-152 and ResNeXt-101 32x8d at batch 256
+(ImageNet, 224 px), on fake tensors: no GPU and no data are needed. Where a figure for the same network is
+published it stands beside ours, as a share of its own end-to-end training: published bytes are what a GPU
+took, workspaces included, and not always at this batch.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
-from benchmarks.variant import CHECKPOINTED, END_TO_END, Variant, estimate_variant, header, time_variants
 from engine.config import run_tool
-from engine.log import MIB, console
+from engine.device import choose_device
+from engine.log import GIB, console, progress_bar
+from engine.memory.estimate import UNSEEN
+from engine.memory.report import header, write_json
+from engine.memory.variant import CHECKPOINTED, END_TO_END, Variant, estimate_variant, local_variant
+from engine.memory.work import Speed
+from tasks import load
+
+CONFIGS = Path("tasks/classification/configs")
+INFOPRO = "Wang et al., ICLR 2021"
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of the field, and what is published of its memory.
+
+    ``published`` maps a variant's name to (gigabytes, what it is, source); that of end-to-end is the base.
+    """
+
+    title: str
+    config: str
+    overrides: tuple[str, ...]
+    variants: Sequence[tuple[str, int]]
+    published: dict[str, tuple[float, str, str]] = field(default_factory=dict)
+
+
+GLCAN_AND_DGL = ("glcan", "dgl")
+IMAGENET = ("--data.batch", "256", "--train.accumulate", "1")
+NETWORKS = [
+    Network(
+        "ResNet-32, CIFAR-10, batch 1024",
+        "cifar10_resnet32_k16_glcan.yaml",
+        (),
+        [(name, blocks) for name in GLCAN_AND_DGL for blocks in (4, 16)],
+    ),
+    Network(
+        "ResNet-110, CIFAR-10, batch 1024",
+        "cifar10_resnet110_k55_glcan.yaml",
+        (),
+        [("glcan", blocks) for blocks in (2, 3, 4, 16, 55)] + [("dgl", 55)],
+        {
+            "end-to-end": (9.40, "end-to-end", INFOPRO),
+            "end-to-end + checkpointing": (3.91, "checkpointing", INFOPRO),
+            "glcan K=2": (5.38, "InfoPro K=2", INFOPRO),
+            "glcan K=3": (4.22, "InfoPro K=3", INFOPRO),
+            "glcan K=4": (3.52, "InfoPro K=4", INFOPRO),
+        },
+    ),
+    Network(
+        "ResNet-101, ImageNet, 224 px, batch 256",
+        "imagenet_resnet101_k2_glcan.yaml",
+        IMAGENET,
+        [(name, blocks) for name in GLCAN_AND_DGL for blocks in (2, 4)],
+        {
+            "end-to-end": (19.71, "end-to-end", INFOPRO),
+            "glcan K=2": (12.06, "InfoPro K=2", INFOPRO),
+        },
+    ),
+    Network(
+        "ResNet-152, ImageNet, 224 px, batch 256",
+        "imagenet_resnet152_k2_glcan.yaml",
+        IMAGENET,
+        [(name, blocks) for name in GLCAN_AND_DGL for blocks in (2, 4)],
+    ),
+    Network(
+        "ResNeXt-101 32x8d, ImageNet, 224 px, batch 256",
+        "imagenet_resnet101_k2_glcan.yaml",
+        (*IMAGENET, "--model.name", "timm:resnext101_32x8d"),
+        [(name, blocks) for name in GLCAN_AND_DGL for blocks in (2, 4)],
+    ),
+]
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--steps", type=int, default=5, help="counted steps a variant, after 2 of warm-up")
-    parser.add_argument("--threads", type=int, default=1)
-    known, rest = parser.parse_known_args(list(argv))
-    local, task = Variant("local", ()).load(rest)
-    if local.local.schedule == "end_to_end":
-        raise ValueError("local.schedule: end_to_end has no local rows to compare; use sequential")
-    auxiliary = local.local.auxiliary if isinstance(local.local.auxiliary, str) else local.local.auxiliary["type"]
-    variants = [
-        END_TO_END,
-        CHECKPOINTED,
-        Variant("local", ("--local.checkpoint", "false")),
-        Variant("local + activation checkpointing", ("--local.checkpoint", "true")),
-    ]
-    estimates = [estimate_variant(variant, rest) for variant in variants]
-    times = time_variants(variants, rest, steps=known.steps, threads=known.threads)
-    base_bytes, base_seconds = estimates[0].peak_bytes, times[END_TO_END.name].median
-    table = Table(title=f"Memory and time of a training step, {task.name}, {auxiliary}")
+    known = parser.parse_args(list(argv))
+    torch.set_num_threads(1)
+    speed, rows = Speed.measure(choose_device("auto")), []
+    with progress_bar() as bar:
+        for network in bar.track(NETWORKS, description="networks"):
+            rows += _rows(network, speed)
+    console.print(f"predicted, on fake tensors. {UNSEEN}")
+    if known.json:
+        write_json(known.json, header(argv, 1), rows)
+
+
+def _rows(network: Network, speed: Speed) -> list[dict[str, object]]:
+    words = ["--config", str(CONFIGS / network.config), *network.overrides]
+    (config, _), largest = load(words), max(blocks for _, blocks in network.variants)
+    variants: list[Variant] = [END_TO_END, CHECKPOINTED]
+    variants += [local_variant(config, name, blocks) for name, blocks in network.variants]
+    variants.append(local_variant(config, "glcan", min(largest, 16), checkpointing=True))
+    table = Table(title=network.title)
     table.add_column("variant")
-    for name in ("blocks", "peak MiB", "of end-to-end", "activations MiB", "ms per step", "of end-to-end"):
+    for name in ("peak GiB", "of end-to-end", "time of end-to-end", "published, of its end-to-end"):
         table.add_column(name, justify="right")
-    rows = []
+    estimates = [estimate_variant(variant, words, load, speed) for variant in variants]
+    base, rows = estimates[0], []
     for variant, estimate in zip(variants, estimates, strict=True):
-        timing, blocks = times[variant.name], len(estimate.by_block_bytes)
-        table.add_row(
-            variant.name,
-            str(blocks),
-            f"{estimate.peak_bytes / MIB:.1f}",
-            f"{estimate.peak_bytes / base_bytes:.0%}",
-            f"{estimate.by_category_bytes['activations'] / MIB:.1f}",
-            f"{timing.median * 1000:.0f}",
-            f"{timing.median / base_seconds:.2f}",
-        )
+        size, published = estimate.footprint.peak_bytes, network.published.get(variant.name)
+        share, time = size / base.footprint.peak_bytes, estimate.step_seconds / base.step_seconds
+        beside = ""
+        if published:
+            beside = f"{published[0] / network.published['end-to-end'][0]:.0%} ({published[1]}, {published[0]:.2f} GB)"
+        table.add_row(variant.name, f"{size / GIB:.2f}", f"{share:.0%}", f"{time:.2f}", beside)
         rows.append(
             {
+                "network": network.title,
                 "variant": variant.name,
-                "schedule": "end_to_end" if "end_to_end" in variant.overrides else local.local.schedule,
-                "auxiliary": None if "end_to_end" in variant.overrides else auxiliary,
-                "blocks": blocks,
-                "activation_checkpointing": variant.overrides[-1] == "true",
-                "peak_bytes": estimate.peak_bytes,
-                "by_category_bytes": estimate.by_category_bytes,
-                "by_block_bytes": estimate.by_block_bytes,
-                "step_seconds": timing.median,
-                "step_seconds_range": [timing.least, timing.most],
+                "peak_bytes": size,
+                "by_category_bytes": estimate.footprint.peak,
+                "by_block_bytes": estimate.footprint.by_block_bytes,
+                "memory_ratio": share,
+                "predicted_time_ratio": time,
+                "published_bytes": published[0] * GIGABYTE if published else None,
+                "published_of": f"{published[1]}: {published[2]}" if published else None,
             }
         )
     console.print(table)
-    console.print("peak: all tensors alive in a step, on fake tensors; time: measured in turns, median")
-    if known.json:
-        known.json.write_text(json.dumps({"header": header(rest, known.threads), "rows": rows}, indent=1) + "\n")
+    for source in sorted({source for _, _, source in network.published.values()}):
+        console.print(f"published: {source}")
+    return rows
 
 
 if __name__ == "__main__":

@@ -15,10 +15,17 @@ from engine.auxiliary import AuxiliaryNetwork
 from engine.chain import Chain, Unit
 from engine.cut import Span
 from engine.message import Message
+from engine.offload import offloading
 from engine.seed import derive
 from engine.task import Task
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Autocast to ``bf16`` or ``fp16``; nothing for ``fp32``."""
+    dtype = DTYPES[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 class BlockError(RuntimeError):
@@ -66,7 +73,9 @@ class Block(nn.Module):
             do not depend on where or after what the block runs.
         precision: ``fp32``, or ``bf16``/``fp16`` by autocast. Each block scales its own loss in fp16,
             so that one block's overflow skips that block's update only.
-        checkpointing: recompute each unit's activations in backward instead of keeping them.
+        checkpointing: recompute each unit's activations in backward instead of keeping them; all but the
+            last unit's, which backward needs first.
+        offload: keep what backward needs in main memory (see ``engine.offload``).
         clip_norm: clip the gradient norm of *this block* (units and auxiliary network together) to
             this value; 0 clips nothing. It is not the norm over the whole network.
         keeps_key_features: add key features to the message's bank, since a later block reads them.
@@ -82,6 +91,7 @@ class Block(nn.Module):
         seed: int = 0,
         precision: str = "fp32",
         checkpointing: bool = False,
+        offload: bool = False,
         clip_norm: float = 0.0,
         keeps_key_features: bool = False,
     ) -> None:
@@ -92,8 +102,8 @@ class Block(nn.Module):
         self.unit_modules = nn.ModuleList([unit.module for unit in self.units])
         self.auxiliary = auxiliary
         self.head_module = chain.head.module if span.last else None
-        self.dtype, self.checkpointing, self.clip_norm = DTYPES[precision], checkpointing, clip_norm
-        self.keeps_key_features = keeps_key_features
+        self.precision, self.checkpointing, self.clip_norm = precision, checkpointing, clip_norm
+        self.offload, self.keeps_key_features = offload, keeps_key_features
         self.optimizer: torch.optim.Optimizer | None = None
         self.scaler: torch.amp.GradScaler | None = None
         self.scaled = precision == "fp16"
@@ -113,6 +123,12 @@ class Block(nn.Module):
     @property
     def index(self) -> int:
         return self.span.index
+
+    @property
+    def title(self) -> str:
+        """Its units in a few words, as ``stem ... layer1.2``."""
+        first, last = self.units[0].name, self.units[-1].name
+        return first if first == last else f"{first} ... {last}"
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +167,8 @@ class Block(nn.Module):
         return output, self.auxiliary(output, message.bank)
 
     def _run(self, unit: Unit, message: Message) -> Message:
-        if not (self.checkpointing and torch.is_grad_enabled()):
+        # The last unit would be recomputed right after it was computed: nothing saved.
+        if not (self.checkpointing and torch.is_grad_enabled()) or unit is self.units[-1]:
             return unit(message)
         version = message.x._version
         # The tensor is an argument of its own so that checkpoint sees its device and keeps that one's
@@ -170,9 +187,7 @@ class Block(nn.Module):
         return result
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return autocast(self.device, self.precision)
 
     def local_step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> tuple[Message, Report]:
         """Train on one message and send it on.
@@ -199,7 +214,7 @@ class Block(nn.Module):
         if message.sequence != self.next_sequence:
             raise ValueError(f"message {message.sequence} arrived, {self.next_sequence} expected")
         torch.manual_seed(derive(self.seed, "step", self.index, message.sequence))
-        with self._autocast():
+        with self._autocast(), offloading(self.device) if self.offload else nullcontext():
             output, prediction = self._predict(message)
             loss = self.task.loss(prediction, message.targets)
         del prediction

@@ -50,6 +50,7 @@ def build_blocks(chain: Chain, config: Config, task: Task) -> list[Block]:
             seed=config.train.seed,
             precision=local.precision,
             checkpointing=local.checkpoint,
+            offload=local.offload,
             clip_norm=config.optimizer.clip_norm,
             keeps_key_features=any(other is not None and other.uses_bank for other in later),
         )

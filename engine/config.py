@@ -37,7 +37,9 @@ class LocalConfig:
     schedule: Literal["sequential", "end_to_end"] = "sequential"
     """Order in which blocks run; `end_to_end` is ordinary backpropagation, the baseline."""
     checkpoint: bool = False
-    """Activation checkpointing: recompute each unit in backward. Less memory, more time, same result."""
+    """Activation checkpointing: recompute a block's units in backward, all but the last. Less memory, more time."""
+    offload: bool = False
+    """Keep what backward needs in main memory instead of on the GPU. Less GPU memory, more time, same result."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of forward and loss; fp16 scales each block's loss on its own."""
     compile: bool = False
@@ -140,8 +142,9 @@ class Config:
         )
         if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum <= 0:
             raise ValueError("optimizer.nesterov: needs optimizer.momentum above 0; set optimizer.nesterov false")
-        if self.local.compile and self.local.checkpoint:
-            raise ValueError("local.compile: cannot be combined with local.checkpoint; set one of them false")
+        special = [key for key in ("compile", "checkpoint", "offload") if getattr(self.local, key)]
+        if len(special) > 1:
+            raise ValueError(f"local.{special[0]}: cannot be combined with local.{special[1]}; set one of them false")
         if optimizer.lr <= 0:
             raise ValueError(f"optimizer.lr: {optimizer.lr} must be above 0")
         if optimizer.schedule == "step" and not optimizer.milestones:
@@ -252,9 +255,14 @@ def keys(config_class: type[Any], prefix: str = "") -> set[str]:
     return found
 
 
+def to_yaml(config: Config) -> str:
+    """The complete, resolved config."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
 def save(config: Config, path: Path) -> None:
     """Write the complete, resolved config."""
-    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    write_text(path, to_yaml(config))
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> list[str]:

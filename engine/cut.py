@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -44,7 +44,7 @@ def cut_by_names(chain: Chain, names: Sequence[str]) -> list[Span]:
     for name, (before, start) in zip(names, pairwise([0, *starts]), strict=True):
         if start <= before:
             raise ValueError(f"local.cut: {name!r} must come after the start of the block before it")
-    return _spans(chain, [0, *starts, len(chain)])
+    return spans(chain, [0, *starts, len(chain)])
 
 
 def cut_by_count(chain: Chain, blocks: int, balance: Balance = "units") -> list[Span]:
@@ -66,25 +66,48 @@ def cut_by_count(chain: Chain, blocks: int, balance: Balance = "units") -> list[
         )
     weights = _weights(chain, balance)
     sums = [0.0, *accumulate(weights)]
-    # best[k][i]: (heaviest block, sum of squares, first bound) when units i, i+1, ... make k + 1 blocks
-    best = [[(sums[-1] - at, (sums[-1] - at) ** 2, len(chain)) for at in sums]]
+
+    def cost(start: int, stop: int) -> tuple[float, float]:
+        weight = sums[stop] - sums[start]
+        return weight, weight**2
+
+    return spans(chain, best_bounds(len(chain), blocks, cost)[-1][1])
+
+
+def best_bounds(
+    units: int, blocks: int, cost: Callable[[int, int], tuple[float, float]]
+) -> list[tuple[float, list[int]]]:
+    """The best cuts of ``units`` units into 1, 2, ... ``blocks`` blocks, by dynamic programming.
+
+    Best is the cut whose heaviest block is the lightest; of those that tie, the one with the least sum.
+
+    Args:
+        cost: of a block of units ``start`` to ``stop - 1``: (weight, addend of the sum).
+
+    Returns:
+        For each number of blocks the heaviest block's weight and the bounds: 0, where each later block
+        starts, ``units``.
+
+    Example:
+        >>> best_bounds(4, 2, lambda start, stop: (stop - start, 0))
+        [(4, [0, 4]), (2, [0, 2, 4])]
+    """
+    costs = {(i, j): cost(i, j) for i in range(units) for j in range(i + 1, units + 1)}
+    # best[k][i]: (heaviest block, sum, first bound) when units i, i+1, ... make k + 1 blocks
+    best = [[(*costs[i, units], units) for i in range(units)]]
     for k in range(1, blocks):
-        best.append(
-            [
-                min(
-                    (
-                        (max(sums[j] - sums[i], best[-1][j][0]), (sums[j] - sums[i]) ** 2 + best[-1][j][1], j)
-                        for j in range(i + 1, len(chain) - k + 1)
-                    ),
-                    default=(float("inf"), 0.0, 0),
-                )
-                for i in range(len(sums))
-            ]
-        )
-    bounds = [0]
-    for k in reversed(range(blocks)):
-        bounds.append(best[k][bounds[-1]][2])
-    return _spans(chain, bounds)
+        row = []
+        for i in range(units - k):
+            options = ((costs[i, j], best[-1][j], j) for j in range(i + 1, units - k + 1))
+            row.append(min((max(c[0], rest[0]), c[1] + rest[1], j) for c, rest, j in options))
+        best.append(row)
+    found = []
+    for k in range(blocks):
+        bounds = [0]
+        for rest in reversed(range(k + 1)):
+            bounds.append(best[rest][bounds[-1]][2])
+        found.append((best[k][0][0], bounds))
+    return found
 
 
 def _weights(chain: Chain, balance: Balance) -> list[float]:
@@ -100,13 +123,18 @@ def _weights(chain: Chain, balance: Balance) -> list[float]:
     return weights
 
 
-def _spans(chain: Chain, bounds: Sequence[int]) -> list[Span]:
-    spans = [Span(k, len(bounds) - 1, start, stop) for k, (start, stop) in enumerate(pairwise(bounds))]
-    for span in spans:
+def spans(chain: Chain, bounds: Sequence[int]) -> list[Span]:
+    """The blocks between ``bounds``.
+
+    Raises:
+        ValueError: a block would have no trainable parameter.
+    """
+    made = [Span(k, len(bounds) - 1, start, stop) for k, (start, stop) in enumerate(pairwise(bounds))]
+    for span in made:
         modules = [unit.module for unit in span.units(chain)] + ([chain.head.module] if span.last else [])
         if not any(p.requires_grad for module in modules for p in module.parameters()):
             names = ", ".join(unit.name for unit in span.units(chain))
             raise ValueError(
                 f"block {span.index} ({names}) has no trainable parameter; choose another local.cut or local.blocks"
             )
-    return spans
+    return made

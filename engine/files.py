@@ -14,6 +14,18 @@ def write_text(path: Path, text: str) -> None:
     os.replace(room, path)
 
 
+def write_named(path: Path, text: str) -> None:
+    """Write a file that a user has named.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def flush(path: Path) -> None:
     """Have the system write a file's content, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)

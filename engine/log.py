@@ -16,7 +16,12 @@ from engine.block import Block
 from engine.files import write_text
 
 console = Console(width=None if Console().is_terminal else 120, highlight=False)
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
+
+
+def mebibytes(size: float) -> str:
+    """As ``69.4 MiB``."""
+    return f"{size / MIB:.1f} MiB"
 
 
 class RunLog:
@@ -61,12 +66,11 @@ def block_table(blocks: Sequence[Block]) -> Table:
         table.add_column(name, justify="right")
     sums = [0, 0, 0]
     for block in blocks:
-        names = [unit.name for unit in block.units]
         own = sum(p.numel() for p in block.parameters())
         extra = sum(p.numel() for p in block.auxiliary.parameters()) if block.auxiliary else 0
-        span = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
-        table.add_row(str(block.index), span, *_counts(len(names), own - extra, extra))
-        sums = [a + b for a, b in zip(sums, (len(names), own - extra, extra), strict=True)]
+        counts = len(block.units), own - extra, extra
+        table.add_row(str(block.index), block.title, *_counts(*counts))
+        sums = [a + b for a, b in zip(sums, counts, strict=True)]
     table.add_row("all", "", *_counts(*sums), style="bold")
     return table
 

@@ -14,13 +14,18 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def build_optimizer(config: OptimizerConfig, named: Named) -> torch.optim.Optimizer:
-    """An optimizer over the parameters that want gradients."""
+    """An optimizer over the parameters that want gradients.
+
+    It works on lists of tensors, as torch's default is on a GPU, on every device: an update takes the same
+    memory everywhere (up to a copy of the block's gradients), so an estimate made on a CPU holds on a GPU.
+    """
     parameters = [parameter for _, parameter in named if parameter.requires_grad]
+    momentum, decay = config.momentum, config.weight_decay
     if config.name == "sgd":
         return torch.optim.SGD(
-            parameters, config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
+            parameters, config.lr, momentum, weight_decay=decay, nesterov=config.nesterov, foreach=True
         )
-    return torch.optim.AdamW(parameters, config.lr, (config.momentum, 0.999), weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, config.lr, (momentum, 0.999), weight_decay=decay, foreach=True)
 
 
 def rate_factor(config: OptimizerConfig, step: int, steps_per_epoch: int, epochs: int) -> float:

@@ -27,6 +27,12 @@ def infer_shapes(forward: Callable[[Message], Message], message: Message, module
         return result.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
 
 
+def shapes_of(make: Callable[[], Message]) -> Message:
+    """The message that ``make`` makes, as meta tensors; nothing of its size is allocated."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return make().map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+
+
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Evaluation mode; afterwards every module is in the mode it was in, frozen normalisations included."""

@@ -43,6 +43,13 @@ class Task(Protocol):
         """
         ...
 
+    def example(self) -> Message:
+        """A made-up micro-batch of the largest size that training sees; reads no data.
+
+        For estimates and timing, where shapes and types count, values do not.
+        """
+        ...
+
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch, one for a last short batch included."""
         ...

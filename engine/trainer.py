@@ -24,6 +24,7 @@ from engine.block import Block, Report
 from engine.build import build_blocks, prepare
 from engine.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint, set_aside
 from engine.config import Config, save
+from engine.device import choose_device
 from engine.files import write_text
 from engine.log import RunLog, block_table, console, progress_bar
 from engine.message import Message
@@ -256,27 +257,6 @@ class Trainer:
             "skipped_updates": [block.skipped for block in self.blocks],
             "interrupted": self.interrupted,
         }
-
-
-def choose_device(name: str) -> torch.device:
-    """The device a config names.
-
-    Raises:
-        ValueError: CUDA is asked for and not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"train.device: {name!r} is none of auto, cpu, cuda, cuda:N") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise ValueError(f"train.device: {name!r} is none of auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"train.device: {name} asked for, but there are {torch.cuda.device_count()} GPUs")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train.device: {name} asked for, but torch {torch.__version__} sees no GPU; use auto or cpu")
-    return device
 
 
 def run_folder(config: Config) -> Path:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config import Config
+from engine.config import Config, parse, task_name
 from tasks.torchvision_operators import provide_operators
 
 provide_operators()
@@ -35,3 +36,14 @@ def find_task(name: str) -> TaskEntry:
         raise ValueError(f"task: {name!r} is unknown{hint}; known: {', '.join(known)}")
     entry: TaskEntry = importlib.import_module(f"tasks.{name}").TASK
     return entry
+
+
+def load(argv: Sequence[str]) -> tuple[Config, Any]:
+    """The config that a command line gives, and its task.
+
+    Raises:
+        ValueError: no such task, or anything wrong in the config.
+    """
+    entry = find_task(task_name(argv))
+    config = parse(entry.config, argv)
+    return config, entry.build(config)

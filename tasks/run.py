@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from engine.block import DTYPES
+from engine.block import autocast
 from engine.chain import Chain
 from engine.checkpoint import find_checkpoint, load_model
 from engine.config import parse, task_name
+from engine.device import choose_device
 from engine.log import console
 from engine.message import Message
 from engine.task import Task
-from engine.trainer import choose_device
 from tasks import find_task
 
 
@@ -33,8 +33,7 @@ class Run:
     @torch.no_grad()
     def predict(self, message: Message) -> Any:
         """The network's prediction, in the precision it was trained in."""
-        dtype = DTYPES[self.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with autocast(self.device, self.precision):
             return self.chain(message.to(self.device))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.config import run_tool
-from engine.trainer import choose_device
+from engine.device import choose_device
 from tools import evaluate, export, train
 
 VARIANTS = {

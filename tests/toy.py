@@ -79,6 +79,9 @@ class Toy:
     def auxiliary_head(self, chain: Chain, message: Message, bank: Any) -> nn.Module:
         return PlainHead(message.x.shape[1] + sum(features.shape[1] for features in bank.values()))
 
+    def example(self) -> Message:
+        return Message({"x": self.x[: self.batch]}, self.y[: self.batch])
+
     def steps_per_epoch(self) -> int:
         return -(-len(self.x) // self.batch)
 

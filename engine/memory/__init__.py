@@ -1,5 +1,6 @@
-"""Memory accounting."""
+"""Memory: predicted on fake tensors, measured in a real step, planned for, reported."""
 
 from engine.memory.estimate import Estimate, estimate_step
+from engine.memory.footprint import CATEGORIES, Footprint
 
-__all__ = ["Estimate", "estimate_step"]
+__all__ = ["CATEGORIES", "Estimate", "Footprint", "estimate_step"]

@@ -1,4 +1,4 @@
-"""Peak bytes of a training step, on fake tensors: no GPU, no arithmetic, no memory."""
+"""Peak bytes and time of a training step, predicted on fake tensors: no GPU, no arithmetic, no memory."""
 
 from __future__ import annotations
 
@@ -12,67 +12,56 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from engine.block import Block
 from engine.build import prepare
 from engine.config import Config
-from engine.memory.tracker import MemoryTracker
+from engine.memory.footprint import Footprint, count_bytes
+from engine.memory.work import Speed, WorkCounter
 from engine.message import Message
+
+UNSEEN = (
+    "Not seen: the GPU context, workspaces of convolutions and matrix products, fragmentation, "
+    "what torch.compile fuses away"
+)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes alive at the peak of a step, in all and by category.
+    """What a step will hold, and how long it will take on a device of the given speed (see ``engine.memory.work``)."""
 
-    Categories: ``parameters`` and ``auxiliary`` (the auxiliary networks' parameters), ``gradients``,
-    ``optimizer`` state, ``buffers``, ``activations`` (temporaries included). ``by_block_bytes`` has the
-    peak within each block's local step.
-    """
-
-    peak_bytes: int
-    by_category_bytes: dict[str, int]
-    by_block_bytes: list[int]
+    footprint: Footprint
+    step_seconds: float
+    units: list[str]
+    """Each block's units, as ``Block.title``."""
 
 
-def estimate_step(blocks: list[Block], config: Config, message: Message) -> Estimate:
-    """Bytes of all tensors alive at the peak of one optimizer step of ``config``'s schedule.
+def estimate_step(blocks: list[Block], config: Config, message: Message, speed: Speed | None = None) -> Estimate:
+    """Bytes of all tensors alive at the peak of one optimizer step of ``config``'s schedule, and its time.
 
     Args:
         blocks: as ``build_blocks`` returns them, on the CPU; afterwards their tensors are fake and they are
             of no further use. Only their parameters take real memory, and no step is computed.
-        config: schedule, optimizer, precision, checkpointing and accumulation.
-        message: a micro-batch; only its shapes count.
-
-    The second step is read: optimizer state is born in the first.
+        config: schedule, optimizer, precision, checkpointing, offload and accumulation.
+        message: a micro-batch; only its shapes and types count.
+        speed: of the device that will train; without it the time is 0.
 
     Known limitations: counts tensors as PyTorch makes them on the CPU, each rounded up to 512 bytes. Not
-    seen are convolution workspaces, fragmentation and a GPU's context; fp16's loss scaler is left out.
+    seen are workspaces (of convolutions, mostly), fragmentation and a GPU's context; fp16's loss scaler is
+    left out; with ``local.compile`` the count is that of the uncompiled network, which is more.
     """
-    with FakeTensorMode():
-        _make_fake([blocks[0].chain.model, *blocks])
+    fake = FakeTensorMode()
+    with fake:
+        make_fake([blocks[0].chain.model, *blocks])
         for block in blocks:
             block.scaled = False  # a scaler asks for values, and fake tensors have none
         config = replace(config, local=replace(config.local, compile=False))
         prepare(blocks, config, torch.device("cpu"))
         message = message.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
-        tracker = MemoryTracker()
-        tracker.add(message.flatten()[0], "activations")
-        for block in blocks:
-            _follow(tracker, block)
-        peaks, highest, categories = [0] * len(blocks), 0, tracker.peak
-        with tracker:
-            for sequence in range(2 * config.train.accumulate):
-                update = (sequence + 1) % config.train.accumulate == 0
-                # The batch stays alive through the step, as in a training loop.
-                passing = replace(message, sequence=sequence)
-                for number, block in enumerate(blocks):
-                    tracker.reset_peak()
-                    passing, _ = block.local_step(passing, update=update)
-                    if sequence < config.train.accumulate:
-                        continue
-                    peaks[number] = max(peaks[number], tracker.peak_bytes)
-                    if tracker.peak_bytes > highest:
-                        highest, categories = tracker.peak_bytes, tracker.peak
-    return Estimate(highest, {name: size for name, size in categories.items() if size}, peaks)
+        work = WorkCounter(speed or Speed.infinite())
+        footprint = count_bytes(blocks, config, message, beside=lambda: work)
+    # Of many micro-batches two were run.
+    repeats = config.train.accumulate / min(config.train.accumulate, 2)
+    return Estimate(footprint, work.seconds * repeats, [block.title for block in blocks])
 
 
-def _make_fake(modules: Iterable[nn.Module]) -> None:
+def make_fake(modules: Iterable[nn.Module]) -> None:
     """Put a fake tensor in every parameter's and buffer's place; what was shared stays shared."""
     made: dict[int, torch.Tensor] = {}
     for root in modules:
@@ -86,26 +75,3 @@ def _make_fake(modules: Iterable[nn.Module]) -> None:
                         wanted = isinstance(tensor, nn.Parameter)
                         made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if wanted else empty
                     held[name] = made[id(tensor)]  # type: ignore[assignment]
-
-
-def _follow(tracker: MemoryTracker, block: Block) -> None:
-    """Make a block's state known, and have gradients and optimizer state counted as such when they appear."""
-    optimizer = block.optimizer
-    assert optimizer is not None
-
-    def count_gradient(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        tracker.add([parameter.grad], "gradients")
-
-    extra = set(block.auxiliary.parameters()) if block.auxiliary else set()
-    for parameter in block.parameters():
-        tracker.add([parameter], "auxiliary" if parameter in extra else "parameters")
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(count_gradient)  # type: ignore[no-untyped-call]
-    tracker.add(block.buffers(), "buffers")
-
-    def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:
-        for state in stepped.state.values():
-            tracker.add((value for value in state.values() if isinstance(value, torch.Tensor)), "optimizer")
-
-    optimizer.register_step_post_hook(after_step)

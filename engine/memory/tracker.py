@@ -4,22 +4,51 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine import offload
+
 ROUND = 512
 """Bytes a tensor's storage is rounded up to, as CUDA's caching allocator does."""
 
+MOMENTS = 400
+"""A timeline has fewer than twice as many moments."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The fullest moment of a stretch of operators: bytes by category, and the block that ran."""
+
+    block: int
+    live: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.live.values())
+
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every storage from the operator that makes it to its release.
+    """Follows every storage on one kind of device from the operator that makes it to its release.
 
-    A storage counts once however many tensors view it. What exists beforehand is made known with
-    ``add``; what operators make counts as ``activations`` until another ``add`` says what it is.
+    A storage counts once however many tensors view it. What exists beforehand is made known with ``add``.
+    What operators make counts, until an ``add`` says otherwise, by when it is made:
+
+    =============== ============================================================================
+    ``activations`` with gradients enabled: by the forward pass, or by its recomputation
+    ``temporary``   without: by the backward pass or the update
+    ``auxiliary``   while ``made_in_forward`` says so: by an auxiliary network's forward pass
+    =============== ============================================================================
+
+    Args:
+        device: ``cpu`` or ``cuda``; tensors elsewhere do not count. Nor do copies that stand for a
+            tensor in main memory (see ``engine.offload``).
 
     Known limitation: memory that an operator takes and gives back inside itself is not seen.
 
@@ -29,37 +58,54 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ...     x = torch.zeros(1000)
         ...     y = x.view(10, 100) + 1
         ...     del x, y
-        >>> tracker.peak_bytes, tracker.live_bytes
+        >>> tracker.peak.bytes, tracker.live_bytes
         (8192, 0)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device, self.made_in_forward, self.block = device, "activations", 0
         self._sizes: dict[int, tuple[str, int]] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self.live: Counter[str] = Counter()
         self.live_bytes = 0
+        self.timeline: list[Moment] | None = None
+        self._stretch, self._left = 1, 0
         self.reset_peak()
 
     def reset_peak(self) -> None:
         """Forget the peak so far; what is alive now is the new one."""
-        self.peak_bytes, self.peak = self.live_bytes, Counter(self.live)
+        self._peak_bytes, self.peak = self.live_bytes, Moment(self.block, Counter(self.live))
+
+    def record(self) -> None:
+        """Keep a timeline from now on: one moment for every so many operators, fewer than 800 in all."""
+        self.timeline, self._stretch, self._left = [], 1, 0
 
     def add(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count the storages of ``tensors`` under ``category``, new or not."""
+        self._add(tensors, lambda before: category)
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Count as activations those of ``tensors`` that were temporary until now."""
+        self._add(tensors, lambda before: "activations" if before in (None, "temporary") else before)
+
+    def _add(self, tensors: Iterable[Tensor], choose: Callable[[str | None], str]) -> None:
         for tensor in tensors:
+            if tensor.device.type != self.device:
+                continue
             storage = tensor.untyped_storage()
             key = id(storage)
-            if key in self._sizes:
-                before, size = self._sizes[key]
-                self.live[before] -= size
-            else:
-                size = -(-storage.nbytes() // ROUND) * ROUND
+            before, size = self._sizes.get(key, (None, 0))
+            if before is None:
+                size = 0 if offload.standing_in() else -(-storage.nbytes() // ROUND) * ROUND
                 self._references[key] = weakref.ref(storage, lambda _, key=key: self._release(key))  # type: ignore[misc]
                 self.live_bytes += size
+            else:
+                self.live[before] -= size
+            category = choose(before)
             self._sizes[key] = category, size
             self.live[category] += size
-        if self.live_bytes > self.peak_bytes:
+        if self.live_bytes > self._peak_bytes:
             self.reset_peak()
 
     def _release(self, key: int) -> None:
@@ -73,5 +119,23 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.add((t for t in made if id(t.untyped_storage()) not in self._sizes), "activations")
+        new = [tensor for tensor in made if id(tensor.untyped_storage()) not in self._sizes]
+        if new:
+            self.add(new, self.made_in_forward if torch.is_grad_enabled() else "temporary")
+        if self.timeline is not None:
+            self._note()
         return result
+
+    def _note(self) -> None:
+        """Extend the timeline: a stretch has its fullest moment; stretches double when there are too many."""
+        assert self.timeline is not None
+        if self._left == 0:
+            if len(self.timeline) == 2 * MOMENTS - 1:
+                pairs = zip(self.timeline[::2], self.timeline[1::2], strict=False)
+                self.timeline = [max(pair, key=lambda moment: moment.bytes) for pair in pairs]
+                self._stretch *= 2
+            self.timeline.append(Moment(self.block, Counter(self.live)))
+            self._left = self._stretch
+        elif self.live_bytes > self.timeline[-1].bytes:
+            self.timeline[-1] = Moment(self.block, Counter(self.live))
+        self._left -= 1

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.device import choose_device
 from engine.message import Message
-from engine.trainer import Trainer, choose_device
+from engine.trainer import Trainer
 from tests.toy import Toy, config
 
 

@@ -1,0 +1,147 @@
+"""What a training step holds in memory: bytes by category, by block, and over the course of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.block import Block, Report
+from engine.config import Config
+from engine.memory.tracker import MemoryTracker, Moment
+from engine.message import Message
+from engine.schedules import SCHEDULES
+
+CATEGORIES = {
+    "parameters": "of the units and the head",
+    "buffers": "of the units and the head (BatchNorm's statistics)",
+    "gradients": "of these parameters",
+    "optimizer": "state of the optimizer for these parameters",
+    "activations": "the batch, messages between blocks, and what the forward pass keeps for backward",
+    "auxiliary": "all that auxiliary networks add: parameters, buffers, gradients, optimizer state, activations",
+    "temporary": "made by backward and update, and gone when they end",
+}
+"""Every byte counts under one of these."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes alive at the peak of one optimizer step.
+
+    ``by_block`` has the peak while each block's local step runs (in the last micro-batch, say, the
+    gradients of all blocks are alive), ``timeline`` the course of the step.
+    """
+
+    peak: dict[str, int]
+    by_block: list[dict[str, int]]
+    timeline: list[Moment]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak.values())
+
+    @property
+    def by_block_bytes(self) -> list[int]:
+        return [sum(sizes.values()) for sizes in self.by_block]
+
+
+def count_bytes(
+    blocks: Sequence[Block],
+    config: Config,
+    message: Message,
+    *,
+    beside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Footprint:
+    """Run two optimizer steps and count the tensors alive in the second; optimizer state is born in the first.
+
+    Args:
+        blocks: prepared ones, on the device whose bytes count, real or fake.
+        config: its schedule runs, with its accumulation. Of many micro-batches two are run: the gradients
+            of all blocks are alive in the second, so that further ones only repeat it.
+        message: a micro-batch, on that device. It stays alive through the step, as in a training loop.
+        beside: a context around the second step, for other counts.
+    """
+    schedule, count = SCHEDULES[config.local.schedule](blocks), min(config.train.accumulate, 2)
+    tracker = MemoryTracker(blocks[0].device.type)
+    tracker.add(message.flatten()[0], "activations")
+    peaks: dict[int, Moment] = {}
+
+    def step() -> None:
+        for number in range(count):
+            passing = replace(message, sequence=blocks[0].next_sequence)
+            schedule.step(passing, update=number == count - 1, weight=1 / count)
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(followed(tracker, block, peaks))
+        stack.enter_context(tracker)
+        step()
+        peaks.clear()
+        tracker.record()
+        with beside():
+            step()
+    highest = max(peaks.values(), key=lambda moment: moment.bytes)
+    assert tracker.timeline is not None
+    return Footprint(_whole(highest), [_whole(peaks[block.index]) for block in blocks], tracker.timeline)
+
+
+def _whole(moment: Moment) -> dict[str, int]:
+    assert moment.live.keys() <= CATEGORIES.keys()
+    return {name: moment.live.get(name, 0) for name in CATEGORIES}
+
+
+@contextmanager
+def followed(tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> Iterator[None]:
+    """Meanwhile ``block``'s state is known to the tracker, and its peak is noted in ``peaks``."""
+    auxiliary, optimizer = block.auxiliary, block.optimizer
+    assert optimizer is not None
+    extra = {id(tensor) for tensor in [*auxiliary.parameters(), *auxiliary.buffers()]} if auxiliary else set()
+
+    def category(tensor: Tensor, own: str) -> str:
+        return "auxiliary" if id(tensor) in extra else own
+
+    def count_gradient(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        tracker.add([parameter.grad], category(parameter, "gradients"))
+
+    def count_state(stepped: torch.optim.Optimizer, *_: object) -> None:
+        for parameter, state in stepped.state.items():
+            tensors = (value for value in state.values() if isinstance(value, Tensor))
+            tracker.add(tensors, category(parameter, "optimizer"))
+
+    plain_step = block.local_step
+
+    def local_step(message: Message, **options: Any) -> tuple[Message, Report]:
+        tracker.block = block.index
+        tracker.reset_peak()
+        output, report = plain_step(message, **options)
+        peaks[block.index] = max(tracker.peak, peaks.get(block.index, tracker.peak), key=lambda moment: moment.bytes)
+        tracker.keep(output.flatten()[0])
+        return output, report
+
+    def made_in(name: str) -> Callable[..., None]:
+        def change(*_: object) -> None:
+            tracker.made_in_forward = name
+
+        return change
+
+    with ExitStack() as stack:
+        for parameter in block.parameters():
+            tracker.add([parameter], category(parameter, "parameters"))
+            if parameter.requires_grad:
+                handle = parameter.register_post_accumulate_grad_hook(count_gradient)  # type: ignore[no-untyped-call]
+                stack.callback(handle.remove)
+        for buffer in block.buffers():
+            tracker.add([buffer], category(buffer, "buffers"))
+        count_state(optimizer)
+        stack.callback(optimizer.register_step_post_hook(count_state).remove)
+        if auxiliary is not None:
+            stack.callback(auxiliary.register_forward_pre_hook(made_in("auxiliary")).remove)
+            stack.callback(auxiliary.register_forward_hook(made_in("activations"), always_call=True).remove)
+        block.local_step = local_step  # type: ignore[method-assign]
+        stack.callback(lambda: delattr(block, "local_step"))
+        yield

@@ -1,0 +1,252 @@
+"""Find the cut that fits a budget of memory: fewest blocks, least time."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from engine.build import build_blocks
+from engine.config import Config, to_yaml
+from engine.cut import best_bounds
+from engine.files import write_named
+from engine.log import mebibytes
+from engine.memory.estimate import Estimate, estimate_step
+from engine.memory.profile import Profile
+from engine.memory.work import Speed
+from engine.shapes import shapes_of
+from engine.task import Task
+
+SIZES = {f"{letter}{i}B": base**n for n, letter in enumerate("KMGT", 1) for i, base in (("i", 1024), ("", 1000))}
+"""Bytes in a KiB, a KB, a MiB, ..."""
+
+MARK = "# Planned for"
+"""How a file that ``write_plan`` wrote begins."""
+
+SLACK = 1.05
+"""How much too large a modelled peak may be; a cut whose modelled peak is larger is not tried."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``4GiB``, ``1.5 GB`` and the like.
+
+    Raises:
+        ValueError: no number, no unit, or not above 0.
+
+    Example:
+        >>> parse_size("1.5KiB"), parse_size("2 MB")
+        (1536, 2000000)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2] not in SIZES or float(match[1]) <= 0:
+        raise ValueError(f"--memory: {text!r} is no size; write a number above 0 and one of {', '.join(SIZES)}: 4GiB")
+    return int(float(match[1]) * SIZES[match[2]])
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train: a config with its cut, and what a step of it takes."""
+
+    config: Config
+    micro_batch: int
+    estimate: Estimate
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.estimate.footprint.peak_bytes
+
+    @property
+    def name(self) -> str:
+        """As ``4 blocks + checkpointing``."""
+        blocks = len(self.estimate.units)
+        name = "end-to-end" if blocks == 1 else f"{blocks} blocks"
+        return f"{name} + checkpointing" if self.config.local.checkpoint else name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen option, the budget it fits, and what it was chosen from.
+
+    ``rivals`` are end-to-end training without and (where the config allows it) with activation
+    checkpointing at the config's own micro-batch, whether they fit or not; ``fitting`` has the options
+    found, the chosen one first.
+    """
+
+    budget_bytes: int
+    rivals: list[Option]
+    fitting: list[Option]
+
+    @property
+    def chosen(self) -> Option:
+        return self.fitting[0]
+
+
+def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes: int, speed: Speed) -> Plan:
+    """The fewest blocks and the cut that fit the budget, in the least estimated time.
+
+    End-to-end training is chosen where it fits. Else the fewest blocks that fit are sought, with and
+    without activation checkpointing inside blocks (one block with checkpointing is end-to-end with
+    checkpointing), and of the two the faster is chosen. Only if neither fits is the micro-batch halved, and
+    halved again: that changes what normalisation sees and so the result.
+
+    For every number of blocks dynamic programming over the units proposes the fastest cut that fits by the
+    costs of units and auxiliary networks (``engine.memory.profile``), then the cut with the smallest peak;
+    each proposal is judged by an estimate of its whole step.
+
+    Args:
+        config: everything but ``local.cut``, ``local.blocks``, ``local.checkpoint`` and ``train.accumulate``
+            stays as it is; ``local.schedule`` changes where end-to-end and local training do.
+        build_task: makes the task of a config.
+        budget_bytes: for tensors. A GPU needs room beside them: about half a GiB for CUDA itself, and
+            workspaces.
+        speed: of the device that will train.
+
+    Raises:
+        ValueError: nothing fits; has the smallest that can be achieved, and what binds.
+    """
+    rivals: list[Option] = []
+    smallest: tuple[float, _Search, list[int], bool] | None = None
+    for settings in _micro_batches(config, build_task):
+        search = _Search(settings, build_task, speed, budget_bytes)
+        if not rivals:
+            if search.profile.permanent > budget_bytes:
+                raise ValueError(
+                    f"--memory: {mebibytes(budget_bytes)} is less than the {mebibytes(search.profile.permanent)} that "
+                    "parameters, buffers and optimizer state need; no cut changes that"
+                )
+            rivals = [search.option([0, len(search.profile)], again) for again in search.choices]
+            if rivals[0].peak_bytes <= budget_bytes:
+                return Plan(budget_bytes, rivals, rivals[:1])
+        found = [option for again in search.choices if (option := search.fewest(again))]
+        if found:
+            return Plan(budget_bytes, rivals, sorted(found, key=lambda option: option.estimate.step_seconds))
+        for again in search.choices:
+            total, bounds = search.smallest(again)
+            if smallest is None or total < smallest[0]:
+                smallest = total, search, bounds, again
+    assert smallest is not None, "there is always the config's own micro-batch"
+    _, search, bounds, again = smallest
+    least = search.option(bounds, again)
+    if least.peak_bytes <= budget_bytes:
+        return Plan(budget_bytes, rivals, [least])
+    raise ValueError(_why(least, budget_bytes))
+
+
+def _micro_batches(config: Config, build_task: Callable[[Config], Task]) -> Iterator[Config]:
+    """The config, then with its micro-batch halved again and again, as long as training accepts that."""
+    accumulate = config.train.accumulate
+    most = shapes_of(build_task(config).example).batch * accumulate
+    yield config
+    while (accumulate := 2 * accumulate) <= most:
+        settings = replace(config, train=replace(config.train, accumulate=accumulate))
+        try:
+            settings.check()
+        except ValueError:  # no divisor of the batch
+            continue
+        task = build_task(settings)
+        try:
+            smallest = task.smallest_batch()
+        except ValueError:  # the data is not here; training will look again
+            smallest = shapes_of(task.example).batch
+        if smallest < 2:  # BatchNorm would refuse it
+            return
+        yield settings
+
+
+def check_free(path: Path) -> None:
+    """See that a plan may be written to ``path``.
+
+    Raises:
+        ValueError: there is something of that name that is no plan.
+    """
+    if path.exists() and not (path.is_file() and path.read_text().startswith(MARK)):
+        raise ValueError(f"--out: {path} exists and is no plan; choose another file")
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write the chosen option as a complete config for ``tools/train.py``.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    chosen = plan.chosen
+    about = (
+        f"{MARK} {mebibytes(plan.budget_bytes)}: {chosen.name}, micro-batch {chosen.micro_batch}, "
+        f"predicted peak {mebibytes(chosen.peak_bytes)}.\n"
+    )
+    write_named(path, about + to_yaml(chosen.config))
+
+
+class _Search:
+    """Cuts of one network at one micro-batch."""
+
+    def __init__(self, config: Config, build_task: Callable[[Config], Task], speed: Speed, budget: int) -> None:
+        self.config, self.task, self.speed, self.budget = config, build_task(config), speed, budget
+        self.profile = profile = Profile(config, self.task, speed)
+        self.choices = [False, True] if profile.can_recompute else [False]
+        # For each choice and number of blocks, the cut with the smallest peak.
+        self._even = {again: best_bounds(len(profile), len(profile), self._cost(again)) for again in self.choices}
+
+    def _cost(self, again: bool, room: float = math.inf) -> Callable[[int, int], tuple[float, float]]:
+        """Peak and seconds of a block; with a limit to the peak, blocks within it are equally good."""
+
+        def cost(start: int, stop: int) -> tuple[float, float]:
+            if not self.profile.trainable(start, stop):
+                return math.inf, math.inf
+            peak = self.profile.peak(start, stop, again)
+            weight = peak if room == math.inf else 0 if peak <= room else math.inf
+            return weight, self.profile.seconds(start, stop, again)
+
+        return cost
+
+    def _fixed(self, bounds: list[int]) -> int:
+        """Bytes that a cut has all the time."""
+        return self.profile.least + sum(self.profile.state(start, stop) for start, stop in pairwise(bounds))
+
+    def fewest(self, again: bool) -> Option | None:
+        """The fewest blocks that fit; ``again``: with activation checkpointing."""
+        for blocks, (peak, even) in enumerate(self._even[again], 1):
+            fixed = self._fixed(even)
+            if fixed + peak > SLACK * self.budget:
+                continue
+            cost = self._cost(again, self.budget - fixed)
+            weight, fast = best_bounds(len(self.profile), blocks, cost)[-1]
+            for bounds in [fast, even] if weight == 0 and fast != even else [even]:
+                option = self.option(bounds, again)
+                if option.peak_bytes <= self.budget:
+                    return option
+        return None
+
+    def smallest(self, again: bool) -> tuple[float, list[int]]:
+        """The smallest peak by the profile, of any number of blocks, and its cut."""
+        return min((self._fixed(bounds) + peak, bounds) for peak, bounds in self._even[again] if peak < math.inf)
+
+    def option(self, bounds: list[int], again: bool) -> Option:
+        """The cut at ``bounds``, estimated."""
+        chain, local = self.task.build_chain(initial=False), self.config.local
+        schedule = "sequential" if local.schedule == "end_to_end" else local.schedule
+        local = replace(
+            local,
+            blocks=len(bounds) - 1,
+            cut=[chain.units[start].name for start in bounds[1:-1]],
+            checkpoint=again,
+            schedule="end_to_end" if len(bounds) == 2 else schedule,
+        )
+        config = replace(self.config, local=local)
+        message = shapes_of(self.task.example)
+        estimate = estimate_step(build_blocks(chain, config, self.task), config, message, self.speed)
+        return Option(config, message.batch, estimate)
+
+
+def _why(least: Option, budget: int) -> str:
+    footprint = least.estimate.footprint
+    number = max(range(len(footprint.by_block)), key=footprint.by_block_bytes.__getitem__)
+    name, size = max(footprint.by_block[number].items(), key=lambda item: item[1])
+    return (
+        f"--memory: no plan fits {mebibytes(budget)}; the smallest achievable is {mebibytes(least.peak_bytes)} "
+        f"({least.name}, micro-batch {least.micro_batch}), where block {number} ({least.estimate.units[number]}) "
+        f"binds with {mebibytes(size)} of {name}"
+    )

@@ -1,0 +1,288 @@
+"""Rows of a memory report: predicted, measured or both; as tables and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from engine.block import DTYPES
+from engine.config import Config
+from engine.device import choose_device
+from engine.files import write_named
+from engine.log import MIB, console, mebibytes
+from engine.memory.estimate import UNSEEN, Estimate
+from engine.memory.footprint import CATEGORIES
+from engine.memory.measure import CudaMemory, Measured, measure, median
+from engine.memory.plan import Plan
+from engine.memory.tracker import Moment
+from engine.memory.variant import Load, Variant, estimate_variant, family
+from engine.memory.work import Speed
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant's memory and time of a step; bytes and seconds.
+
+    ``peak_bytes``, ``by_category_bytes``, ``by_block_bytes`` and ``step_seconds`` are measured where
+    ``measured`` says so, else predicted; ``predicted_...`` is there beside a measurement too. ``failure`` says
+    why something could not be measured; its bytes are then the predicted ones, and it has no time.
+    ``units`` names each block's units.
+    """
+
+    variant: str
+    schedule: str
+    auxiliary: str | None
+    blocks: int
+    units: list[str]
+    activation_checkpointing: bool
+    offload: bool
+    measured: bool
+    peak_bytes: int
+    by_category_bytes: dict[str, int]
+    by_block_bytes: list[int]
+    by_block_by_category_bytes: list[dict[str, int]]
+    step_seconds: float | None
+    step_seconds_range: list[float] | None
+    predicted_peak_bytes: int
+    predicted_step_seconds: float
+    resident_bytes: int | None = None
+    resident_before_bytes: int | None = None
+    cuda: CudaMemory | None = None
+    failure: str = ""
+    timeline: list[Moment] = field(default_factory=list, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "timeline"}
+        return {**values, "cuda": dataclasses.asdict(self.cuda) if self.cuda else None}
+
+
+def report_rows(
+    variants: Sequence[Variant],
+    argv: Sequence[str],
+    load: Load,
+    *,
+    measuring: bool,
+    steps: int = 10,
+    threads: int = 1,
+    snapshots: Path | None = None,
+) -> list[Row]:
+    """Predict every variant, and measure it if ``measuring``.
+
+    Raises:
+        ValueError: a variant cannot be built, or what is asked for cannot be had here.
+    """
+    torch.set_num_threads(threads)
+    config, _ = load(argv)
+    device = choose_device(config.train.device)
+    if snapshots is not None:
+        if device.type != "cuda":
+            raise ValueError("--snapshots: only CUDA's allocator keeps such a history, and training is on a CPU here")
+        snapshots.mkdir(parents=True, exist_ok=True)
+    speed = Speed.measure(device, DTYPES[config.local.precision])
+    estimates = [estimate_variant(variant, argv, load, speed) for variant in variants]
+    found: dict[str, Measured] = {}
+    if measuring:
+        found = measure(variants, argv, load, steps=steps, threads=threads, snapshots=snapshots)
+    rows = []
+    for variant, estimate in zip(variants, estimates, strict=True):
+        config, _ = load([*argv, *variant.overrides])
+        rows.append(make_row(variant.name, config, estimate, found.get(variant.name)))
+    return rows
+
+
+def make_row(name: str, config: Config, estimate: Estimate, measured: Measured | None = None) -> Row:
+    """What was predicted of a variant, and measured if it was."""
+    whole, memory = config.local.schedule == "end_to_end", measured.memory if measured else None
+    footprint = memory.footprint if memory else estimate.footprint
+    seconds = measured.seconds if measured else []
+    return Row(
+        variant=name,
+        schedule=config.local.schedule,
+        auxiliary=None if whole else family(config.local),
+        blocks=len(footprint.by_block),
+        units=estimate.units,
+        activation_checkpointing=config.local.checkpoint,
+        offload=config.local.offload,
+        measured=memory is not None,
+        peak_bytes=memory.peak_bytes if memory else footprint.peak_bytes,
+        by_category_bytes=footprint.peak,
+        by_block_bytes=footprint.by_block_bytes,
+        by_block_by_category_bytes=footprint.by_block,
+        step_seconds=median(seconds) if measured else estimate.step_seconds,
+        step_seconds_range=[min(seconds), max(seconds)] if seconds else None,
+        predicted_peak_bytes=estimate.footprint.peak_bytes,
+        predicted_step_seconds=estimate.step_seconds,
+        resident_bytes=memory.resident_bytes if memory else None,
+        resident_before_bytes=memory.resident_before_bytes if memory else None,
+        cuda=memory.cuda if memory else None,
+        failure=measured.failure if measured else "",
+        timeline=footprint.timeline,
+    )
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table for the terminal and for the page: the first column is text, the others are figures."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def show(self) -> None:
+        table = Table(title=self.title)
+        for number, name in enumerate(self.columns):
+            table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def sheets(rows: Sequence[Row]) -> list[Sheet]:
+    """The tables of a report; ratios are to the first row."""
+    found = [_overview(rows), _categories(rows)]
+    if any(row.cuda for row in rows):
+        found.append(_allocator(rows))
+    chosen = next((row for row in rows if row.blocks > 1), None)
+    return [*found, block_sheet(chosen)] if chosen else found
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know to take the figures for what they are."""
+    lines = []
+    if any(row.measured for row in rows):
+        kind = "the allocator's peak" if any(row.cuda for row in rows) else "all tensors alive"
+        lines.append(
+            f"measured: {kind} in a step after the first, each variant in a fresh process; median time, in turns"
+        )
+        if not any(row.cuda for row in rows):
+            lines.append("resident: growth of the process's resident set, which keeps memory that operators work in")
+    lines.append("predicted: on fake tensors; time by a roofline of this device, for comparison between rows only")
+    lines.append(UNSEEN)
+    lines += [f"{row.variant}: {row.failure}" for row in rows if row.failure]
+    return lines
+
+
+def plan_row(plan: Plan) -> Row:
+    """The chosen option."""
+    return make_row(plan.chosen.name, plan.chosen.config, plan.chosen.estimate)
+
+
+def plan_sheet(plan: Plan) -> Sheet:
+    """The ways to train that were weighed, the chosen one marked; ratios are to end-to-end."""
+    base, lines = plan.rivals[0], []
+    rows = [*plan.rivals, *(option for option in plan.fitting if option not in plan.rivals)]
+    for option in rows:
+        fits = "chosen" if option is plan.chosen else "fits" if option.peak_bytes <= plan.budget_bytes else "too large"
+        lines.append(
+            [
+                option.name,
+                str(option.micro_batch),
+                _mib(option.peak_bytes),
+                f"{option.peak_bytes / base.peak_bytes:.0%}",
+                f"{option.estimate.step_seconds / base.estimate.step_seconds:.2f}",
+                fits,
+            ]
+        )
+    columns = ["way to train", "micro-batch", "peak MiB", "of end-to-end", "time of end-to-end", ""]
+    return Sheet(f"Ways to train in {mebibytes(plan.budget_bytes)}, predicted", columns, lines)
+
+
+def _overview(rows: Sequence[Row]) -> Sheet:
+    base, measured = rows[0], any(row.measured or row.failure for row in rows)
+    if not measured:
+        columns = ["variant", "blocks", "peak MiB", "of end-to-end", "time of end-to-end"]
+        times = [f"{row.predicted_step_seconds / base.predicted_step_seconds:.2f}" for row in rows]
+        lines = [
+            [row.variant, str(row.blocks), _mib(row.peak_bytes), f"{row.peak_bytes / base.peak_bytes:.0%}", taken]
+            for row, taken in zip(rows, times, strict=True)
+        ]
+        return Sheet("Memory and time of a training step, predicted", columns, lines)
+    columns = ["variant", "blocks", "peak MiB", "predicted", "of end-to-end"]
+    resident = any(row.resident_bytes and not row.cuda for row in rows)
+    columns += ["resident MiB"] if resident else []
+    columns += ["ms a step", "of end-to-end", "predicted"]
+    lines = []
+    for row in rows:
+        off = (row.predicted_peak_bytes - row.peak_bytes) / row.peak_bytes
+        grown = (row.resident_bytes or 0) - (row.resident_before_bytes or 0)
+        ratio = row.step_seconds / base.step_seconds if row.step_seconds and base.step_seconds else None
+        lines.append(
+            [
+                row.variant,
+                str(row.blocks),
+                _mib(row.peak_bytes) if row.measured else "-",
+                f"{_mib(row.predicted_peak_bytes)} ({off:+.1%})" if row.measured else _mib(row.predicted_peak_bytes),
+                f"{row.peak_bytes / base.peak_bytes:.0%}",
+                *([_mib(grown) if row.measured else "-"] if resident else []),
+                f"{1000 * row.step_seconds:.0f}" if row.step_seconds else "-",
+                f"{ratio:.2f}" if ratio else "-",
+                f"{row.predicted_step_seconds / base.predicted_step_seconds:.2f}",
+            ]
+        )
+    return Sheet("Memory and time of a training step, measured", columns, lines)
+
+
+def _categories(rows: Sequence[Row]) -> Sheet:
+    lines = [[row.variant, *(_mib(row.by_category_bytes[name]) for name in CATEGORIES)] for row in rows]
+    return Sheet("At the peak, MiB by category", ["variant", *CATEGORIES], lines)
+
+
+def block_sheet(row: Row) -> Sheet:
+    lines = [
+        [f"{number}: {units}", _mib(sum(sizes.values())), *(_mib(sizes[name]) for name in CATEGORIES)]
+        for number, (units, sizes) in enumerate(zip(row.units, row.by_block_by_category_bytes, strict=True))
+    ]
+    return Sheet(f"{row.variant}: at each block's peak, MiB", ["block", "all", *CATEGORIES], lines)
+
+
+def _allocator(rows: Sequence[Row]) -> Sheet:
+    columns = ["variant", "allocated MiB", "reserved MiB", "retries", "grown on device MiB"]
+    lines = [
+        [
+            row.variant,
+            _mib(row.cuda.allocated_bytes),
+            _mib(row.cuda.reserved_bytes),
+            str(row.cuda.retries),
+            "-" if row.cuda.used_bytes is None else _mib(row.cuda.used_bytes),
+        ]
+        for row in rows
+        if row.cuda
+    ]
+    return Sheet("CUDA's allocator and the driver", columns, lines)
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.1f}"
+
+
+def header(argv: Sequence[str], threads: int, **more: Any) -> dict[str, Any]:
+    """What a reader needs to judge and repeat the figures."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": threads,
+        "arguments": " ".join(argv),
+        **more,
+    }
+
+
+def write_json(path: Path, about: dict[str, Any], rows: Sequence[Any]) -> None:
+    """``{"header": ..., "rows": [...]}``, bytes and seconds.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    write_named(path, json.dumps({"header": about, "rows": [*rows]}, indent=1) + "\n")

@@ -1,0 +1,92 @@
+"""Variants of one config, to be held against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from engine.build import build_blocks
+from engine.config import Config, LocalConfig
+from engine.memory.estimate import Estimate, estimate_step
+from engine.memory.work import Speed
+from engine.shapes import shapes_of
+from engine.task import Task
+
+Load = Callable[[Sequence[str]], tuple[Config, Task]]
+"""From a command line to a config and its task; ``tasks.load`` is one."""
+
+_PLAIN = ("--local.checkpoint", "false", "--local.offload", "false")
+# Neither can be combined with torch.compile.
+_CHECKPOINT = ("--local.checkpoint", "true", "--local.offload", "false", "--local.compile", "false")
+_OFFLOAD = ("--local.checkpoint", "false", "--local.offload", "true", "--local.compile", "false")
+_WHOLE = ("--local.schedule", "end_to_end")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name and the overrides that make it out of the common config."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+END_TO_END = Variant("end-to-end", (*_WHOLE, *_PLAIN))
+CHECKPOINTED = Variant("end-to-end + checkpointing", (*_WHOLE, *_CHECKPOINT))
+OFFLOADED = Variant("end-to-end + offload", (*_WHOLE, *_OFFLOAD))
+
+
+def family(local: LocalConfig) -> str:
+    """The name of the auxiliary network, without its options."""
+    return local.auxiliary if isinstance(local.auxiliary, str) else str(local.auxiliary["type"])
+
+
+def four_variants(config: Config) -> list[Variant]:
+    """End-to-end and the config's own blocks, each with and without activation checkpointing.
+
+    Raises:
+        ValueError: the config itself is end-to-end.
+    """
+    _refuse_end_to_end(config)
+    return [
+        END_TO_END,
+        CHECKPOINTED,
+        Variant("local", _PLAIN),
+        Variant("local + checkpointing", _CHECKPOINT),
+    ]
+
+
+def many_variants(config: Config, auxiliaries: Sequence[str], blocks: Sequence[int]) -> list[Variant]:
+    """End-to-end, with checkpointing, with offload; every auxiliary network at every number of blocks; and the
+    config's own one with checkpointing.
+
+    Raises:
+        ValueError: the config itself is end-to-end.
+    """
+    _refuse_end_to_end(config)
+    own = family(config.local)
+    names = dict.fromkeys([own, *auxiliaries])
+    plain = [local_variant(config, name, count) for name in names for count in blocks]
+    checkpointed = [local_variant(config, own, count, checkpointing=True) for count in blocks]
+    return [END_TO_END, CHECKPOINTED, OFFLOADED, *plain, *checkpointed]
+
+
+def local_variant(config: Config, auxiliary: str, blocks: int, *, checkpointing: bool = False) -> Variant:
+    """``blocks`` blocks with one kind of auxiliary network; the config's own keeps its options."""
+    named = () if auxiliary == family(config.local) else ("--local.auxiliary", auxiliary)
+    overrides = (*named, "--local.cut", "[]", "--local.blocks", str(blocks))
+    name = f"{auxiliary} K={blocks}"
+    if checkpointing:
+        return Variant(f"{name} + checkpointing", (*overrides, *_CHECKPOINT))
+    return Variant(name, (*overrides, *_PLAIN))
+
+
+def _refuse_end_to_end(config: Config) -> None:
+    if config.local.schedule == "end_to_end":
+        raise ValueError("local.schedule: end_to_end has no local rows to compare; use sequential")
+
+
+def estimate_variant(variant: Variant, argv: Sequence[str], load: Load, speed: Speed | None = None) -> Estimate:
+    """What a step of the variant will take, on fake tensors."""
+    config, task = load([*argv, *variant.overrides])
+    blocks = build_blocks(task.build_chain(initial=False), config, task)
+    return estimate_step(blocks, config, shapes_of(task.example), speed)

@@ -1,0 +1,69 @@
+"""Memory of a training step: python tools/memory.py estimate|measure|compare --config FILE [--html FILE] [...]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.config import run_tool
+from engine.memory.page import write_page
+from engine.memory.report import header, notes, report_rows, sheets, write_json
+from engine.memory.variant import four_variants, many_variants
+from tasks import load
+
+ABOUT = """
+estimate   predict on fake tensors: no GPU, no data, no waiting
+measure    the same rows, from real steps, each in a fresh process
+compare    measure many: end-to-end, with activation checkpointing, with offload to main memory; auxiliary
+           networks at several numbers of blocks
+
+Other words are overrides of the config, as for tools/train.py: --local.blocks 8
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["estimate", "measure", "compare"])
+    parser.add_argument("--device", default="", help="cpu, cuda or cuda:1; else the config's train.device")
+    parser.add_argument("--auxiliaries", nargs="+", default=["glcan", "dgl", "greedy"], help="compare: which networks")
+    parser.add_argument("--blocks", nargs="+", type=int, default=[2, 4, 8, 16], help="compare: numbers of blocks")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps a variant; 0 measures memory only")
+    parser.add_argument("--threads", type=int, default=1, help="threads a process")
+    parser.add_argument("--snapshots", type=Path, help="folder for the CUDA allocator's history of each variant's step")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--html", type=Path, help="write a page with charts and tables to this file")
+    known, rest = parser.parse_known_args(list(argv))
+    if known.device:
+        rest += ["--train.device", known.device]
+    config, task = load(rest)
+    if known.what == "compare":
+        most = len(task.build_chain(initial=False))
+        variants = many_variants(config, known.auxiliaries, sorted({min(count, most) for count in known.blocks}))
+    else:
+        variants = four_variants(config)
+    rows = report_rows(
+        variants,
+        rest,
+        load,
+        measuring=known.what != "estimate",
+        steps=known.steps,
+        threads=known.threads,
+        snapshots=known.snapshots,
+    )
+    for sheet in sheets(rows):
+        sheet.show()
+    for line in notes(rows):
+        print(line)
+    about = header(rest, known.threads, command=known.what, steps=known.steps)
+    if known.json:
+        write_json(known.json, about, [row.to_json() for row in rows])
+    if known.html:
+        write_page(known.html, about, rows)
+
+
+if __name__ == "__main__":
+    run_tool(main)
