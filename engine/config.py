@@ -206,7 +206,7 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     Raises:
         ValueError: unknown key (with the nearest known one), wrong type, or a refused value.
     """
-    argv = words(argv)
+    argv = _one_auxiliary(words(argv))
     known, sections = keys(config_class), typing.get_type_hints(config_class)
     file, auxiliary = config_file(argv), LocalConfig.auxiliary
     if file is not None:
@@ -242,6 +242,16 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
         )
     config.check()
     return config
+
+
+def _one_auxiliary(argv: list[str]) -> list[str]:
+    """Of several auxiliary networks named one after another, the last one and its options."""
+    names = [at for at, word in enumerate(argv) if word == "--local.auxiliary"]
+    if len(names) < 2:
+        return argv
+    between = range(names[0], names[-1])
+    dropped = {at for at in between if argv[at].split(".")[:2] == ["--local", "auxiliary"]}
+    return [word for at, word in enumerate(argv) if at not in dropped and at - 1 not in dropped]
 
 
 def keys(config_class: type[Any], prefix: str = "") -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.config import run_tool
+from engine.config import at_least, run_tool
 from engine.memory.page import write_page
 from engine.memory.report import header, notes, report_rows, sheets, write_json
 from engine.memory.variant import four_variants, many_variants
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--html", type=Path, help="write a page with charts and tables to this file")
     known, rest = parser.parse_known_args(list(argv))
+    at_least(*(("--blocks", count, 1) for count in known.blocks), ("--steps", known.steps, 0))
     if known.device:
         rest += ["--train.device", known.device]
     config, task = load(rest)

@@ -168,7 +168,8 @@ def _work(load: Load, argv: list[str], threads: int, pipe: Connection) -> None:
         except Exception as error:
             cause = error.cause if isinstance(error, BlockError) else error
             kind = "memory" if isinstance(cause, torch.cuda.OutOfMemoryError | MemoryError) else "error"
-            pipe.send((kind, " ".join(str(error).split())))
+            name = "" if isinstance(error, ValueError | BlockError) else f"{type(error).__name__}: "
+            pipe.send((kind, name + " ".join(str(error).split())))
 
 
 class Stepper:
@@ -204,6 +205,8 @@ class Stepper:
             # A loss scaler leaves the first updates out, until its scale has come down.
             if all(block.skipped <= number for block in self.blocks):
                 break
+        else:
+            raise ValueError("local.precision: fp16's loss scaler has left out every one of 20 updates; use bf16")
         cuda = self._cuda(snapshot) if self.device.type == "cuda" else None
         footprint = count_bytes(self.blocks, self.config, self.message)
         return Memory(footprint, _resident()[1], self._before_bytes, cuda)

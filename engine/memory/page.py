@@ -29,12 +29,12 @@ def write_page(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
     Raises:
         ValueError: the file cannot be written.
     """
-    timed = any(row.measured and row.step_seconds for row in rows)
-    charts = [
-        ("Peak by category", _bars([row.variant for row in rows], [row.by_category_bytes for row in rows], rows)),
-        (f"Memory against time, {'measured' if timed else 'predicted'}", _scatter(rows)),
-        ("Live bytes over a step", _timelines(rows)),
-    ]
+    charts = [("Peak by category", _bars([row.variant for row in rows], [row.by_category_bytes for row in rows], rows))]
+    timed = [row for row in rows if row.step_seconds and not row.failure]
+    if timed:
+        kind = "measured" if any(row.measured for row in rows) else "predicted"
+        charts.append((f"Memory against time, {kind}", _scatter(timed)))
+    charts.append(("Live bytes over a step", _timelines(rows)))
     blocks = [
         (row.variant, _bars([f"{n}: {units}" for n, units in enumerate(row.units)], row.by_block_by_category_bytes))
         for row in rows
@@ -81,20 +81,20 @@ def _bars(names: Sequence[str], sizes: Sequence[dict[str, int]], rows: Sequence[
 
 
 def _scatter(rows: Sequence[Row]) -> str:
-    """Memory against time, with the Pareto front; a row that could not run is left out."""
-    shown = [row for row in rows if not row.failure and row.step_seconds]
-    points = [(float(row.step_seconds or 0) * 1000, row.peak_bytes / MIB) for row in shown]
+    """Memory against time, with the Pareto front."""
+    points = [(1000 * (row.step_seconds or 0), row.peak_bytes / MIB) for row in rows]
     figure = Figure(figsize=(9.5, 5.5))
     axes = figure.subplots()
-    kinds = ["end-to-end", *sorted({row.auxiliary for row in shown if row.auxiliary})]
+    kinds = ["end-to-end", *sorted({row.auxiliary for row in rows if row.auxiliary})]
     for number, kind in enumerate(kinds):
-        chosen = [point for point, row in zip(points, shown, strict=True) if (row.auxiliary or "end-to-end") == kind]
+        chosen = [point for point, row in zip(points, rows, strict=True) if (row.auxiliary or "end-to-end") == kind]
         axes.scatter(*zip(*chosen, strict=True), color=f"C{number}", label=kind, zorder=3) if chosen else None
-    front = pareto_front(points)
-    axes.plot(*zip(*(points[i] for i in front), strict=True), "k--", linewidth=1, label="Pareto front", zorder=2)
-    for (x, y), row in zip(points, shown, strict=True):
-        name = row.variant.replace("activation checkpointing", "ckpt").replace("end-to-end", "e2e")
-        axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
+    # On a CPU offload saves nothing (its bytes are those on a GPU), so it is no rival there.
+    rivals = [point for point, row in zip(points, rows, strict=True) if row.cuda or not row.offload]
+    front = [rivals[i] for i in pareto_front(rivals)]
+    axes.plot(*zip(*front, strict=True), "k--", linewidth=1, label="Pareto front", zorder=2)
+    for (x, y), row in zip(points, rows, strict=True):
+        axes.annotate(row.variant, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
     axes.set_xlabel("ms per step")
     axes.set_ylabel("peak MiB")
     axes.set_xlim(right=axes.get_xlim()[1] * 1.08)

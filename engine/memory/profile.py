@@ -124,9 +124,10 @@ class Profile:
         return max(peaks)
 
     def seconds(self, start: int, stop: int, checkpointing: bool) -> float:
-        """Of a block's local step."""
+        """Of a block's local steps on all micro-batches of a batch."""
         units = self._units(start, stop, checkpointing)
-        return self._end(start, stop).seconds + sum(unit.seconds for unit in units)
+        once = self._end(start, stop).seconds + sum(unit.seconds for unit in units)
+        return once * self._config.train.accumulate
 
     def _units(self, start: int, stop: int, checkpointing: bool) -> list[UnitCost]:
         if not checkpointing:

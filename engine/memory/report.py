@@ -164,10 +164,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"measured: {kind} in a step after the first, each variant in a fresh process; median time, in turns"
         )
-        if not any(row.cuda for row in rows):
-            lines.append("resident: growth of the process's resident set, which keeps memory that operators work in")
+        lines.append("resident: growth of the process's resident set in main memory, libraries' own memory included")
     lines.append("predicted: on fake tensors; time by a roofline of this device, for comparison between rows only")
     lines.append(UNSEEN)
+    if any(row.offload and row.cuda is None for row in rows):
+        lines.append("offload: bytes are those on a GPU; on a CPU it saves nothing, and its time is that of copies")
     lines += [f"{row.variant}: {row.failure}" for row in rows if row.failure]
     return lines
 
@@ -198,22 +199,16 @@ def plan_sheet(plan: Plan) -> Sheet:
 
 
 def _overview(rows: Sequence[Row]) -> Sheet:
-    base, measured = rows[0], any(row.measured or row.failure for row in rows)
-    if not measured:
-        columns = ["variant", "blocks", "peak MiB", "of end-to-end", "time of end-to-end"]
-        times = [f"{row.predicted_step_seconds / base.predicted_step_seconds:.2f}" for row in rows]
-        lines = [
-            [row.variant, str(row.blocks), _mib(row.peak_bytes), f"{row.peak_bytes / base.peak_bytes:.0%}", taken]
-            for row, taken in zip(rows, times, strict=True)
-        ]
-        return Sheet("Memory and time of a training step, predicted", columns, lines)
-    columns = ["variant", "blocks", "peak MiB", "predicted", "of end-to-end"]
-    resident = any(row.resident_bytes and not row.cuda for row in rows)
-    columns += ["resident MiB"] if resident else []
-    columns += ["ms a step", "of end-to-end", "predicted"]
-    lines = []
-    for row in rows:
-        off = (row.predicted_peak_bytes - row.peak_bytes) / row.peak_bytes
+    base, lines = rows[0], []
+    times = [f"{row.predicted_step_seconds / base.predicted_step_seconds:.2f}" for row in rows]
+    if not any(row.measured or row.failure for row in rows):
+        for row, time in zip(rows, times, strict=True):
+            share = f"{row.peak_bytes / base.peak_bytes:.0%}"
+            lines.append([row.variant, str(row.blocks), _mib(row.peak_bytes), share, time])
+        columns = ["variant", "blocks", "peak MiB", "ratio", "time ratio"]
+        return Sheet("Memory and time of a training step, predicted; ratios to end-to-end", columns, lines)
+    columns = ["variant", "blocks", "peak MiB", "predicted", "ratio", "resident MiB", "ms a step", "ratio", "predicted"]
+    for row, time in zip(rows, times, strict=True):
         grown = (row.resident_bytes or 0) - (row.resident_before_bytes or 0)
         ratio = row.step_seconds / base.step_seconds if row.step_seconds and base.step_seconds else None
         lines.append(
@@ -221,15 +216,15 @@ def _overview(rows: Sequence[Row]) -> Sheet:
                 row.variant,
                 str(row.blocks),
                 _mib(row.peak_bytes) if row.measured else "-",
-                f"{_mib(row.predicted_peak_bytes)} ({off:+.1%})" if row.measured else _mib(row.predicted_peak_bytes),
+                _mib(row.predicted_peak_bytes),
                 f"{row.peak_bytes / base.peak_bytes:.0%}",
-                *([_mib(grown) if row.measured else "-"] if resident else []),
+                _mib(grown) if row.measured else "-",
                 f"{1000 * row.step_seconds:.0f}" if row.step_seconds else "-",
                 f"{ratio:.2f}" if ratio else "-",
-                f"{row.predicted_step_seconds / base.predicted_step_seconds:.2f}",
+                time,
             ]
         )
-    return Sheet("Memory and time of a training step, measured", columns, lines)
+    return Sheet("Memory and time of a training step, measured; ratios to end-to-end", columns, lines)
 
 
 def _categories(rows: Sequence[Row]) -> Sheet:

@@ -80,7 +80,7 @@ class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.is_view or func._overloadpacket in _FREE:
+        if func.is_view or func.namespace == "prim" or func._overloadpacket in _FREE:
             return result
         flops = 0
         if func._overloadpacket in flop_registry:

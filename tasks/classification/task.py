@@ -100,8 +100,9 @@ class Classification:
     def example(self) -> Message:
         data = self.config.data
         batch = math.ceil(data.batch / self.config.train.accumulate)
-        images = torch.randn(batch, 3, data.size, data.size)
-        return Message({"x": images}, targets=torch.randint(self.classes, (batch,)))
+        with seeded(self.config.train.seed, "example"):
+            images = torch.randn(batch, 3, data.size, data.size)
+            return Message({"x": images}, targets=torch.randint(self.classes, (batch,)))
 
     def steps_per_epoch(self) -> int:
         data, count = self.config.data, len(self.images[0])

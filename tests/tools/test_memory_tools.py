@@ -1,0 +1,124 @@
+"""tools/memory.py and tools/plan.py as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tools.test_tools import ROOT, SMOKE, run
+
+
+def test_estimate_measure_and_compare(tmp_path: Path) -> None:
+    files = ["--json", "m.json", "--html", "m.html"]
+    for what, count in (("estimate", 4), ("measure", 4), ("compare", 6)):
+        more = ["--auxiliaries", "glcan", "--blocks", "2", "99"] if what == "compare" else []
+        words = [what, *SMOKE, *files, "--steps", "2", "--device", "cpu", *more]
+        done = run(*words, tool="memory", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        content = json.loads((tmp_path / "m.json").read_text())
+        assert "<!doctype html>" in (tmp_path / "m.html").read_text()
+        assert "end-to-end + checkpointing" in done.stdout
+        rows = content["rows"]
+        if what == "compare":
+            assert [row["variant"] for row in rows[3:]] == [
+                *("glcan K=2", "glcan K=4", "glcan K=2 + checkpointing", "glcan K=4 + checkpointing")
+            ]
+        else:
+            assert len(rows) == count
+        for row in rows:
+            assert row["measured"] == (what != "estimate")
+            assert row["predicted_peak_bytes"] == pytest.approx(row["peak_bytes"], rel=0.01)
+            assert row["step_seconds"] > 0
+        (tmp_path / "m.html").unlink()
+
+
+def test_an_estimate_needs_no_data(tmp_path: Path) -> None:
+    """ImageNet and CIFAR-10 are not here; what they would need is known all the same."""
+    config = ROOT / "tasks/classification/configs/cifar10_resnet32_k16_glcan.yaml"
+    done = run("estimate", "--config", str(config), "--data.root", "nowhere", tool="memory", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_imagenet_in_a_minute_and_two_gibibytes(tmp_path: Path) -> None:
+    """ResNet-101, batch 256, 224 px, 4 blocks: all four rows, with what the whole process took."""
+    config = ROOT / "tasks/classification/configs/imagenet_resnet101_k4_glcan.yaml"
+    words = ["estimate", "--config", str(config), "--data.batch", "256", "--train.accumulate", "1", "--json", "m.json"]
+    code = (
+        "import resource, runpy, sys; sys.argv[:] = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "tools/memory.py"), *words],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr.split()[-1]) * 1024 < 2 * 2**30
+    local = json.loads((tmp_path / "m.json").read_text())["rows"][2]
+    assert local["blocks"] == 4
+    assert local["peak_bytes"] > 10 * 2**30
+
+
+def test_a_plan_trains_as_it_is(tmp_path: Path) -> None:
+    done = run(*SMOKE, "--memory", "4.5MiB", "--json", "p.json", tool="plan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Ways to train in 4.5 MiB" in done.stdout
+    content = json.loads((tmp_path / "p.json").read_text())
+    assert content["budget_bytes"] == 4.5 * 2**20
+    assert content["peak_bytes"] <= content["budget_bytes"]
+    assert len(content["cut"]) == content["blocks"] - 1
+    assert max(content["by_block_bytes"]) == content["peak_bytes"]
+    command = done.stdout.strip().splitlines()[-1].split(": ", 1)[1].split()
+    assert command[:4] == ["torchrun", "--standalone", "--nproc-per-node", "1"]
+    trained = run(*command[5:], "--train.resume", "auto", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads((tmp_path / "runs/smoke_4.5MiB/summary.json").read_text())
+    assert (summary["steps"], summary["blocks"]) == (3, content["blocks"])
+    again = run(*SMOKE, "--memory", "4.5MiB", tool="plan", cwd=tmp_path)
+    assert again.returncode == 0, "a plan may be written over"
+
+
+@pytest.mark.parametrize(
+    ("tool", "words", "message"),
+    [
+        ("plan", ["--memory", "4"], "--memory: '4' is no size; write a number above 0 and one of KiB"),
+        ("plan", ["--memory", "100KiB"], "--memory: 0.1 MiB is less than the 0.6 MiB that parameters, buffers and"),
+        ("plan", ["--memory", "1MiB"], "--memory: no plan fits 1.0 MiB; the smallest achievable is"),
+        ("plan", ["--memory", "1GiB", "--out", "mine.yaml"], "--out: mine.yaml exists and is no plan"),
+        ("plan", ["--memory", "1GiB", "--model.name", "resnet9"], "model.name: resnet9 does not exist"),
+        ("plan", ["--memory", "1GiB", "--out", "nowhere/p.yaml"], "nowhere/p.yaml: cannot be written"),
+        ("memory", ["estimate", "--local.blocks", "9"], "local.blocks: 9 blocks asked for, the network has 4 units"),
+        ("memory", ["estimate", "--model.name", "timm:nothing"], "model.name: timm cannot build 'nothing'"),
+        ("memory", ["measure", "--device", "cuda"], "train.device: cuda asked for, but torch"),
+        ("memory", ["measure", "--device", "gpu"], "train.device: 'gpu' is none of auto, cpu, cuda, cuda:N"),
+        ("memory", ["measure", "--snapshots", "s", "--device", "cpu"], "--snapshots: only CUDA's allocator keeps"),
+        ("memory", ["compare", "--local.schedule", "end_to_end"], "end_to_end has no local rows to compare"),
+        ("memory", ["compare", "--auxiliaries", "glcam"], "local.auxiliary: 'glcam' is unknown, did you mean 'glcan'?"),
+        ("memory", ["compare", "--blocks", "0"], "--blocks: 0 is too small; the least is 1"),
+        ("memory", ["estimate", "--local.blks", "3"], "unknown key 'local.blks', did you mean 'local.blocks'?"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, tool: str, words: list[str], message: str) -> None:
+    (tmp_path / "mine.yaml").write_text("task: classification\n")
+    first = [words[0], *SMOKE, *words[1:]] if tool == "memory" else [*SMOKE, *words]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / f"tools/{tool}.py"), *first]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert (tmp_path / "mine.yaml").read_text() == "task: classification\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
