@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config import at_least, run_tool
-from engine.memory.page import write_page
+from engine.memory.page import write_figure, write_page
 from engine.memory.report import header, notes, report_rows, sheets, write_json
 from engine.memory.variant import four_variants, many_variants
 from tasks import load
@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--snapshots", type=Path, help="folder for the CUDA allocator's history of each variant's step")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--html", type=Path, help="write a page with charts and tables to this file")
+    parser.add_argument("--figure", type=Path, help="write the chart of memory against time to this SVG file")
     known, rest = parser.parse_known_args(list(argv))
     at_least(*(("--blocks", count, 1) for count in known.blocks), ("--steps", known.steps, 0))
     if known.device:
@@ -64,6 +65,8 @@ def main(argv: Sequence[str]) -> None:
         write_json(known.json, about, [row.to_json() for row in rows])
     if known.html:
         write_page(known.html, about, rows)
+    if known.figure:
+        write_figure(known.figure, rows)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engine.files import write_named
@@ -30,10 +31,10 @@ def write_page(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
         ValueError: the file cannot be written.
     """
     charts = [("Peak by category", _bars([row.variant for row in rows], [row.by_category_bytes for row in rows], rows))]
-    timed = [row for row in rows if row.step_seconds and not row.failure]
+    timed = with_time(rows)
     if timed:
         kind = "measured" if any(row.measured for row in rows) else "predicted"
-        charts.append((f"Memory against time, {kind}", _scatter(timed)))
+        charts.append((f"Memory against time, {kind}", _picture(front_figure(timed))))
     charts.append(("Live bytes over a step", _timelines(rows)))
     blocks = [
         (row.variant, _bars([f"{n}: {units}" for n, units in enumerate(row.units)], row.by_block_by_category_bytes))
@@ -45,6 +46,23 @@ def write_page(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
         about=about, charts=charts, blocks=blocks, sheets=sheets(rows), notes=notes(rows), categories=CATEGORIES
     )
     write_named(path, text + "\n")
+
+
+def write_figure(path: Path, rows: Sequence[Row]) -> None:
+    """Write the chart of memory against time as an SVG.
+
+    Raises:
+        ValueError: no row has a time, or the file cannot be written.
+    """
+    timed = with_time(rows)
+    if not timed:
+        raise ValueError(f"{path}: no variant has a time to draw; give --steps 1 or more")
+    write_named(path, _svg(front_figure(timed)))
+
+
+def with_time(rows: Sequence[Row]) -> list[Row]:
+    """The rows that ran."""
+    return [row for row in rows if row.step_seconds and not row.failure]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -80,28 +98,44 @@ def _bars(names: Sequence[str], sizes: Sequence[dict[str, int]], rows: Sequence[
     return _picture(figure)
 
 
-def _scatter(rows: Sequence[Row]) -> str:
-    """Memory against time, with the Pareto front."""
+def front_figure(rows: Sequence[Row]) -> Figure:
+    """Memory against time of the rows that have both, with the Pareto front."""
     points = [(1000 * (row.step_seconds or 0), row.peak_bytes / MIB) for row in rows]
     figure = Figure(figsize=(9.5, 5.5))
     axes = figure.subplots()
     kinds = ["end-to-end", *sorted({row.auxiliary for row in rows if row.auxiliary})]
     for number, kind in enumerate(kinds):
         chosen = [point for point, row in zip(points, rows, strict=True) if (row.auxiliary or "end-to-end") == kind]
-        axes.scatter(*zip(*chosen, strict=True), color=f"C{number}", label=kind, zorder=3) if chosen else None
+        if chosen:
+            axes.scatter(*zip(*chosen, strict=True), color=f"C{number}", label=kind, zorder=3)
     # On a CPU offload saves nothing (its bytes are those on a GPU), so it is no rival there.
     rivals = [point for point, row in zip(points, rows, strict=True) if row.cuda or not row.offload]
     front = [rivals[i] for i in pareto_front(rivals)]
     axes.plot(*zip(*front, strict=True), "k--", linewidth=1, label="Pareto front", zorder=2)
-    for (x, y), row in zip(points, rows, strict=True):
-        axes.annotate(row.variant, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("ms per step")
+    axes.set_xlabel("ms a step")
     axes.set_ylabel("peak MiB")
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.08)
+    axes.margins(x=0.15)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return _picture(figure)
+    _label(axes, [(*point, row.variant) for point, row in zip(points, rows, strict=True)])
+    return figure
+
+
+def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Name every point, beside it where there is room, else above or below."""
+    height, taken, end = 12.0, list[tuple[float, float, float, float]](), axes.bbox.x1
+    for x, y, name in sorted(points):
+        left, bottom = axes.transData.transform((x, y))
+        width = 6.4 * len(name)
+        for dx, dy in [(6, 3), (6, -11), (-width - 6, 3), (-width - 6, -11), (6, 16), (6, -24), (6, 29), (6, -37)]:
+            box = left + dx, bottom + dy, left + dx + width, bottom + dy + height
+            if box[2] < end and not any(
+                box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken
+            ):
+                break
+        taken.append(box)
+        axes.annotate(name, (x, y), xytext=(dx * 0.72, dy * 0.72), textcoords="offset points", fontsize=8)
 
 
 def _timelines(rows: Sequence[Row]) -> str:
@@ -128,8 +162,12 @@ def _timelines(rows: Sequence[Row]) -> str:
 
 
 def _picture(figure: Figure) -> str:
-    """The figure as an SVG in a data address, so that the page needs no other file."""
-    buffer = io.BytesIO()
+    """The figure as a data address, so that the page needs no other file."""
+    return "data:image/svg+xml;base64," + base64.b64encode(_svg(figure).encode()).decode()
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "page", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()

@@ -167,6 +167,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         lines.append("resident: growth of the process's resident set in main memory, libraries' own memory included")
     lines.append("predicted: on fake tensors; time by a roofline of this device, for comparison between rows only")
     lines.append(UNSEEN)
+    lines.append("memory and time only: what a variant costs in accuracy, benchmarks.accuracy measures")
     if any(row.offload and row.cuda is None for row in rows):
         lines.append("offload: bytes are those on a GPU; on a CPU it saves nothing, and its time is that of copies")
     lines += [f"{row.variant}: {row.failure}" for row in rows if row.failure]

@@ -18,7 +18,7 @@ from engine import offload
 ROUND = 512
 """Bytes a tensor's storage is rounded up to, as CUDA's caching allocator does."""
 
-MOMENTS = 400
+MOMENTS = 200
 """A timeline has fewer than twice as many moments."""
 
 
@@ -78,7 +78,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._peak_bytes, self.peak = self.live_bytes, Moment(self.block, Counter(self.live))
 
     def record(self) -> None:
-        """Keep a timeline from now on: one moment for every so many operators, fewer than 800 in all."""
+        """Keep a timeline from now on: one moment for every so many operators, fewer than 400 in all."""
         self.timeline, self._stretch, self._left = [], 1, 0
 
     def add(self, tensors: Iterable[Tensor], category: str) -> None:

@@ -168,7 +168,7 @@ class FakeNvml:
     class NVMLError(Exception):
         pass
 
-    used = [10 * MIB, 700 * MIB]
+    used = (10 * MIB, 700 * MIB)
 
     def nvmlInit(self) -> None:
         pass
@@ -199,7 +199,7 @@ def test_the_driver_is_asked_about_the_right_gpu(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     used = _Used()
-    monkeypatch.setattr(FakeNvml, "used", [999 * MIB, 1200 * MIB])
+    monkeypatch.setattr(FakeNvml, "used", (999 * MIB, 1200 * MIB))
     assert used.grown(torch.device("cuda:0")) == 500 * MIB
     Properties.uuid = "a part of a GPU"
     assert used.grown(torch.device("cuda:0")) is None

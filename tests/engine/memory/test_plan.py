@@ -126,7 +126,9 @@ def test_what_cannot_be_is_said_with_what_can() -> None:
     argv = [*CONFIG, "--model.name", "resnet8", "--data.batch", "8", "--data.subset", "64"]
     with pytest.raises(ValueError, match=r"0\.1 MiB is less than the .* that parameters, buffers and optimizer state"):
         planned(argv, MIB // 10)
-    with pytest.raises(ValueError, match=r"no plan fits 0\.9 MiB; the smallest achievable is (.*) MiB \(.*\), where") as e:
+    with pytest.raises(
+        ValueError, match=r"no plan fits 0\.9 MiB; the smallest achievable is (.*) MiB \(.*\), where"
+    ) as e:
         planned(argv, int(0.9 * MIB))
     size, block = str(e.value).split("achievable is ")[1].split(" MiB")[0], str(e.value)
     assert "binds with" in block
@@ -160,6 +162,9 @@ def test_a_plan_is_a_config_that_train_reads(tmp_path) -> None:
         check_free(tmp_path / "mine.yaml")
 
 
+IMAGENET = ["imagenet_resnet101_k4_glcan.yaml", "--train.accumulate", "1"]
+
+
 # The promise: a third of end-to-end's memory, for the field's networks at full size; then two steps for real,
 # at a batch this machine can hold, within the budget scaled to that batch.
 @pytest.mark.slow
@@ -169,7 +174,13 @@ def test_a_plan_is_a_config_that_train_reads(tmp_path) -> None:
         (["cifar10_resnet110_k55_glcan.yaml"], 1024, 16),
         (["imagenet_resnet101_k4_glcan.yaml", "--train.accumulate", "1"], 256, 4),
         (
-            ["imagenet_resnet101_k4_glcan.yaml", "--train.accumulate", "1", "--model.name", "timm:vit_base_patch16_224"],
+            [
+                "imagenet_resnet101_k4_glcan.yaml",
+                "--train.accumulate",
+                "1",
+                "--model.name",
+                "timm:vit_base_patch16_224",
+            ],
             128,
             4,
         ),
