@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from engine.block import DTYPES
@@ -139,7 +140,7 @@ class Sheet:
     rows: list[list[str]]
 
     def show(self) -> None:
-        table = Table(title=self.title)
+        table = Table(title=self.title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for number, name in enumerate(self.columns):
             table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
         for row in self.rows:
@@ -207,7 +208,7 @@ def _overview(rows: Sequence[Row]) -> Sheet:
             share = f"{row.peak_bytes / base.peak_bytes:.0%}"
             lines.append([row.variant, str(row.blocks), _mib(row.peak_bytes), share, time])
         columns = ["variant", "blocks", "peak MiB", "ratio", "time ratio"]
-        return Sheet("Memory and time of a training step, predicted; ratios to end-to-end", columns, lines)
+        return Sheet("Memory and time of a step, predicted; ratios to end-to-end", columns, lines)
     columns = ["variant", "blocks", "peak MiB", "predicted", "ratio", "resident MiB", "ms a step", "ratio", "predicted"]
     for row, time in zip(rows, times, strict=True):
         grown = (row.resident_bytes or 0) - (row.resident_before_bytes or 0)
@@ -225,7 +226,7 @@ def _overview(rows: Sequence[Row]) -> Sheet:
                 time,
             ]
         )
-    return Sheet("Memory and time of a training step, measured; ratios to end-to-end", columns, lines)
+    return Sheet("Memory and time of a step, measured; ratios to end-to-end", columns, lines)
 
 
 def _categories(rows: Sequence[Row]) -> Sheet:
@@ -258,7 +259,7 @@ def _allocator(rows: Sequence[Row]) -> Sheet:
 
 
 def _mib(size: int) -> str:
-    return f"{size / MIB:.1f}"
+    return f"{size / MIB:.1f}" if size < 1000 * MIB else f"{size / MIB:.0f}"
 
 
 def header(argv: Sequence[str], threads: int, **more: Any) -> dict[str, Any]:
