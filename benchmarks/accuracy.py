@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         )
     console.print(table)
     if known.json:
-        write_json(known.json, header(rest, known.threads, seeds=known.seeds), rows)
+        write_json(known.json, header(rest, known.threads, config.train.device, seeds=known.seeds), rows)
 
 
 def _train(argv: Sequence[str], kind: str, seed: int, root: str, threads: int) -> dict[str, Any]:

@@ -96,13 +96,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     known = parser.parse_args(list(argv))
     torch.set_num_threads(1)
-    speed, rows = Speed.measure(choose_device("auto")), []
+    speed, rows = Speed.measure_apart(choose_device("auto")), []
     with progress_bar() as bar:
         for network in bar.track(NETWORKS, description="networks"):
             rows += _rows(network, speed)
     console.print(f"predicted, on fake tensors. {UNSEEN}")
     if known.json:
-        write_json(known.json, header(argv, 1), rows)
+        write_json(known.json, header(argv, 1, "auto"), rows)
 
 
 def _rows(network: Network, speed: Speed) -> list[dict[str, object]]:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
         )
     console.print(table)
     if known.json:
-        write_json(known.json, header(rest, known.threads, steps=known.steps), rows)
+        write_json(known.json, header(rest, known.threads, config.train.device, steps=known.steps), rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from engine.config import run_tool
 from engine.device import choose_device
-from tools import evaluate, export, train
+from tools import evaluate, export, memory, plan, train
 
 VARIANTS = {
     "end-to-end": ["--local.schedule", "end_to_end"],
@@ -19,6 +19,7 @@ VARIANTS = {
     "dgl": ["--local.auxiliary", "dgl"],
     "greedy": ["--local.auxiliary", "greedy"],
     "glcan, checkpointing": ["--local.checkpoint", "true"],
+    "glcan, offload": ["--local.offload", "true"],
     "glcan, bf16": ["--local.precision", "bf16"],
     "glcan, fp16": ["--local.precision", "fp16"],
     "glcan, accumulation and clipping": ["--train.accumulate", "2", "--optimizer.clip_norm", "1"],
@@ -37,7 +38,10 @@ def main(argv: Sequence[str]) -> None:
             run = Path(room) / str(number)
             evaluate.main(["--run", str(run)])
             export.main(["--run", str(run), "--out", str(run / "model.safetensors")])
-    print(f"{len(VARIANTS)} passed, 0 failed, on {choose_device('auto')}, torch {torch.__version__}")
+        print("-- memory: measured, planned for", flush=True)
+        memory.main(["measure", *argv, "--steps", "1", "--html", str(Path(room) / "memory.html")])
+        plan.main([*argv, "--memory", "1GiB", "--out", str(Path(room) / "plan.yaml")])
+    print(f"{len(VARIANTS) + 2} passed, 0 failed, on {choose_device('auto')}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

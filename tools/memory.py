@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         sheet.show()
     for line in notes(rows):
         print(line)
-    about = header(rest, known.threads, command=known.what, steps=known.steps)
+    about = header(rest, known.threads, config.train.device, command=known.what, steps=known.steps)
     if known.json:
         write_json(known.json, about, [row.to_json() for row in rows])
     if known.html:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     out = known.out or Path(f"{file.stem}_{known.memory.replace(' ', '')}.yaml")
     check_free(out)
     torch.set_num_threads(known.threads)
-    speed = Speed.measure(choose_device(config.train.device), DTYPES[config.local.precision])
+    speed = Speed.measure_apart(choose_device(config.train.device), DTYPES[config.local.precision])
     with console.status("planning"):
         plan = make_plan(config, find_task(config.task).build, budget, speed)
     row = plan_row(plan)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     write_plan(plan, out)
     print(f"wrote {out}: torchrun --standalone --nproc-per-node 1 tools/train.py --config {out}")
     if known.json:
-        about = {"header": header(rest, known.threads), "budget_bytes": budget}
+        about = {"header": header(rest, known.threads, config.train.device), "budget_bytes": budget}
         write_named(
             known.json, json.dumps({**about, **row.to_json(), "cut": plan.chosen.config.local.cut}, indent=1) + "\n"
         )

@@ -89,7 +89,7 @@ def report_rows(
         if device.type != "cuda":
             raise ValueError("--snapshots: only CUDA's allocator keeps such a history, and training is on a CPU here")
         snapshots.mkdir(parents=True, exist_ok=True)
-    speed = Speed.measure(device, DTYPES[config.local.precision])
+    speed = Speed.measure_apart(device, DTYPES[config.local.precision])
     estimates = [estimate_variant(variant, argv, load, speed) for variant in variants]
     found: dict[str, Measured] = {}
     if measuring:
@@ -262,12 +262,13 @@ def _mib(size: int) -> str:
     return f"{size / MIB:.1f}" if size < 1000 * MIB else f"{size / MIB:.0f}"
 
 
-def header(argv: Sequence[str], threads: int, **more: Any) -> dict[str, Any]:
-    """What a reader needs to judge and repeat the figures."""
+def header(argv: Sequence[str], threads: int, device: str, **more: Any) -> dict[str, Any]:
+    """What a reader needs to judge and repeat the figures; ``device`` as in ``train.device``."""
+    chosen = choose_device(device)
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": threads,

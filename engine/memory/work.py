@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,14 @@ class Speed:
     @classmethod
     def infinite(cls) -> Speed:
         return cls(float("inf"), float("inf"), float("inf"))
+
+    @classmethod
+    def measure_apart(cls, device: torch.device, dtype: torch.dtype | None = None) -> Speed:
+        """``measure``; on a GPU in a process of its own, whose CUDA context is gone when others are measured."""
+        if device.type == "cpu":
+            return cls.measure(device, dtype)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(cls.measure, device, dtype).result()
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype | None = None) -> Speed:

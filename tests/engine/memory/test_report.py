@@ -32,7 +32,7 @@ def measured(variant: Variant, cuda: CudaMemory | None = None) -> Row:
 
 
 def test_json_has_the_promised_keys(tmp_path: Path) -> None:
-    write_json(tmp_path / "m.json", header(SMOKE, 1), [row(LOCAL).to_json(), measured(END_TO_END).to_json()])
+    write_json(tmp_path / "m.json", header(SMOKE, 1, "cpu"), [row(LOCAL).to_json(), measured(END_TO_END).to_json()])
     content = json.loads((tmp_path / "m.json").read_text())
     assert content["header"]["threads"] == 1
     promised = {"variant", "schedule", "auxiliary", "blocks", "activation_checkpointing", "peak_bytes"}
@@ -84,7 +84,7 @@ def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
     rows = [measured(END_TO_END), measured(OFFLOADED), measured(LOCAL)]
     rows[2] = replace(rows[2], variant="<b>local</b>")
     path = tmp_path / "page.html"
-    write_page(path, header(SMOKE, 1), rows)
+    write_page(path, header(SMOKE, 1, "cpu"), rows)
     page = path.read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", page), "nothing is fetched"
     assert "<script" not in page
