@@ -26,7 +26,7 @@ install-all: $(VENV)/.all  ## the same with every task's frameworks and the deve
 
 train: install  ## train the default config, then show what it cost in memory and time
 	$(RUN) tools/train.py --config $(CONFIG) --output.name last
-	$(BIN)/python tools/memory.py measure --config $(CONFIG) --threads $(OMP_NUM_THREADS) --steps 5 --html runs/last/memory.html
+	$(BIN)/python tools/memory.py measure --config $(CONFIG) --threads $(OMP_NUM_THREADS) --steps 5 --html runs/memory.html
 
 test: install-all  ## the whole test suite
 	@for part in data weights wheels; do \

@@ -8,7 +8,6 @@ Every run is a process of its own that runs tools/train.py; its folder stays und
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -19,22 +18,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from engine.config import parse, run_tool, task_name
+from engine.auxiliary import known_families
+from engine.config import ToolParser, at_least, parse, run_tool, task_name
+from engine.files import check_writable
 from engine.log import console
-from engine.memory.report import header, write_json
+from engine.memory.page import write_tables
+from engine.memory.report import Sheet, header, write_json
 from tasks import find_task
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--auxiliaries", nargs="+", default=["glcan", "dgl", "greedy"])
+    parser = ToolParser(__doc__)
+    parser.add_argument("--auxiliaries", nargs="+", default=known_families(), help="which networks; else all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads a run")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--html", type=Path, help="write a page with the table to this file")
     known, rest = parser.parse_known_args(list(argv))
+    at_least(("--jobs", known.jobs, 1), ("--threads", known.threads, 1))
+    check_writable(known.json, known.html)
     config = parse(find_task(task_name(rest)).config, rest)
     kinds = ["end_to_end", *known.auxiliaries]
     runs = [(kind, seed) for seed in known.seeds for kind in kinds]
@@ -56,22 +59,25 @@ def main(argv: Sequence[str]) -> None:
                 "seconds": [summary["seconds"] for summary in mine],
             }
         )
-    table = Table(title=f"{rows[0]['metric']}, {len(known.seeds)} seed(s)")
-    table.add_column("variant")
-    for name in ("blocks", "mean", "each seed", "to end-to-end, points", "seconds"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
+    lines = [
+        [
             row["variant"],
             str(row["blocks"]),
             f"{100 * row['mean']:.2f}",
             " ".join(f"{100 * value:.2f}" for value in row["values"]),
             f"{100 * (row['mean'] - rows[0]['mean']):+.2f}",
             f"{statistics.mean(row['seconds']):.0f}",
-        )
-    console.print(table)
+        ]
+        for row in rows
+    ]
+    columns = ["variant", "blocks", "mean", "each seed", "to end-to-end, points", "seconds"]
+    sheet = Sheet(f"{rows[0]['metric']}, {len(known.seeds)} seed(s)", columns, lines)
+    sheet.show()
+    about = header("Accuracy", rest, known.threads, config.train.device, seeds=known.seeds)
     if known.json:
-        write_json(known.json, header(rest, known.threads, config.train.device, seeds=known.seeds), rows)
+        write_json(known.json, about, rows)
+    if known.html:
+        write_tables(known.html, about, [sheet], [])
 
 
 def _train(argv: Sequence[str], kind: str, seed: int, root: str, threads: int) -> dict[str, Any]:

@@ -8,19 +8,19 @@ took, workspaces included, and not always at this batch.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
-from engine.config import run_tool
+from engine.config import ToolParser, run_tool
 from engine.device import choose_device
+from engine.files import check_writable
 from engine.log import GIB, console, progress_bar
 from engine.memory.estimate import UNSEEN
-from engine.memory.report import header, write_json
+from engine.memory.page import write_tables
+from engine.memory.report import Sheet, header, write_json
 from engine.memory.variant import CHECKPOINTED, END_TO_END, Variant, estimate_variant, local_variant
 from engine.memory.work import Speed
 from tasks import load
@@ -92,38 +92,44 @@ NETWORKS = [
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--html", type=Path, help="write a page with the tables to this file")
     known = parser.parse_args(list(argv))
+    check_writable(known.json, known.html)
     torch.set_num_threads(1)
-    speed, rows = Speed.measure_apart(choose_device("auto")), []
+    speed, rows, sheets = Speed.measure_apart(choose_device("auto")), list[dict[str, object]](), list[Sheet]()
     with progress_bar() as bar:
         for network in bar.track(NETWORKS, description="networks"):
-            rows += _rows(network, speed)
-    console.print(f"predicted, on fake tensors. {UNSEEN}")
+            found, sheet = _network(network, speed)
+            sheet.show()
+            rows += found
+            sheets.append(sheet)
+    notes = ["predicted, on fake tensors", UNSEEN, f"published: {INFOPRO}"]
+    for line in notes:
+        console.print(line)
+    about = header("Memory of the field's networks", argv, 1, "auto")
     if known.json:
-        write_json(known.json, header(argv, 1, "auto"), rows)
+        write_json(known.json, about, rows)
+    if known.html:
+        write_tables(known.html, about, sheets, notes)
 
 
-def _rows(network: Network, speed: Speed) -> list[dict[str, object]]:
+def _network(network: Network, speed: Speed) -> tuple[list[dict[str, object]], Sheet]:
     words = ["--config", str(CONFIGS / network.config), *network.overrides]
     (config, _), largest = load(words), max(blocks for _, blocks in network.variants)
     variants: list[Variant] = [END_TO_END, CHECKPOINTED]
     variants += [local_variant(config, name, blocks) for name, blocks in network.variants]
     variants.append(local_variant(config, "glcan", min(largest, 16), checkpointing=True))
-    table = Table(title=network.title)
-    table.add_column("variant")
-    for name in ("peak GiB", "of end-to-end", "time of end-to-end", "published, of its end-to-end"):
-        table.add_column(name, justify="right")
     estimates = [estimate_variant(variant, words, load, speed) for variant in variants]
-    base, rows = estimates[0], []
+    base, rows, lines = estimates[0], list[dict[str, object]](), list[list[str]]()
     for variant, estimate in zip(variants, estimates, strict=True):
         size, published = estimate.footprint.peak_bytes, network.published.get(variant.name)
         share, time = size / base.footprint.peak_bytes, estimate.step_seconds / base.step_seconds
         beside = ""
         if published:
             beside = f"{published[0] / network.published['end-to-end'][0]:.0%} ({published[1]}, {published[0]:.2f} GB)"
-        table.add_row(variant.name, f"{size / GIB:.2f}", f"{share:.0%}", f"{time:.2f}", beside)
+        lines.append([variant.name, f"{size / GIB:.2f}", f"{share:.0%}", f"{time:.2f}", beside])
         rows.append(
             {
                 "network": network.title,
@@ -137,10 +143,8 @@ def _rows(network: Network, speed: Speed) -> list[dict[str, object]]:
                 "published_of": f"{published[1]}: {published[2]}" if published else None,
             }
         )
-    console.print(table)
-    for source in sorted({source for _, _, source in network.published.values()}):
-        console.print(f"published: {source}")
-    return rows
+    columns = ["variant", "peak GiB", "of end-to-end", "time of end-to-end", "published, of its end-to-end"]
+    return rows, Sheet(network.title, columns, lines)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch._dynamo
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.auxiliary import AuxiliaryNetwork, build_auxiliary
 from engine.bank import FeatureBank
@@ -56,6 +59,16 @@ def build_blocks(chain: Chain, config: Config, task: Task) -> list[Block]:
         )
         blocks.append(block)
     return blocks
+
+
+def batch_norm_name(blocks: Sequence[Block]) -> str | None:
+    """The name of a BatchNorm in the model or in an auxiliary network: with one, a batch of 1 is refused."""
+    model = blocks[0].chain.model
+    name: str
+    for name, module in [*model.named_modules(), *(item for block in blocks for item in block.named_modules())]:
+        if isinstance(module, _BatchNorm):
+            return name
+    return None
 
 
 def prepare(blocks: list[Block], config: Config, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import jsonargparse
 import yaml
@@ -44,6 +44,11 @@ class LocalConfig:
     """Autocast type of forward and loss; fp16 scales each block's loss on its own."""
     compile: bool = False
     """Compile each block with torch.compile; the first step takes longer."""
+
+    @property
+    def family(self) -> str:
+        """The auxiliary network's name, without its options."""
+        return self.auxiliary if isinstance(self.auxiliary, str) else str(self.auxiliary.get("type"))
 
 
 @dataclass
@@ -206,7 +211,7 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     Raises:
         ValueError: unknown key (with the nearest known one), wrong type, or a refused value.
     """
-    argv = _one_auxiliary(words(argv))
+    argv = words(argv)
     known, sections = keys(config_class), typing.get_type_hints(config_class)
     file, auxiliary = config_file(argv), LocalConfig.auxiliary
     if file is not None:
@@ -242,16 +247,6 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
         )
     config.check()
     return config
-
-
-def _one_auxiliary(argv: list[str]) -> list[str]:
-    """Of several auxiliary networks named one after another, the last one and its options."""
-    names = [at for at, word in enumerate(argv) if word == "--local.auxiliary"]
-    if len(names) < 2:
-        return argv
-    between = range(names[0], names[-1])
-    dropped = {at for at in between if argv[at].split(".")[:2] == ["--local", "auxiliary"]}
-    return [word for at, word in enumerate(argv) if at not in dropped and at - 1 not in dropped]
 
 
 def keys(config_class: type[Any], prefix: str = "") -> set[str]:
@@ -295,6 +290,18 @@ def _check_keys(names: Sequence[str], known: set[str], where: str) -> None:
 def _one_line(text: str) -> str:
     text = re.sub(r"^Parser key \"?([\w.]+)\"?:", r"\1:", text.strip())
     return " ".join(text.replace("<class '", "").replace("'>", "").split())
+
+
+class ToolParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all other errors of tools."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists what there is")
 
 
 def run_tool(main: Any) -> None:

@@ -79,7 +79,8 @@ def best_bounds(
 ) -> list[tuple[float, list[int]]]:
     """The best cuts of ``units`` units into 1, 2, ... ``blocks`` blocks, by dynamic programming.
 
-    Best is the cut whose heaviest block is the lightest; of those that tie, the one with the least sum.
+    Best is the cut whose heaviest block is the lightest. Ties are broken by the least sum among the cuts that
+    also divide each remainder best.
 
     Args:
         cost: of a block of units ``start`` to ``stop - 1``: (weight, addend of the sum).

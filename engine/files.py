@@ -14,6 +14,17 @@ def write_text(path: Path, text: str) -> None:
     os.replace(room, path)
 
 
+def check_writable(*paths: Path | None) -> None:
+    """See, before any work, that files a user has named can be written.
+
+    Raises:
+        ValueError: a folder is missing or read-only, or the name is that of a folder.
+    """
+    for path in paths:
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ValueError(f"{path}: cannot be written")
+
+
 def write_named(path: Path, text: str) -> None:
     """Write a file that a user has named.
 

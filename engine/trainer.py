@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.block import Block, Report
-from engine.build import build_blocks, prepare
+from engine.build import batch_norm_name, build_blocks, prepare
 from engine.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint, set_aside
 from engine.config import Config, save
-from engine.device import choose_device
+from engine.device import choose_device, deterministic, resident_bytes
 from engine.files import write_text
 from engine.log import RunLog, block_table, console, progress_bar
 from engine.message import Message
@@ -51,7 +47,7 @@ class Trainer:
         self.device = choose_device(config.train.device)
         self.chain = task.build_chain()
         self.blocks = build_blocks(self.chain, config, task)
-        _check_batch(self.chain.model, self.blocks, task)
+        _check_batch(self.blocks, task)
         self.steps_per_epoch = task.steps_per_epoch()
         if self.steps_per_epoch == 0:
             raise ValueError("data.batch: larger than the training set, and data.drop_last leaves nothing")
@@ -94,7 +90,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            with self._stop_on_signal(), _determinism(self.config.train.deterministic, self.device):
+            with self._stop_on_signal(), deterministic(self.config.train.deterministic, self.device):
                 while self.position.step < self.last_step and not self._stop:
                     self._epoch(log)
                     done = self.position.step >= self.last_step
@@ -236,23 +232,19 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _summary(self, values: dict[str, float], seconds: float) -> dict[str, Any]:
-        local, end_to_end = self.config.local, self.config.local.schedule == "end_to_end"
-        spec = local.auxiliary if isinstance(local.auxiliary, str) else local.auxiliary.get("type")
-        cuda = self.device.type == "cuda"
-        # ru_maxrss is in KiB on Linux, in bytes on macOS.
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        local, cuda = self.config.local, self.device.type == "cuda"
         return {
             "task": self.task.name,
             "schedule": local.schedule,
             "blocks": len(self.blocks),
-            "auxiliary": None if end_to_end else spec,
+            "auxiliary": None if local.schedule == "end_to_end" else local.family,
             "world_size": 1,
             "steps": self.position.step,
             "metric": self.task.metric,
             "value": values.get(self.task.metric),
             **{name: value for name, value in values.items() if name != self.task.metric},
             "seconds": seconds,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else resident,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else resident_bytes()[1],
             "peak_memory_of": "CUDA tensors" if cuda else "resident set of the process",
             "skipped_updates": [block.skipped for block in self.blocks],
             "interrupted": self.interrupted,
@@ -274,33 +266,10 @@ def run_folder(config: Config) -> Path:
     return last if resume == "auto" else free
 
 
-def _check_batch(model: nn.Module, blocks: Sequence[Block], task: Task) -> None:
-    if task.smallest_batch() > 1:
-        return
-    named = [*model.named_modules(), *(item for block in blocks for item in block.named_modules())]
-    for name, module in named:
-        if isinstance(module, _BatchNorm):
-            raise ValueError(
-                f"data.batch: the smallest micro-batch has 1 sample and BatchNorm {name!r} needs at least 2; "
-                "choose another data.batch or train.accumulate, or data.drop_last true"
-            )
-
-
-@contextmanager
-def _determinism(wanted: bool, device: torch.device) -> Iterator[None]:
-    """On a GPU, algorithms that give the same bits on every run; the CPU's do anyway."""
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark, fill = torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.backends.cudnn.benchmark = not wanted
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = benchmark
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+def _check_batch(blocks: Sequence[Block], task: Task) -> None:
+    name = batch_norm_name(blocks) if task.smallest_batch() == 1 else None
+    if name:
+        raise ValueError(
+            f"data.batch: the smallest micro-batch has 1 sample and BatchNorm {name!r} needs at least 2; "
+            "choose another data.batch or train.accumulate, or data.drop_last true"
+        )

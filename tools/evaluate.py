@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -10,13 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.config import run_tool
+from engine.config import ToolParser, run_tool
 from engine.files import write_text
 from tasks.run import open_run
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description="Evaluate the newest complete checkpoint of a run.")
+    parser = ToolParser("Evaluate the newest complete checkpoint of a run.")
     parser.add_argument("--run", required=True, type=Path, help="folder that tools/train.py wrote")
     run = open_run(parser.parse_args(list(argv)).run)
     values = run.task.evaluate(run.predict)

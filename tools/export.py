@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +9,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.checkpoint import export_model
-from engine.config import run_tool
+from engine.config import ToolParser, run_tool
 from tasks.run import open_run
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description="Write a run's plain network, without auxiliary networks.")
+    parser = ToolParser("Write a run's plain network, without auxiliary networks.")
     parser.add_argument("--run", required=True, type=Path, help="folder that tools/train.py wrote")
     parser.add_argument("--out", required=True, type=Path, help="FILE.safetensors, or FILE.pth for torch.load")
     arguments = parser.parse_args(list(argv))

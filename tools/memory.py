@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.config import at_least, run_tool
+from engine.auxiliary import known_families
+from engine.config import ToolParser, at_least, run_tool
+from engine.files import check_writable
 from engine.memory.page import write_figure, write_page
 from engine.memory.report import header, notes, report_rows, sheets, write_json
 from engine.memory.variant import four_variants, many_variants
@@ -26,10 +27,10 @@ Other words are overrides of the config, as for tools/train.py: --local.blocks 8
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(ABOUT)
     parser.add_argument("what", choices=["estimate", "measure", "compare"])
     parser.add_argument("--device", default="", help="cpu, cuda or cuda:1; else the config's train.device")
-    parser.add_argument("--auxiliaries", nargs="+", default=["glcan", "dgl", "greedy"], help="compare: which networks")
+    parser.add_argument("--auxiliaries", nargs="+", default=known_families(), help="compare: which networks; else all")
     parser.add_argument("--blocks", nargs="+", type=int, default=[2, 4, 8, 16], help="compare: numbers of blocks")
     parser.add_argument("--steps", type=int, default=10, help="timed steps a variant; 0 measures memory only")
     parser.add_argument("--threads", type=int, default=1, help="threads a process")
@@ -38,15 +39,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--html", type=Path, help="write a page with charts and tables to this file")
     parser.add_argument("--figure", type=Path, help="write the chart of memory against time to this SVG file")
     known, rest = parser.parse_known_args(list(argv))
-    at_least(*(("--blocks", count, 1) for count in known.blocks), ("--steps", known.steps, 0))
+    at_least(*(("--blocks", count, 1) for count in known.blocks), ("--threads", known.threads, 1))
+    at_least(("--steps", known.steps, 1 if known.figure and known.what != "estimate" else 0))
+    check_writable(known.json, known.html, known.figure)
     if known.device:
         rest += ["--train.device", known.device]
     config, task = load(rest)
+    variants = four_variants(config)
     if known.what == "compare":
         most = len(task.build_chain(initial=False))
         variants = many_variants(config, known.auxiliaries, sorted({min(count, most) for count in known.blocks}))
-    else:
-        variants = four_variants(config)
     rows = report_rows(
         variants,
         rest,
@@ -60,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
         sheet.show()
     for line in notes(rows):
         print(line)
-    about = header(rest, known.threads, config.train.device, command=known.what, steps=known.steps)
+    title = f"Memory of a training step: {config.task}"
+    about = header(title, [known.what, *rest], known.threads, config.train.device, steps=known.steps)
     if known.json:
         write_json(known.json, about, [row.to_json() for row in rows])
     if known.html:

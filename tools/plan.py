@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -13,9 +12,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.block import DTYPES
-from engine.config import config_file, run_tool
-from engine.device import choose_device
-from engine.files import write_named
+from engine.config import ToolParser, at_least, config_file, run_tool
+from engine.device import device_at_hand
+from engine.files import check_writable, write_named
 from engine.log import console
 from engine.memory.plan import check_free, make_plan, parse_size, write_plan
 from engine.memory.report import block_sheet, header, plan_row, plan_sheet
@@ -30,20 +29,22 @@ Other words are overrides of the config, as for tools/train.py: --data.batch 256
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(ABOUT)
     parser.add_argument("--memory", required=True, help="for tensors; leave a GPU some 0.5 GiB for CUDA: 4GiB, 900MiB")
     parser.add_argument("--out", type=Path, help="the config to write; else named by the config and the memory")
     parser.add_argument("--threads", type=int, default=1, help="threads a process")
     parser.add_argument("--json", type=Path, help="write the plan to this file")
     known, rest = parser.parse_known_args(list(argv))
+    at_least(("--threads", known.threads, 1))
     budget = parse_size(known.memory)
     config, _ = load(rest)
     file = config_file(rest)
     assert file is not None, "a config without a file has been refused"
     out = known.out or Path(f"{file.stem}_{known.memory.replace(' ', '')}.yaml")
     check_free(out)
+    check_writable(out, known.json)
     torch.set_num_threads(known.threads)
-    speed = Speed.measure_apart(choose_device(config.train.device), DTYPES[config.local.precision])
+    speed = Speed.measure_apart(device_at_hand(config.train.device), DTYPES[config.local.precision])
     with console.status("planning"):
         plan = make_plan(config, find_task(config.task).build, budget, speed)
     row = plan_row(plan)
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     write_plan(plan, out)
     print(f"wrote {out}: torchrun --standalone --nproc-per-node 1 tools/train.py --config {out}")
     if known.json:
-        about = {"header": header(rest, known.threads, config.train.device), "budget_bytes": budget}
+        about = {"header": header("Plan", rest, known.threads, config.train.device), "budget_bytes": budget}
         write_named(
             known.json, json.dumps({**about, **row.to_json(), "cut": plan.chosen.config.local.cut}, indent=1) + "\n"
         )

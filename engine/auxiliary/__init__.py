@@ -4,6 +4,6 @@ To add one, write a file here with a subclass of ``AuxiliaryNetwork`` under ``@r
 keyword arguments after ``task`` become the options of ``local.auxiliary`` in a config.
 """
 
-from engine.auxiliary.protocol import AuxiliaryNetwork, build_auxiliary, register
+from engine.auxiliary.protocol import AuxiliaryNetwork, build_auxiliary, known_families, register
 
-__all__ = ["AuxiliaryNetwork", "build_auxiliary", "register"]
+__all__ = ["AuxiliaryNetwork", "build_auxiliary", "known_families", "register"]

@@ -59,6 +59,13 @@ def register(name: str) -> Callable[[Family], Family]:
     return add
 
 
+def known_families() -> list[str]:
+    """The names of all families: every file in ``engine/auxiliary/`` registers its own."""
+    for module in pkgutil.iter_modules(importlib.import_module("engine.auxiliary").__path__):
+        importlib.import_module(f"engine.auxiliary.{module.name}")
+    return sorted(_families)
+
+
 def build_auxiliary(
     spec: str | Mapping[str, Any], chain: Chain, span: Span, bank: FeatureBank, task: Task, seed: int
 ) -> AuxiliaryNetwork:
@@ -71,10 +78,8 @@ def build_auxiliary(
     Raises:
         ValueError: no such family or option; the message has the nearest known one.
     """
-    for module in pkgutil.iter_modules(importlib.import_module("engine.auxiliary").__path__):
-        importlib.import_module(f"engine.auxiliary.{module.name}")
     options = {"type": spec} if isinstance(spec, str) else dict(spec)
-    name, known = options.pop("type", None), ", ".join(sorted(_families))
+    name, known = options.pop("type", None), ", ".join(known_families())
     if name is None:
         raise ValueError(f"local.auxiliary: options {', '.join(options)} without `type`, which is one of {known}")
     if not isinstance(name, str) or name not in _families:

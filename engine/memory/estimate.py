@@ -17,8 +17,8 @@ from engine.memory.work import Speed, WorkCounter
 from engine.message import Message
 
 UNSEEN = (
-    "Not seen: the GPU context, workspaces of convolutions and matrix products, fragmentation, "
-    "what torch.compile fuses away"
+    "not seen: a GPU's context, workspaces of convolutions and matrix products, fragmentation, what torch.compile "
+    "fuses away, and operators whose CUDA form keeps other tensors (dropout's mask, normalisation under autocast)"
 )
 
 
@@ -43,8 +43,10 @@ def estimate_step(blocks: list[Block], config: Config, message: Message, speed: 
         speed: of the device that will train; without it the time is 0.
 
     Known limitations: counts tensors as PyTorch makes them on the CPU, each rounded up to 512 bytes. Not
-    seen are workspaces (of convolutions, mostly), fragmentation and a GPU's context; fp16's loss scaler is
-    left out; with ``local.compile`` the count is that of the uncompiled network, which is more.
+    seen are workspaces (of convolutions, mostly), fragmentation and a GPU's context. Where CUDA's form of an
+    operator keeps other tensors, the count is the CPU's: dropout keeps a mask of the input's type (on CUDA one
+    byte an element), and under autocast softmax and layer normalisation stay in bf16 (on CUDA in fp32).
+    fp16's loss scaler is left out; with ``local.compile`` the count is that of the uncompiled network.
     """
     fake = FakeTensorMode()
     with fake:

@@ -14,7 +14,7 @@ from engine.block import Block, Report
 from engine.config import Config
 from engine.memory.tracker import MemoryTracker, Moment
 from engine.message import Message
-from engine.schedules import SCHEDULES
+from engine.schedules import SCHEDULES, Schedule
 
 CATEGORIES = {
     "parameters": "of the units and the head",
@@ -62,7 +62,8 @@ def count_bytes(
         blocks: prepared ones, on the device whose bytes count, real or fake.
         config: its schedule runs, with its accumulation. Of many micro-batches two are run: the gradients
             of all blocks are alive in the second, so that further ones only repeat it.
-        message: a micro-batch, on that device. It stays alive through the step, as in a training loop.
+        message: a micro-batch, on that device. It stays alive through the step, as in a training loop. (On a
+            CPU the loader's whole batch does; only a GPU has micro-batches moved to it one at a time.)
         beside: a context around the second step, for other counts.
     """
     schedule, count = SCHEDULES[config.local.schedule](blocks), min(config.train.accumulate, 2)
@@ -70,23 +71,25 @@ def count_bytes(
     tracker.add(message.flatten()[0], "activations")
     peaks: dict[int, Moment] = {}
 
-    def step() -> None:
-        for number in range(count):
-            passing = replace(message, sequence=blocks[0].next_sequence)
-            schedule.step(passing, update=number == count - 1, weight=1 / count)
-
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(followed(tracker, block, peaks))
         stack.enter_context(tracker)
-        step()
+        optimizer_step(schedule, message, count)
         peaks.clear()
         tracker.record()
         with beside():
-            step()
+            optimizer_step(schedule, message, count)
     highest = max(peaks.values(), key=lambda moment: moment.bytes)
     assert tracker.timeline is not None
     return Footprint(_whole(highest), [_whole(peaks[block.index]) for block in blocks], tracker.timeline)
+
+
+def optimizer_step(schedule: Schedule, message: Message, micro_batches: int) -> None:
+    """One optimizer step on the same micro-batch so many times."""
+    for number in range(micro_batches):
+        passing = replace(message, sequence=schedule.blocks[0].next_sequence)
+        schedule.step(passing, update=number == micro_batches - 1, weight=1 / micro_batches)
 
 
 def _whole(moment: Moment) -> dict[str, int]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ import torch
 from engine.block import Block, BlockError
 from engine.build import build_blocks, prepare
 from engine.config import Config
-from engine.device import choose_device
+from engine.device import choose_device, deterministic, resident_bytes
 from engine.log import progress_bar
-from engine.memory.footprint import Footprint, count_bytes
+from engine.memory.footprint import Footprint, count_bytes, optimizer_step
 from engine.memory.variant import Load, Variant
 from engine.message import Message
 from engine.schedules import SCHEDULES
@@ -33,10 +31,10 @@ WARM_UP = 3
 class CudaMemory:
     """What CUDA's caching allocator and the driver say of one training step.
 
-    ``allocated`` and ``reserved`` are peaks, ``retries`` the times the allocator had to give its cache back
-    and try again; ``used`` is what the device's memory in use has grown by since before the process
-    touched it (by NVML: the context included, and whatever others did meanwhile; None where NVML does not
-    know the device).
+    ``allocated`` and ``reserved`` are peaks of a step that starts without a cache, ``retries`` the times in
+    it that the allocator had to give its cache back and try again. ``used`` is what the device's memory in
+    use has grown by since before the process touched it (by NVML: the context included, and whatever others
+    did meanwhile; None where NVML does not know the device).
     """
 
     allocated_bytes: int
@@ -78,7 +76,6 @@ def measure(
     argv: Sequence[str],
     load: Load,
     *,
-    memory: bool = True,
     steps: int = 10,
     threads: int = 1,
     snapshots: Path | None = None,
@@ -89,7 +86,6 @@ def measure(
     machine's speed meets all alike; on a GPU a variant gives its cache back when its turn is over.
 
     Args:
-        memory: whether bytes are counted at all.
         snapshots: a folder for the CUDA allocator's history of a step, one file a variant, as
             https://pytorch.org/memory_viz shows it.
 
@@ -115,6 +111,7 @@ def measure(
             raise ValueError(f"{name}: {answer}")
         if kind == "memory":
             failures[name] = answer
+            seconds[name].clear()
             del workers[name]
             process.terminate()
             process.join()
@@ -125,14 +122,13 @@ def measure(
             shown = bar.add_task("measuring", total=len(variants) + WARM_UP + steps)
             for variant in variants:
                 here, there = context.Pipe()
-                words = [*argv, *variant.overrides]
-                process = context.Process(target=_work, args=(load, words, threads, there), daemon=True)
+                arguments = load, variant.words(argv), threads, there
+                process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
                 there.close()  # the worker's end is its own, so that its death is noticed here
                 workers[variant.name] = process, here
-                if memory:
-                    snapshot = snapshots / f"{variant.name.replace(' ', '_')}.pickle" if snapshots else None
-                    found[variant.name] = ask(variant.name, ("memory", snapshot))
+                snapshot = snapshots / f"{variant.name.replace(' ', '_')}.pickle" if snapshots else None
+                found[variant.name] = ask(variant.name, ("memory", snapshot))
                 bar.advance(shown)
             for number in range(WARM_UP + steps if steps else 0):
                 for name in list(workers):
@@ -145,7 +141,7 @@ def measure(
             process.terminate()
             process.join()
     return {
-        variant.name: Measured(found.get(variant.name), seconds[variant.name], failures.get(variant.name, ""))
+        variant.name: Measured(found[variant.name], seconds[variant.name], failures.get(variant.name, ""))
         for variant in variants
     }
 
@@ -158,18 +154,26 @@ def median(seconds: Sequence[float]) -> float | None:
 def _work(load: Load, argv: list[str], threads: int, pipe: Connection) -> None:
     """A worker: answers questions until it is ended."""
     torch.set_num_threads(threads)
-    stepper: Stepper | None = None
-    while True:
-        question, value = pipe.recv()
-        try:
-            if stepper is None:
-                stepper = Stepper(*load(argv))
-            pipe.send(("answer", stepper.time() if question == "time" else stepper.memory(value)))
-        except Exception as error:
-            cause = error.cause if isinstance(error, BlockError) else error
-            kind = "memory" if isinstance(cause, torch.cuda.OutOfMemoryError | MemoryError) else "error"
-            name = "" if isinstance(error, ValueError | BlockError) else f"{type(error).__name__}: "
-            pipe.send((kind, name + " ".join(str(error).split())))
+    try:
+        config, task = load(argv)
+        with deterministic(config.train.deterministic, choose_device(config.train.device)):
+            stepper: Stepper | None = None
+            while True:
+                question, value = pipe.recv()
+                stepper = stepper or Stepper(config, task)
+                pipe.send(("answer", stepper.time() if question == "time" else stepper.memory(value)))
+    except Exception as error:
+        name = "" if isinstance(error, ValueError | BlockError) else f"{type(error).__name__}: "
+        pipe.send(("memory" if _out_of_memory(error) else "error", name + " ".join(str(error).split())))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory; not all of torch's allocators and libraries have an error of their own."""
+    cause = error.cause if isinstance(error, BlockError) else error
+    if isinstance(cause, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    signs = "can't allocate memory", "out of memory", "ALLOC_FAILED"
+    return isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in signs)
 
 
 class Stepper:
@@ -181,10 +185,8 @@ class Stepper:
 
     def __init__(self, config: Config, task: Task) -> None:
         self.device = choose_device(config.train.device)
-        if config.local.compile and self.device.type == "cpu":
-            raise ValueError("local.compile: tensors inside compiled code cannot be counted on a CPU; set it false")
         self.config = config
-        self._before_bytes = _resident()[0]
+        self._before_bytes = resident_bytes()[0]
         self._used = _Used() if self.device.type == "cuda" else None
         self.blocks: list[Block] = build_blocks(task.build_chain(initial=False), config, task)
         prepare(self.blocks, config, self.device)
@@ -193,13 +195,12 @@ class Stepper:
 
     def step(self) -> None:
         """One optimizer step: all its micro-batches."""
-        count = self.config.train.accumulate
-        for number in range(count):
-            message = replace(self.message, sequence=self.blocks[0].next_sequence)
-            self.schedule.step(message, update=number == count - 1, weight=1 / count)
+        optimizer_step(self.schedule, self.message, self.config.train.accumulate)
 
     def memory(self, snapshot: Path | None = None) -> Memory:
         """Bytes of a step in which every block has optimizer state."""
+        if self.config.local.compile and self.device.type == "cpu":
+            raise ValueError("local.compile: a CPU has no allocator to ask what compiled code takes; set it false")
         for number in range(20):
             self.step()
             # A loss scaler leaves the first updates out, until its scale has come down.
@@ -209,12 +210,16 @@ class Stepper:
             raise ValueError("local.precision: fp16's loss scaler has left out every one of 20 updates; use bf16")
         cuda = self._cuda(snapshot) if self.device.type == "cuda" else None
         footprint = count_bytes(self.blocks, self.config, self.message)
-        return Memory(footprint, _resident()[1], self._before_bytes, cuda)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return Memory(footprint, resident_bytes()[1], self._before_bytes, cuda)
 
     def _cuda(self, snapshot: Path | None) -> CudaMemory:
         assert self._used is not None
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
+        retries = torch.cuda.memory_stats(self.device)["num_alloc_retries"]
         if snapshot is not None:
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         self.step()
@@ -227,7 +232,7 @@ class Stepper:
         return CudaMemory(
             statistics_["allocated_bytes.all.peak"],
             statistics_["reserved_bytes.all.peak"],
-            statistics_["num_alloc_retries"],
+            statistics_["num_alloc_retries"] - retries,
             used,
         )
 
@@ -273,14 +278,3 @@ class _Used:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _resident() -> tuple[int, int]:
-    """Resident bytes of this process: now, and at their peak."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss would start at what the parent process had
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        now, peak = (int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
-        return now, peak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak, peak

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from engine.files import write_named
 from engine.log import MIB
 from engine.memory.footprint import CATEGORIES
-from engine.memory.report import Row, notes, sheets
+from engine.memory.report import Row, Sheet, notes, sheets
 
 COLOURS = dict(
     zip(CATEGORIES, ("#4477aa", "#88ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb"), strict=True)
@@ -41,11 +41,21 @@ def write_page(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
         for row in rows
         if row.blocks > 1
     ]
+    _write(path, about, sheets(rows), notes(rows), charts=charts, blocks=blocks, categories=CATEGORIES)
+
+
+def write_tables(path: Path, about: dict[str, Any], tables: Sequence[Sheet], lines: Sequence[str]) -> None:
+    """Write a page of tables and notes alone.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    _write(path, about, tables, lines)
+
+
+def _write(path: Path, about: dict[str, Any], tables: Sequence[Sheet], lines: Sequence[str], **parts: Any) -> None:
     template = jinja2.Template(resources.files("engine.memory").joinpath("page.html").read_text(), autoescape=True)
-    text = template.render(
-        about=about, charts=charts, blocks=blocks, sheets=sheets(rows), notes=notes(rows), categories=CATEGORIES
-    )
-    write_named(path, text + "\n")
+    write_named(path, template.render(title=about["title"], about=about, sheets=tables, notes=lines, **parts) + "\n")
 
 
 def write_figure(path: Path, rows: Sequence[Row]) -> None:

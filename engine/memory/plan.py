@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from engine.build import build_blocks
+from engine.build import batch_norm_name, build_blocks
 from engine.config import Config, to_yaml
 from engine.cut import best_bounds
 from engine.files import write_named
@@ -26,7 +26,7 @@ SIZES = {f"{letter}{i}B": base**n for n, letter in enumerate("KMGT", 1) for i, b
 MARK = "# Planned for"
 """How a file that ``write_plan`` wrote begins."""
 
-SLACK = 1.05
+SLACK = 1.08
 """How much too large a modelled peak may be; a cut whose modelled peak is larger is not tried."""
 
 
@@ -63,7 +63,8 @@ class Option:
         """As ``4 blocks + checkpointing``."""
         blocks = len(self.estimate.units)
         name = "end-to-end" if blocks == 1 else f"{blocks} blocks"
-        return f"{name} + checkpointing" if self.config.local.checkpoint else name
+        extras = [("checkpoint", "checkpointing"), ("offload", "offload")]
+        return " + ".join([name, *(shown for key, shown in extras if getattr(self.config.local, key))])
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,11 @@ def _micro_batches(config: Config, build_task: Callable[[Config], Task]) -> Iter
         except ValueError:  # no divisor of the batch
             continue
         task = build_task(settings)
-        try:
-            smallest = task.smallest_batch()
-        except ValueError:  # the data is not here; training will look again
-            smallest = shapes_of(task.example).batch
-        if smallest < 2:  # BatchNorm would refuse it
-            return
+        if shapes_of(task.example).batch == 1:
+            chain = task.build_chain(initial=False)
+            two = replace(settings.local, blocks=min(2, len(chain)), cut=[])
+            if batch_norm_name(build_blocks(chain, replace(settings, local=two), task)):
+                return
         yield settings
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from engine.block import DTYPES
 from engine.config import Config
-from engine.device import choose_device
+from engine.device import choose_device, device_at_hand
 from engine.files import write_named
 from engine.log import MIB, console, mebibytes
 from engine.memory.estimate import UNSEEN, Estimate
@@ -26,7 +26,7 @@ from engine.memory.footprint import CATEGORIES
 from engine.memory.measure import CudaMemory, Measured, measure, median
 from engine.memory.plan import Plan
 from engine.memory.tracker import Moment
-from engine.memory.variant import Load, Variant, estimate_variant, family
+from engine.memory.variant import Load, Variant, estimate_variant
 from engine.memory.work import Speed
 
 
@@ -47,6 +47,7 @@ class Row:
     units: list[str]
     activation_checkpointing: bool
     offload: bool
+    compiled: bool
     measured: bool
     peak_bytes: int
     by_category_bytes: dict[str, int]
@@ -79,16 +80,21 @@ def report_rows(
 ) -> list[Row]:
     """Predict every variant, and measure it if ``measuring``.
 
+    A prediction needs no GPU; its times are then of this machine's CPU, also where the config names a GPU.
+
     Raises:
         ValueError: a variant cannot be built, or what is asked for cannot be had here.
     """
     torch.set_num_threads(threads)
     config, _ = load(argv)
-    device = choose_device(config.train.device)
+    device = choose_device(config.train.device) if measuring else device_at_hand(config.train.device)
     if snapshots is not None:
         if device.type != "cuda":
             raise ValueError("--snapshots: only CUDA's allocator keeps such a history, and training is on a CPU here")
-        snapshots.mkdir(parents=True, exist_ok=True)
+        try:
+            snapshots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--snapshots: {snapshots} cannot be made: {error.strerror}") from error
     speed = Speed.measure_apart(device, DTYPES[config.local.precision])
     estimates = [estimate_variant(variant, argv, load, speed) for variant in variants]
     found: dict[str, Measured] = {}
@@ -96,7 +102,7 @@ def report_rows(
         found = measure(variants, argv, load, steps=steps, threads=threads, snapshots=snapshots)
     rows = []
     for variant, estimate in zip(variants, estimates, strict=True):
-        config, _ = load([*argv, *variant.overrides])
+        config, _ = load(variant.words(argv))
         rows.append(make_row(variant.name, config, estimate, found.get(variant.name)))
     return rows
 
@@ -109,11 +115,12 @@ def make_row(name: str, config: Config, estimate: Estimate, measured: Measured |
     return Row(
         variant=name,
         schedule=config.local.schedule,
-        auxiliary=None if whole else family(config.local),
+        auxiliary=None if whole else config.local.family,
         blocks=len(footprint.by_block),
         units=estimate.units,
         activation_checkpointing=config.local.checkpoint,
         offload=config.local.offload,
+        compiled=config.local.compile,
         measured=memory is not None,
         peak_bytes=memory.peak_bytes if memory else footprint.peak_bytes,
         by_category_bytes=footprint.peak,
@@ -166,8 +173,13 @@ def notes(rows: Sequence[Row]) -> list[str]:
             f"measured: {kind} in a step after the first, each variant in a fresh process; median time, in turns"
         )
         lines.append("resident: growth of the process's resident set in main memory, libraries' own memory included")
-    lines.append("predicted: on fake tensors; time by a roofline of this device, for comparison between rows only")
+    lines.append("predicted: on fake tensors; time by a roofline of the device here, to compare rows with each other")
     lines.append(UNSEEN)
+    lines.append("what local rows take longer than end-to-end is their auxiliary networks' time")
+    if any(row.compiled and row.measured for row in rows):
+        lines.append("compiled: categories, blocks and course of the step are those of the uncompiled network")
+    if rows[0].failure:
+        lines.append(f"{rows[0].variant} did not fit: ratios are to its prediction")
     lines.append("memory and time only: what a variant costs in accuracy, benchmarks.accuracy measures")
     if any(row.offload and row.cuda is None for row in rows):
         lines.append("offload: bytes are those on a GPU; on a CPU it saves nothing, and its time is that of copies")
@@ -201,7 +213,7 @@ def plan_sheet(plan: Plan) -> Sheet:
 
 
 def _overview(rows: Sequence[Row]) -> Sheet:
-    base, lines = rows[0], []
+    base, lines = rows[0], list[list[str]]()
     times = [f"{row.predicted_step_seconds / base.predicted_step_seconds:.2f}" for row in rows]
     if not any(row.measured or row.failure for row in rows):
         for row, time in zip(rows, times, strict=True):
@@ -262,10 +274,11 @@ def _mib(size: int) -> str:
     return f"{size / MIB:.1f}" if size < 1000 * MIB else f"{size / MIB:.0f}"
 
 
-def header(argv: Sequence[str], threads: int, device: str, **more: Any) -> dict[str, Any]:
+def header(title: str, argv: Sequence[str], threads: int, device: str, **more: Any) -> dict[str, Any]:
     """What a reader needs to judge and repeat the figures; ``device`` as in ``train.device``."""
-    chosen = choose_device(device)
+    chosen = device_at_hand(device)
     return {
+        "title": title,
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu",

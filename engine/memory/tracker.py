@@ -50,7 +50,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         device: ``cpu`` or ``cuda``; tensors elsewhere do not count. Nor do copies that stand for a
             tensor in main memory (see ``engine.offload``).
 
-    Known limitation: memory that an operator takes and gives back inside itself is not seen.
+    Known limitations: not seen are memory that an operator takes and gives back inside itself, and what a
+    storage grows by when it is resized.
 
     Example:
         >>> import torch

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.build import build_blocks
-from engine.config import Config, LocalConfig
+from engine.config import Config, words
 from engine.memory.estimate import Estimate, estimate_step
 from engine.memory.work import Speed
 from engine.shapes import shapes_of
@@ -29,24 +29,24 @@ class Variant:
     name: str
     overrides: tuple[str, ...]
 
+    def words(self, argv: Sequence[str]) -> list[str]:
+        """The command line of this variant of ``argv``; another auxiliary network does not get the first's options."""
+        argv = words(argv)
+        if "--local.auxiliary" in self.overrides:
+            dropped = {at for at, word in enumerate(argv) if word.split(".")[:2] == ["--local", "auxiliary"]}
+            argv = [word for at, word in enumerate(argv) if at not in dropped and at - 1 not in dropped]
+        return [*argv, *self.overrides]
+
 
 END_TO_END = Variant("end-to-end", (*_WHOLE, *_PLAIN))
 CHECKPOINTED = Variant("end-to-end + checkpointing", (*_WHOLE, *_CHECKPOINT))
 OFFLOADED = Variant("end-to-end + offload", (*_WHOLE, *_OFFLOAD))
 
 
-def family(local: LocalConfig) -> str:
-    """The name of the auxiliary network, without its options."""
-    return local.auxiliary if isinstance(local.auxiliary, str) else str(local.auxiliary["type"])
-
-
 def four_variants(config: Config) -> list[Variant]:
-    """End-to-end and the config's own blocks, each with and without activation checkpointing.
-
-    Raises:
-        ValueError: the config itself is end-to-end.
-    """
-    _refuse_end_to_end(config)
+    """End-to-end and the config's own blocks (if it has any), each with and without activation checkpointing."""
+    if config.local.schedule == "end_to_end":
+        return [END_TO_END, CHECKPOINTED]
     return [
         END_TO_END,
         CHECKPOINTED,
@@ -62,8 +62,9 @@ def many_variants(config: Config, auxiliaries: Sequence[str], blocks: Sequence[i
     Raises:
         ValueError: the config itself is end-to-end.
     """
-    _refuse_end_to_end(config)
-    own = family(config.local)
+    if config.local.schedule == "end_to_end":
+        raise ValueError("local.schedule: end_to_end has no local rows to compare; use sequential")
+    own = config.local.family
     names = dict.fromkeys([own, *auxiliaries])
     plain = [local_variant(config, name, count) for name in names for count in blocks]
     checkpointed = [local_variant(config, own, count, checkpointing=True) for count in blocks]
@@ -72,7 +73,7 @@ def many_variants(config: Config, auxiliaries: Sequence[str], blocks: Sequence[i
 
 def local_variant(config: Config, auxiliary: str, blocks: int, *, checkpointing: bool = False) -> Variant:
     """``blocks`` blocks with one kind of auxiliary network; the config's own keeps its options."""
-    named = () if auxiliary == family(config.local) else ("--local.auxiliary", auxiliary)
+    named = () if auxiliary == config.local.family else ("--local.auxiliary", auxiliary)
     overrides = (*named, "--local.cut", "[]", "--local.blocks", str(blocks))
     name = f"{auxiliary} K={blocks}"
     if checkpointing:
@@ -80,13 +81,8 @@ def local_variant(config: Config, auxiliary: str, blocks: int, *, checkpointing:
     return Variant(name, (*overrides, *_PLAIN))
 
 
-def _refuse_end_to_end(config: Config) -> None:
-    if config.local.schedule == "end_to_end":
-        raise ValueError("local.schedule: end_to_end has no local rows to compare; use sequential")
-
-
 def estimate_variant(variant: Variant, argv: Sequence[str], load: Load, speed: Speed | None = None) -> Estimate:
     """What a step of the variant will take, on fake tensors."""
-    config, task = load([*argv, *variant.overrides])
+    config, task = load(variant.words(argv))
     blocks = build_blocks(task.build_chain(initial=False), config, task)
     return estimate_step(blocks, config, shapes_of(task.example), speed)

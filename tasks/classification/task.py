@@ -82,6 +82,11 @@ class Classification:
             self.config.model.classes = known or len(self.images[0].classes)
         return self.config.model.classes
 
+    @property
+    def micro_batch(self) -> int:
+        """Images in a micro-batch, the last ones of an epoch apart."""
+        return self.config.data.batch // self.config.train.accumulate
+
     def build_chain(self, initial: bool = True) -> Chain:
         model = self.config.model if initial else replace(self.config.model, weights="", pretrained=False)
         with seeded(self.config.train.seed, "model"):
@@ -98,10 +103,9 @@ class Classification:
         return PooledLinear(channels, sum(features.shape[1] for features in bank.values()), self.classes, chain.layout)
 
     def example(self) -> Message:
-        data = self.config.data
-        batch = math.ceil(data.batch / self.config.train.accumulate)
+        batch, size = self.micro_batch, self.config.data.size
         with seeded(self.config.train.seed, "example"):
-            images = torch.randn(batch, 3, data.size, data.size)
+            images = torch.randn(batch, 3, size, size)
             return Message({"x": images}, targets=torch.randint(self.classes, (batch,)))
 
     def steps_per_epoch(self) -> int:
@@ -109,20 +113,21 @@ class Classification:
         return count // data.batch if data.drop_last else math.ceil(count / data.batch)
 
     def smallest_batch(self) -> int:
-        data, accumulate = self.config.data, self.config.train.accumulate
+        data = self.config.data
         rest = 0 if data.drop_last else len(self.images[0]) % data.batch
-        return min(part for full in (data.batch, rest) if full for part in _shares(full, accumulate))
+        return min(part for full in (data.batch, rest) if full for part in _shares(full, self.micro_batch))
 
     def batches(self, epoch: int, start: int) -> Iterator[list[Message]]:
-        data, accumulate = self.config.data, self.config.train.accumulate
+        data = self.config.data
         loaded = self.images[0].batches(epoch, start, data.batch, data.workers, True, data.drop_last)
         for images, labels in loaded:
-            parts = _shares(len(labels), accumulate)
+            parts = _shares(len(labels), self.micro_batch)
             yield [Message({"x": x}, targets=y) for x, y in zip(images.split(parts), labels.split(parts), strict=True)]
 
     def evaluate(self, predict: Callable[[Message], Any]) -> dict[str, float]:
         data, right, loss, count = self.config.data, 0, 0.0, 0
-        for images, labels in self.images[1].batches(0, 0, max(data.batch, 100), data.workers, False, False):
+        # Not more images at a time than in training, so that what trains in some memory also evaluates in it.
+        for images, labels in self.images[1].batches(0, 0, self.micro_batch, data.workers, False, False):
             logits = predict(Message({"x": images})).float().cpu()
             right += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
@@ -130,7 +135,7 @@ class Classification:
         return {"accuracy": right / count, "loss": loss / count}
 
 
-def _shares(count: int, parts: int) -> list[int]:
-    """``count`` samples in at most ``parts`` micro-batches that differ by at most one."""
-    parts = min(parts, count)
+def _shares(count: int, most: int) -> list[int]:
+    """``count`` samples in as few micro-batches of at most ``most`` as will do; they differ by at most one."""
+    parts = math.ceil(count / most)
     return [count // parts + (number < count % parts) for number in range(parts)]

@@ -113,13 +113,3 @@ def test_every_key_has_a_docstring() -> None:
                 for item, after in pairwise(body):
                     if isinstance(item, ast.AnnAssign) and not ast.unparse(item.annotation).endswith("Config"):
                         assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(item.target)}"
-
-
-def test_the_last_of_several_auxiliary_networks_counts_with_its_own_options(tmp_path: Path) -> None:
-    """As tools that compare networks append them to what a user gave."""
-    words = ["--local.auxiliary", "glcan", "--local.auxiliary.depth=1", "--train.steps", "3"]
-    config = read(tmp_path, "task: classification\n", *words, "--local.auxiliary", "greedy")
-    assert (config.local.auxiliary, config.train.steps) == ("greedy", 3)
-    more = ["--local.auxiliary", "glcan", "--local.auxiliary.width", "0.5"]
-    config = read(tmp_path, "task: classification\n", *words, *more)
-    assert config.local.auxiliary == {"type": "glcan", "width": 0.5}

@@ -83,14 +83,15 @@ def test_a_subset_is_even_over_classes() -> None:
 
 
 def test_micro_batches_share_a_batch_without_losing_a_sample() -> None:
-    assert _shares(10, 4) == [3, 3, 2, 2]
-    assert _shares(2, 4) == [1, 1]
+    assert _shares(10, 4) == [4, 3, 3]
+    assert _shares(8, 4) == [4, 4]
+    assert _shares(2, 4) == [2], "no smaller than need be"
     config = settings(size=8, batch=60, subset=100)
     config.train.accumulate = 4
     task = Classification(config)
     sizes = [[len(part.targets) for part in batch] for batch in task.batches(0, 0)]
-    assert sizes == [[15] * 4, [10] * 4]
-    assert task.smallest_batch() == 10
+    assert sizes == [[15] * 4, [14, 13, 13]]
+    assert task.smallest_batch() == 13
     assert task.steps_per_epoch() == 2
 
 

@@ -13,7 +13,7 @@ from engine.chain import Chain, Unit
 from engine.config import Config
 from engine.log import MIB
 from engine.memory.measure import CudaMemory, Stepper, measure
-from engine.memory.variant import END_TO_END, Variant, estimate_variant, many_variants
+from engine.memory.variant import END_TO_END, Variant, estimate_variant, four_variants, many_variants
 from engine.message import Message
 from engine.task import Task
 from tasks import load
@@ -34,6 +34,8 @@ class Hungry(nn.Module):
             return self.linear(x)  # shapes are inferred before anything is measured
         if self.how == "raises":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        if self.how == "asks":
+            torch.empty(2**50)  # more than any machine has: the CPU's allocator has no error class of its own
         if self.how == "dies":
             os._exit(137)
         if self.how == "fails":
@@ -59,14 +61,15 @@ def load_toy(argv: Sequence[str]) -> tuple[Config, Task]:
 
 
 def test_a_variant_without_memory_does_not_end_the_others() -> None:
-    found = measure([Variant(how, (how,)) for how in ("raises", "no", "dies")], [], load_toy, steps=2)
+    found = measure([Variant(how, (how,)) for how in ("raises", "no", "dies", "asks")], [], load_toy, steps=2)
     assert "CUDA out of memory" in found["raises"].failure
+    assert "can't allocate memory" in found["asks"].failure
     assert "exit code 137" in found["dies"].failure
     assert found["no"].failure == ""
     assert len(found["no"].seconds) == 2
     assert found["no"].memory is not None
     assert found["no"].memory.peak_bytes > 0
-    assert found["raises"].memory is found["dies"].memory is None
+    assert found["raises"].memory is found["dies"].memory is found["asks"].memory is None
 
 
 def test_any_other_failure_is_an_error_with_its_cause() -> None:
@@ -139,8 +142,8 @@ def test_a_loss_scaler_that_never_comes_down_is_an_error() -> None:
 
 
 def test_compiled_code_cannot_be_counted_on_a_cpu() -> None:
-    with pytest.raises(ValueError, match="local.compile: tensors inside compiled code"):
-        Stepper(*load([*SMOKE, "--local.compile", "true"]))
+    with pytest.raises(ValueError, match="local.compile: a CPU has no allocator to ask"):
+        Stepper(*load([*SMOKE, "--local.compile", "true"])).memory()
 
 
 def test_variants_of_a_config_with_options_and_a_cut() -> None:
@@ -152,7 +155,7 @@ def test_variants_of_a_config_with_options_and_a_cut() -> None:
         *("glcan K=2", "glcan K=3", "greedy K=2", "greedy K=3"),
         *("glcan K=2 + checkpointing", "glcan K=3 + checkpointing"),
     ]
-    loaded = {variant.name: load([*argv, *variant.overrides])[0].local for variant in variants}
+    loaded = {variant.name: load(variant.words(argv))[0].local for variant in variants}
     assert loaded["glcan K=3"].auxiliary == {"type": "glcan", "depth": 1}
     assert loaded["greedy K=3"].auxiliary == "greedy"
     assert (loaded["greedy K=3"].cut, loaded["greedy K=3"].blocks) == ([], 3)
@@ -160,6 +163,27 @@ def test_variants_of_a_config_with_options_and_a_cut() -> None:
     assert loaded["end-to-end + offload"].offload
     with pytest.raises(ValueError, match="end_to_end has no local rows"):
         many_variants(load([*argv, *END_TO_END.overrides])[0], [], [2])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--local.auxiliary.depth", "1"],
+        ["--local.auxiliary.depth=1", "--train.steps=3"],
+        ["--local.auxiliary=glcan", "--local.auxiliary.depth=1"],
+    ],
+)
+def test_another_network_does_not_get_the_first_ones_options(words: list[str]) -> None:
+    argv = [*SMOKE, *words]
+    own, other = many_variants(load(argv)[0], ["greedy"], [2])[3:5]
+    assert load(own.words(argv))[0].local.auxiliary == {"type": "glcan", "depth": 1}
+    settings, _ = load(other.words(argv))
+    assert (settings.local.auxiliary, settings.train.steps) == ("greedy", 3)  # 3 is the smoke config's too
+
+
+def test_an_end_to_end_config_has_its_own_two_rows() -> None:
+    settings, _ = load([*SMOKE, "--local.schedule", "end_to_end"])
+    assert [variant.name for variant in four_variants(settings)] == ["end-to-end", "end-to-end + checkpointing"]
 
 
 class FakeNvml:

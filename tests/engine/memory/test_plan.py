@@ -10,8 +10,9 @@ from engine.config import parse
 from engine.cut import best_bounds
 from engine.log import MIB
 from engine.memory.measure import Stepper
-from engine.memory.plan import Option, check_free, make_plan, parse_size, write_plan
+from engine.memory.plan import SLACK, Option, _micro_batches, check_free, make_plan, parse_size, write_plan
 from engine.memory.profile import Profile
+from engine.memory.tracker import MemoryTracker
 from engine.memory.variant import END_TO_END, Variant, estimate_variant
 from engine.memory.work import Speed
 from tasks import find_task, load
@@ -70,7 +71,7 @@ def test_dynamic_programming_finds_what_trying_every_cut_finds(blocks: int) -> N
     ],
 )
 def test_a_profile_is_close_to_the_estimate(network: list[str], checkpointing: bool) -> None:
-    """Within 8 % below and above for every number of blocks: close enough to choose by, then judged for real."""
+    """As close for every number of blocks as the planner takes it to be; it judges what it chooses for real."""
     argv = [*CONFIG, *network, "--local.checkpoint", str(checkpointing).lower()]
     settings, task = load(argv)
     profile = Profile(settings, task, SPEED)
@@ -82,7 +83,7 @@ def test_a_profile_is_close_to_the_estimate(network: list[str], checkpointing: b
         estimate = estimate_variant(Variant("", overrides), argv, load, SPEED)
         fixed = profile.least + sum(profile.state(*pair) for pair in pairs)
         modelled = fixed + max(profile.peak(*pair, checkpointing) for pair in pairs)
-        assert modelled == pytest.approx(estimate.footprint.peak_bytes, rel=0.08), blocks
+        assert modelled == pytest.approx(estimate.footprint.peak_bytes, rel=SLACK - 1), blocks
         seconds = sum(profile.seconds(*pair, checkpointing) for pair in pairs)
         assert seconds == pytest.approx(estimate.step_seconds, rel=0.2), blocks
 
@@ -165,6 +166,38 @@ def test_a_plan_is_a_config_that_train_reads(tmp_path) -> None:
 IMAGENET = ["imagenet_resnet101_k4_glcan.yaml", "--train.accumulate", "1"]
 
 
+def test_what_trains_in_a_budget_evaluates_in_it() -> None:
+    """Evaluation took the whole batch at once, however small the micro-batches."""
+    argv = [*CONFIG, "--model.name", "resnet14", "--data.batch", "256"]
+    plan = planned(argv, 18 * MIB)
+    chosen = plan.chosen
+    assert chosen.micro_batch <= 64
+    stepper = Stepper(chosen.config, find_task("classification").build(chosen.config))
+    stepper.step()
+    tracker = MemoryTracker()
+    for block in stepper.blocks:
+        tracker.add([*block.parameters(), *block.buffers()], "parameters")
+        tracker.add((v for s in block.optimizer.state.values() for v in s.values() if v is not None), "optimizer")
+    with tracker:
+        task = find_task("classification").build(chosen.config)
+        task.evaluate(stepper.schedule.predict)
+    assert tracker.peak.bytes <= plan.budget_bytes
+
+
+def test_micro_batches_of_one_are_planned_where_nothing_normalises_over_the_batch() -> None:
+    settings, _ = load([*CONFIG, "--model.name", "timm:vit_tiny_patch16_224", "--data.batch", "4"])
+    build = find_task("classification").build
+    assert [each.train.accumulate for each in _micro_batches(settings, build)] == [1, 2, 4]
+    settings.local.auxiliary = "dgl"  # has BatchNorm
+    assert [each.train.accumulate for each in _micro_batches(settings, build)] == [1, 2]
+
+
+def test_a_plan_needs_no_data(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.classification.task.load_images", None)
+    argv = ["--config", "tasks/classification/configs/cifar10_resnet32_k16_glcan.yaml", "--model.name", "resnet14"]
+    assert planned(argv, 130 * MIB).chosen.config.train.accumulate > 1
+
+
 # The promise: a third of end-to-end's memory, for the field's networks at full size; then two steps for real,
 # at a batch this machine can hold, within the budget scaled to that batch.
 @pytest.mark.slow
@@ -172,18 +205,8 @@ IMAGENET = ["imagenet_resnet101_k4_glcan.yaml", "--train.accumulate", "1"]
     ("words", "batch", "small"),
     [
         (["cifar10_resnet110_k55_glcan.yaml"], 1024, 16),
-        (["imagenet_resnet101_k4_glcan.yaml", "--train.accumulate", "1"], 256, 4),
-        (
-            [
-                "imagenet_resnet101_k4_glcan.yaml",
-                "--train.accumulate",
-                "1",
-                "--model.name",
-                "timm:vit_base_patch16_224",
-            ],
-            128,
-            4,
-        ),
+        (IMAGENET, 256, 16),
+        ([*IMAGENET, "--model.name", "timm:vit_base_patch16_224"], 128, 16),
     ],
 )
 def test_a_third_of_end_to_end(words: list[str], batch: int, small: int) -> None:
@@ -192,12 +215,12 @@ def test_a_third_of_end_to_end(words: list[str], batch: int, small: int) -> None
     plan = planned(argv, whole // 3)
     chosen = plan.chosen
     assert chosen.peak_bytes <= whole // 3
-    # Weights, their gradients and optimizer state do not scale with the batch, all else does.
+    # Weights, their momenta and one block's gradients, twice at the update, do not scale with the batch.
     settings = replace(chosen.config, data=replace(chosen.config.data, batch=small))
-    task = find_task("classification").build(settings)
-    stepper = Stepper(settings, task)
-    count = sum(p.numel() for block in stepper.blocks for p in block.parameters())
-    fixed = 4 * 4 * count  # fp32: weight, gradient, momentum, the update's copy
+    stepper = Stepper(settings, find_task("classification").build(settings))
+    weights = [4 * sum(p.numel() for p in block.parameters()) for block in stepper.blocks]
+    fixed = 2 * sum(weights) + 2 * max(weights)
     budget = fixed + (whole // 3 - fixed) * small / batch
-    assert budget < 0.6 * fixed + whole / 3, "the test would prove nothing"
+    rival = estimate_variant(END_TO_END, [*argv, "--data.batch", str(small)], load).footprint.peak_bytes
+    assert rival > budget, "end-to-end training would do as well"
     assert stepper.memory().footprint.peak_bytes <= budget

@@ -32,7 +32,9 @@ def measured(variant: Variant, cuda: CudaMemory | None = None) -> Row:
 
 
 def test_json_has_the_promised_keys(tmp_path: Path) -> None:
-    write_json(tmp_path / "m.json", header(SMOKE, 1, "cpu"), [row(LOCAL).to_json(), measured(END_TO_END).to_json()])
+    write_json(
+        tmp_path / "m.json", header("Memory", SMOKE, 1, "cpu"), [row(LOCAL).to_json(), measured(END_TO_END).to_json()]
+    )
     content = json.loads((tmp_path / "m.json").read_text())
     assert content["header"]["threads"] == 1
     promised = {"variant", "schedule", "auxiliary", "blocks", "activation_checkpointing", "peak_bytes"}
@@ -56,6 +58,7 @@ def test_a_row_that_ran_out_of_memory_keeps_its_prediction_and_has_no_time() -> 
     assert overview.rows[0][2] == "-", "not shown as measured"
     assert overview.rows[0][6] == "-"
     assert "end-to-end: CUDA out of memory" in notes([lost])
+    assert "end-to-end did not fit: ratios are to its prediction" in notes([lost])
 
 
 def test_an_allocators_figures_are_shown_apart() -> None:
@@ -84,7 +87,7 @@ def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
     rows = [measured(END_TO_END), measured(OFFLOADED), measured(LOCAL)]
     rows[2] = replace(rows[2], variant="<b>local</b>")
     path = tmp_path / "page.html"
-    write_page(path, header(SMOKE, 1, "cpu"), rows)
+    write_page(path, header("Memory", SMOKE, 1, "cpu"), rows)
     page = path.read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", page), "nothing is fetched"
     assert "<script" not in page
@@ -97,7 +100,7 @@ def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
     assert not any("http://" in re.sub(r"http://(www\.w3\.org|purl\.org|creativecommons)", "", p) for p in pictures)
     for category in CATEGORIES:
         assert f">{category}<" in page
-    write_page(path, {}, [replace(found, step_seconds=None) for found in rows])
+    write_page(path, {"title": "t"}, [replace(found, step_seconds=None) for found in rows])
     assert path.read_text().count("base64,") == 3, "no times, no chart of them"
 
 
