@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         threads=known.threads,
         snapshots=known.snapshots,
     )
-    for sheet in sheets(rows):
+    for sheet in reversed(sheets(rows)):  # the one that matters most stays in sight
         sheet.show()
     for line in notes(rows):
         print(line)

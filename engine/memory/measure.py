@@ -6,6 +6,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -102,9 +103,10 @@ def measure(
         """A worker's answer; None, and the worker is gone, if it ran out of memory."""
         process, pipe = workers[name]
         try:
-            pipe.send(question)
+            with suppress(BrokenPipeError):  # what a worker that has ended said last can still be read
+                pipe.send(question)
             kind, answer = pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+        except (EOFError, ConnectionResetError):
             process.join()
             kind, answer = "memory", f"its process was ended (exit code {process.exitcode}), for want of memory?"
         if kind == "error":
