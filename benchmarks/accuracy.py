@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     columns = ["variant", "blocks", "mean", "each seed", "to end-to-end, points", "seconds"]
     sheet = Sheet(f"{rows[0]['metric']}, {len(known.seeds)} seed(s)", columns, lines)
     sheet.show()
-    about = header("Accuracy", rest, known.threads, config.train.device, seeds=known.seeds)
+    about = header("Accuracy", argv, known.threads, config.train.device, seeds=known.seeds)
     if known.json:
         write_json(known.json, about, rows)
     if known.html:

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     columns = ["variant", "time", "least", "most", "ms a step", "peak MiB", "memory"]
     sheet = Sheet("Time of a training step; ratios to end-to-end", columns, lines)
     sheet.show()
-    about = header("Throughput", rest, known.threads, config.train.device, steps=known.steps)
+    about = header("Throughput", argv, known.threads, config.train.device, steps=known.steps)
     if known.json:
         write_json(known.json, about, [row.to_json() for row in rows])
     if known.html:

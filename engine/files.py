@@ -21,8 +21,12 @@ def check_writable(*paths: Path | None) -> None:
         ValueError: a folder is missing or read-only, or the name is that of a folder.
     """
     for path in paths:
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise ValueError(f"{path}: cannot be written")
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: cannot be written: there is no folder {path.parent}")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path}: cannot be written: {'it is a folder' if path.is_dir() else 'not permitted'}")
 
 
 def write_named(path: Path, text: str) -> None:

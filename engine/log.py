@@ -19,9 +19,17 @@ console = Console(width=None if Console().is_terminal else 120, highlight=False)
 MIB, GIB = 2**20, 2**30
 
 
-def mebibytes(size: float) -> str:
-    """As ``69.4 MiB``."""
-    return f"{size / MIB:.1f} MiB"
+def size_text(size: float) -> str:
+    """As ``69.4 MiB``, ``10.0 GiB``.
+
+    Example:
+        >>> size_text(1536), size_text(10 * 2**30)
+        ('1.5 KiB', '10.0 GiB')
+    """
+    for unit, factor in (("GiB", GIB), ("MiB", MIB)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size / 1024:.1f} KiB"
 
 
 class RunLog:

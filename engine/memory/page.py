@@ -12,7 +12,10 @@ from typing import Any
 import jinja2
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from engine.files import write_named
 from engine.log import MIB
@@ -120,8 +123,12 @@ def front_figure(rows: Sequence[Row]) -> Figure:
             axes.scatter(*zip(*chosen, strict=True), color=f"C{number}", label=kind, zorder=3)
     # On a CPU offload saves nothing (its bytes are those on a GPU), so it is no rival there.
     rivals = [point for point, row in zip(points, rows, strict=True) if row.cuda or not row.offload]
+    if strangers := [point for point in points if point not in rivals]:
+        label = "bytes as on a GPU, not on the front"
+        axes.scatter(*zip(*strangers, strict=True), label=label, facecolors="white", edgecolors="C0", zorder=4)
     front = [rivals[i] for i in pareto_front(rivals)]
-    axes.plot(*zip(*front, strict=True), "k--", linewidth=1, label="Pareto front", zorder=2)
+    if len(front) > 1:
+        axes.plot(*zip(*front, strict=True), "k--", linewidth=1, label="Pareto front", zorder=2)
     axes.set_xlabel("ms a step")
     axes.set_ylabel("peak MiB")
     axes.margins(x=0.15)
@@ -133,19 +140,39 @@ def front_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Name every point, beside it where there is room, else above or below."""
-    height, taken, end = 12.0, list[tuple[float, float, float, float]](), axes.bbox.x1
+    """Name every point as near as there is room, with a line from the name to the point."""
+    # Texts have an extent only on a canvas.
+    renderer = FigureCanvasAgg(axes.get_figure(root=True)).get_renderer()  # type: ignore[no-untyped-call]
+    frame = axes.get_window_extent()
+    dots = [axes.transData.transform((x, y)) for x, y, _ in points]
+    taken = [Bbox.from_bounds(left - 4, bottom - 4, 8, 8) for left, bottom in dots]
+    places = [
+        (reach * across, reach * up, side)
+        for reach in (8, 16, 26, 38, 52, 68, 86)
+        for across, side in ((1.0, "left"), (-1.0, "right"))
+        for up in (0.0, 0.6, -0.6, 1.5, -1.5)
+    ]
     for x, y, name in sorted(points):
-        left, bottom = axes.transData.transform((x, y))
-        width = 6.4 * len(name)
-        for dx, dy in [(6, 3), (6, -11), (-width - 6, 3), (-width - 6, -11), (6, 16), (6, -24), (6, 29), (6, -37)]:
-            box = left + dx, bottom + dy, left + dx + width, bottom + dy + height
-            if box[2] < end and not any(
-                box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken
-            ):
+        for right, up, side in places:
+            text = axes.annotate(
+                name,
+                (x, y),
+                xytext=(right, up),
+                textcoords="offset pixels",
+                fontsize=8,
+                ha=side,
+                va="center",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "grey"},
+            )
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)
+            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
                 break
+            text.remove()
+        else:
+            axes.annotate(name, (x, y), fontsize=8)
         taken.append(box)
-        axes.annotate(name, (x, y), xytext=(dx * 0.72, dy * 0.72), textcoords="offset points", fontsize=8)
 
 
 def _timelines(rows: Sequence[Row]) -> str:

@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 from engine.build import batch_norm_name, build_blocks
 from engine.config import Config, to_yaml
 from engine.cut import best_bounds
 from engine.files import write_named
-from engine.log import mebibytes
+from engine.log import size_text
 from engine.memory.estimate import Estimate, estimate_step
 from engine.memory.profile import Profile
 from engine.memory.work import Speed
@@ -41,9 +41,10 @@ def parse_size(text: str) -> int:
         (1536, 2000000)
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2] not in SIZES or float(match[1]) <= 0:
+    sizes = {unit.lower(): size for unit, size in SIZES.items()}
+    if not match or match[2].lower() not in sizes or float(match[1]) <= 0:
         raise ValueError(f"--memory: {text!r} is no size; write a number above 0 and one of {', '.join(SIZES)}: 4GiB")
-    return int(float(match[1]) * SIZES[match[2]])
+    return int(float(match[1]) * sizes[match[2].lower()])
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,14 @@ class Plan:
     """The chosen option, the budget it fits, and what it was chosen from.
 
     ``rivals`` are end-to-end training without and (where the config allows it) with activation
-    checkpointing at the config's own micro-batch, whether they fit or not; ``fitting`` has the options
-    found, the chosen one first.
+    checkpointing at the config's own micro-batch, whether they fit or not. ``others`` are what else was
+    found at the chosen micro-batch: it fits and is slower, or is the smallest of its kind and too large.
     """
 
     budget_bytes: int
+    chosen: Option
     rivals: list[Option]
-    fitting: list[Option]
-
-    @property
-    def chosen(self) -> Option:
-        return self.fitting[0]
+    others: list[Option]
 
 
 def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes: int, speed: Speed) -> Plan:
@@ -115,15 +113,22 @@ def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes
         if not rivals:
             if search.profile.permanent > budget_bytes:
                 raise ValueError(
-                    f"--memory: {mebibytes(budget_bytes)} is less than the {mebibytes(search.profile.permanent)} that "
+                    f"--memory: {size_text(budget_bytes)} is less than the {size_text(search.profile.permanent)} that "
                     "parameters, buffers and optimizer state need; no cut changes that"
                 )
             rivals = [search.option([0, len(search.profile)], again) for again in search.choices]
             if rivals[0].peak_bytes <= budget_bytes:
-                return Plan(budget_bytes, rivals, rivals[:1])
-        found = [option for again in search.choices if (option := search.fewest(again))]
-        if found:
-            return Plan(budget_bytes, rivals, sorted(found, key=lambda option: option.estimate.step_seconds))
+                return Plan(budget_bytes, rivals[0], rivals, [])
+        found = [search.fewest(again) for again in search.choices]
+        fitting = [option for option in found if option]
+        if fitting:
+            chosen = min(fitting, key=lambda option: option.estimate.step_seconds)
+            others = [
+                option or search.option(search.smallest(again)[1], again)
+                for option, again in zip(found, search.choices, strict=True)
+                if option is not chosen
+            ]
+            return Plan(budget_bytes, chosen, rivals, others)
         for again in search.choices:
             total, bounds = search.smallest(again)
             if smallest is None or total < smallest[0]:
@@ -132,7 +137,7 @@ def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes
     _, search, bounds, again = smallest
     least = search.option(bounds, again)
     if least.peak_bytes <= budget_bytes:
-        return Plan(budget_bytes, rivals, [least])
+        return Plan(budget_bytes, least, rivals, [])
     raise ValueError(_why(least, budget_bytes))
 
 
@@ -156,6 +161,12 @@ def _micro_batches(config: Config, build_task: Callable[[Config], Task]) -> Iter
         yield settings
 
 
+def free_name(stem: str) -> Path:
+    """The first of ``stem.yaml``, ``stem-2.yaml``, ... that is free."""
+    names = (Path(f"{stem}{'' if number == 1 else f'-{number}'}.yaml") for number in count(1))
+    return next(name for name in names if not name.exists())
+
+
 def check_free(path: Path) -> None:
     """See that a plan may be written to ``path``.
 
@@ -174,8 +185,8 @@ def write_plan(plan: Plan, path: Path) -> None:
     """
     chosen = plan.chosen
     about = (
-        f"{MARK} {mebibytes(plan.budget_bytes)}: {chosen.name}, micro-batch {chosen.micro_batch}, "
-        f"predicted peak {mebibytes(chosen.peak_bytes)}.\n"
+        f"{MARK} {size_text(plan.budget_bytes)}: {chosen.name}, micro-batch {chosen.micro_batch}, "
+        f"predicted peak {size_text(chosen.peak_bytes)}.\n"
     )
     write_named(path, about + to_yaml(chosen.config))
 
@@ -246,7 +257,7 @@ def _why(least: Option, budget: int) -> str:
     number = max(range(len(footprint.by_block)), key=footprint.by_block_bytes.__getitem__)
     name, size = max(footprint.by_block[number].items(), key=lambda item: item[1])
     return (
-        f"--memory: no plan fits {mebibytes(budget)}; the smallest achievable is {mebibytes(least.peak_bytes)} "
+        f"--memory: no plan fits {size_text(budget)}; the smallest achievable is {size_text(least.peak_bytes)} "
         f"({least.name}, micro-batch {least.micro_batch}), where block {number} ({least.estimate.units[number]}) "
-        f"binds with {mebibytes(size)} of {name}"
+        f"binds with {size_text(size)} of {name}"
     )

@@ -160,7 +160,6 @@ class Profile:
 
     def _step(self, network: AuxiliaryNetwork, message: Message) -> EndCost:
         """Two steps of an auxiliary network on its own; the second counts."""
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(self._config.optimizer, list(network.named_parameters()))
         tracker, work = MemoryTracker(), WorkCounter(self._speed)
         tracker.add(message.flatten()[0], "activations")
@@ -179,7 +178,6 @@ class Profile:
                 gradients = tracker.live_bytes - before - state
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        assert parameters
         return EndCost(state, peak, gradients, work.seconds - seconds)
 
 

@@ -20,7 +20,7 @@ from engine.block import DTYPES
 from engine.config import Config
 from engine.device import choose_device, device_at_hand
 from engine.files import write_named
-from engine.log import MIB, console, mebibytes
+from engine.log import MIB, console, size_text
 from engine.memory.estimate import UNSEEN, Estimate
 from engine.memory.footprint import CATEGORIES
 from engine.memory.measure import CudaMemory, Measured, measure, median
@@ -195,9 +195,10 @@ def plan_row(plan: Plan) -> Row:
 def plan_sheet(plan: Plan) -> Sheet:
     """The ways to train that were weighed, the chosen one marked; ratios are to end-to-end."""
     base, lines = plan.rivals[0], []
-    rows = [*plan.rivals, *(option for option in plan.fitting if option not in plan.rivals)]
-    for option in rows:
-        fits = "chosen" if option is plan.chosen else "fits" if option.peak_bytes <= plan.budget_bytes else "too large"
+    options = {(option.name, option.micro_batch): option for option in [*plan.rivals, plan.chosen, *plan.others]}
+    for option in options.values():
+        same = option.config.local == plan.chosen.config.local and option.micro_batch == plan.chosen.micro_batch
+        fits = "chosen" if same else "fits" if option.peak_bytes <= plan.budget_bytes else "too large"
         lines.append(
             [
                 option.name,
@@ -209,7 +210,20 @@ def plan_sheet(plan: Plan) -> Sheet:
             ]
         )
     columns = ["way to train", "micro-batch", "peak MiB", "of end-to-end", "time of end-to-end", ""]
-    return Sheet(f"Ways to train in {mebibytes(plan.budget_bytes)}, predicted", columns, lines)
+    return Sheet(f"Ways to train in {size_text(plan.budget_bytes)}, predicted", columns, lines)
+
+
+def plan_notes(plan: Plan) -> list[str]:
+    """What a reader must know of the chosen option."""
+    lines, train = [], plan.chosen.config.train
+    if plan.chosen.micro_batch != plan.rivals[0].micro_batch:
+        lines.append(
+            f"the batch stays, in {train.accumulate} micro-batches (train.accumulate) of {plan.chosen.micro_batch}: "
+            "that many samples are all that BatchNorm sees at a time; ratios are to end-to-end in one piece"
+        )
+    if plan.chosen.config.local.schedule == "end_to_end":
+        lines.append("chosen: backpropagation through the whole network, nothing local; the fastest way that fits")
+    return lines
 
 
 def _overview(rows: Sequence[Row]) -> Sheet:
@@ -243,15 +257,32 @@ def _overview(rows: Sequence[Row]) -> Sheet:
 
 def _categories(rows: Sequence[Row]) -> Sheet:
     lines = [[row.variant, *(_mib(row.by_category_bytes[name]) for name in CATEGORIES)] for row in rows]
-    return Sheet("At the peak, MiB by category", ["variant", *CATEGORIES], lines)
+    return _without_zeros(Sheet("At the peak, MiB by category", ["variant", *CATEGORIES], lines))
 
 
 def block_sheet(row: Row) -> Sheet:
-    lines = [
-        [f"{number}: {units}", _mib(sum(sizes.values())), *(_mib(sizes[name]) for name in CATEGORIES)]
-        for number, (units, sizes) in enumerate(zip(row.units, row.by_block_by_category_bytes, strict=True))
-    ]
-    return Sheet(f"{row.variant}: at each block's peak, MiB", ["block", "all", *CATEGORIES], lines)
+    """What is alive at each block's peak; neighbours with the same figures share a line."""
+    groups: list[tuple[list[str], list[int]]] = []
+    for number, sizes in enumerate(row.by_block_by_category_bytes):
+        figures = [_mib(sum(sizes.values())), *(_mib(sizes[name]) for name in CATEGORIES)]
+        if groups and groups[-1][0] == figures:
+            groups[-1][1].append(number)
+        else:
+            groups.append((figures, [number]))
+    lines = []
+    for figures, numbers in groups:
+        first, last = row.units[numbers[0]].split(" ... ")[0], row.units[numbers[-1]].split(" ... ")[-1]
+        units = first if first == last else f"{first} ... {last}"
+        range_ = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
+        lines.append([f"{range_}: {units}", *figures])
+    title = f"{row.variant}: at each block's peak, MiB"
+    return _without_zeros(Sheet(title, ["block", "all", *CATEGORIES], lines))
+
+
+def _without_zeros(sheet: Sheet) -> Sheet:
+    """Without the columns that have nothing to say."""
+    kept = [at for at in range(len(sheet.columns)) if any(row[at] != "0.0" for row in sheet.rows)]
+    return Sheet(sheet.title, [sheet.columns[at] for at in kept], [[row[at] for at in kept] for row in sheet.rows])
 
 
 def _allocator(rows: Sequence[Row]) -> Sheet:

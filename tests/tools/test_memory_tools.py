@@ -81,21 +81,28 @@ def test_a_plan_trains_as_it_is(tmp_path: Path) -> None:
     assert command[:4] == ["torchrun", "--standalone", "--nproc-per-node", "1"]
     trained = run(*command[5:], "--train.resume", "auto", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    summary = json.loads((tmp_path / "runs/smoke_4.5MiB/summary.json").read_text())
+    summary = json.loads((tmp_path / "runs/smoke_plan_4.5MiB/summary.json").read_text())
     assert (summary["steps"], summary["blocks"]) == (3, content["blocks"])
-    again = run(*SMOKE, "--memory", "4.5MiB", tool="plan", cwd=tmp_path)
-    assert again.returncode == 0, "a plan may be written over"
+    before = (tmp_path / "smoke_plan_4.5MiB.yaml").read_text()
+    again = run(*SMOKE, "--memory", "4.5MiB", "--data.batch", "30", tool="plan", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "wrote smoke_plan_4.5MiB-2.yaml" in again.stdout, "nothing is written over unasked"
+    assert (tmp_path / "smoke_plan_4.5MiB.yaml").read_text() == before
 
 
 @pytest.mark.parametrize(
     ("tool", "words", "message"),
     [
         ("plan", ["--memory", "4"], "--memory: '4' is no size; write a number above 0 and one of KiB"),
-        ("plan", ["--memory", "100KiB"], "--memory: 0.1 MiB is less than the 0.6 MiB that parameters, buffers and"),
+        ("plan", ["--memory", "100KiB"], "--memory: 100.0 KiB is less than the 610.5 KiB that parameters, buffers and"),
         ("plan", ["--memory", "1MiB"], "--memory: no plan fits 1.0 MiB; the smallest achievable is"),
         ("plan", ["--memory", "1GiB", "--out", "mine.yaml"], "--out: mine.yaml exists and is no plan"),
         ("plan", ["--memory", "1GiB", "--model.name", "resnet9"], "model.name: resnet9 does not exist"),
-        ("plan", ["--memory", "1GiB", "--out", "nowhere/p.yaml"], "nowhere/p.yaml: cannot be written"),
+        (
+            "plan",
+            ["--memory", "1GiB", "--out", "nowhere/p.yaml"],
+            "nowhere/p.yaml: cannot be written: there is no folder",
+        ),
         ("memory", ["estimate", "--local.blocks", "9"], "local.blocks: 9 blocks asked for, the network has 4 units"),
         ("memory", ["estimate", "--model.name", "timm:nothing"], "model.name: timm cannot build 'nothing'"),
         ("memory", ["measure", "--device", "cuda"], "train.device: cuda asked for, but torch"),
@@ -108,6 +115,8 @@ def test_a_plan_trains_as_it_is(tmp_path: Path) -> None:
         ("memory", ["measure", "--steps", "0", "--figure", "f.svg"], "--steps: 0 is too small; the least is 1"),
         ("memory", ["measure", "--steps", "many"], "argument --steps: invalid int value: 'many'; --help lists"),
         ("memory", ["measure", "--json", "nowhere/m.json"], "nowhere/m.json: cannot be written"),
+        ("memory", ["measure", "--figure", "f.png"], "--figure: f.png does not end in .svg"),
+        ("memory", ["estimate", "--blocks", "4"], "--blocks, --auxiliaries: only for compare; here --local.blocks"),
         ("memory", ["guess"], "argument what: invalid choice: 'guess'"),
         ("plan", [], "the following arguments are required: --memory"),
         ("memory", ["estimate", "--local.blks", "3"], "unknown key 'local.blks', did you mean 'local.blocks'?"),

@@ -32,7 +32,7 @@ def bounds_of(option: Option, argv: list[str]) -> list[int]:
     return [0, *(chain.index(name) for name in option.config.local.cut), len(chain)]
 
 
-@pytest.mark.parametrize("text", ["4", "GiB", "4 gib", "-1GiB", "0MiB", "4 GiBs", "", "four GiB", "1e3MiB"])
+@pytest.mark.parametrize("text", ["4", "4G", "GiB", "-1GiB", "0MiB", "4 GiBs", "", "four GiB", "1e3MiB"])
 def test_a_size_without_number_or_unit_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--memory: .* is no size; write a number above 0 and one of KiB, KB, MiB"):
         parse_size(text)
@@ -40,7 +40,7 @@ def test_a_size_without_number_or_unit_is_refused(text: str) -> None:
 
 def test_sizes() -> None:
     assert parse_size("4GiB") == 4 * 2**30
-    assert parse_size(" 1.5 GB ") == 1_500_000_000
+    assert parse_size(" 1.5 GB ") == parse_size("1.5gb") == 1_500_000_000
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 6])
@@ -125,10 +125,10 @@ def test_the_micro_batch_is_the_last_resort() -> None:
 
 def test_what_cannot_be_is_said_with_what_can() -> None:
     argv = [*CONFIG, "--model.name", "resnet8", "--data.batch", "8", "--data.subset", "64"]
-    with pytest.raises(ValueError, match=r"0\.1 MiB is less than the .* that parameters, buffers and optimizer state"):
+    with pytest.raises(ValueError, match=r"102\.4 KiB is less than the .* that parameters, buffers and"):
         planned(argv, MIB // 10)
     with pytest.raises(
-        ValueError, match=r"no plan fits 0\.9 MiB; the smallest achievable is (.*) MiB \(.*\), where"
+        ValueError, match=r"no plan fits 921\.6 KiB; the smallest achievable is (.*) MiB \(.*\), where"
     ) as e:
         planned(argv, int(0.9 * MIB))
     size, block = str(e.value).split("achievable is ")[1].split(" MiB")[0], str(e.value)

@@ -11,10 +11,21 @@ import pytest
 from engine.memory import CATEGORIES
 from engine.memory.measure import CudaMemory, Measured, Memory
 from engine.memory.page import pareto_front, write_page
-from engine.memory.report import Row, header, make_row, notes, sheets, write_json
+from engine.memory.plan import make_plan
+from engine.memory.report import (
+    Row,
+    block_sheet,
+    header,
+    make_row,
+    notes,
+    plan_notes,
+    plan_sheet,
+    sheets,
+    write_json,
+)
 from engine.memory.variant import END_TO_END, OFFLOADED, Variant, estimate_variant
 from engine.memory.work import Speed
-from tasks import load
+from tasks import find_task, load
 
 SMOKE = ["--config", "tasks/classification/configs/smoke.yaml"]
 SPEED = Speed(130e9, 14e9, 7e9)
@@ -95,7 +106,7 @@ def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
     assert "&lt;b&gt;local" in page
     pictures = [base64.b64decode(data).decode() for data in re.findall(r"base64,([^\"]+)", page)]
     assert len(pictures) == 4, "by category, memory against time, timeline, one by block"
-    assert "Pareto front" in pictures[1]
+    assert "bytes as on a GPU, not on the front" in pictures[1]
     assert "end-to-end + offload" in pictures[2]
     assert not any("http://" in re.sub(r"http://(www\.w3\.org|purl\.org|creativecommons)", "", p) for p in pictures)
     for category in CATEGORIES:
@@ -107,3 +118,24 @@ def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere/m.json: cannot be written: No such file"):
         write_json(tmp_path / "nowhere/m.json", {}, [])
+
+
+def test_neighbours_with_the_same_figures_share_a_line_and_empty_columns_go() -> None:
+    sizes = [dict.fromkeys(CATEGORIES, 0) | {"activations": size * 2**20} for size in (3, 2, 2, 2, 1)]
+    units = ["a", "b", "c", "d ... e", "f"]
+    sheet = block_sheet(replace(row(LOCAL), units=units, by_block_by_category_bytes=sizes))
+    assert sheet.columns == ["block", "all", "activations"]
+    assert sheet.rows == [["0: a", "3.0", "3.0"], ["1-3: b ... e", "2.0", "2.0"], ["4: f", "1.0", "1.0"]]
+
+
+def test_a_plan_shows_all_ways_and_says_what_micro_batches_change() -> None:
+    argv = [*SMOKE, "--model.name", "resnet14", "--data.batch", "64"]
+    plan = make_plan(load(argv)[0], find_task("classification").build, 8 * 2**20, SPEED)
+    assert plan.chosen.micro_batch < 64
+    marks = [(line[0], line[-1]) for line in plan_sheet(plan).rows]
+    assert [mark for _, mark in marks].count("chosen") == 1
+    assert len(marks) >= 4, "both rivals, and both kinds of blocks, whether they fit or not"
+    assert any("BatchNorm sees" in line for line in plan_notes(plan))
+    whole = make_plan(load(argv)[0], find_task("classification").build, 2**30, SPEED)
+    assert [line[-1] for line in plan_sheet(whole).rows] == ["chosen", "fits"]
+    assert "nothing local" in plan_notes(whole)[0]
