@@ -2,6 +2,7 @@
 
 import tarfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,28 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.chain import Unit
+from engine.config import Config
+from engine.memory.measure import measure
+from engine.memory.variant import Variant
+from engine.message import Message
+from engine.task import Task
+from tasks.classification.config import ClassificationConfig
+from tasks.classification.task import Classification
 from tasks.classification.timm_chain import timm_chain
 from tests.toy import Toy, blocks_of, config, state, train
+
+
+def small(batch: int, accumulate: int) -> ClassificationConfig:
+    """Digits of 8 pixels."""
+    config = ClassificationConfig(task="classification")
+    config.data.size, config.data.batch, config.data.augment = 8, batch, "none"
+    config.train.accumulate = accumulate
+    return config
+
+
+def refuse(argv: Sequence[str]) -> tuple[Config, Task]:
+    """A loader that fails in the worker."""
+    raise ValueError("data.root: gone meanwhile")
 
 
 def test_units_can_be_copied_under_fake_tensors() -> None:
@@ -87,9 +108,6 @@ def test_archives_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest
 
 def test_later_blocks_of_many_do_not_diverge() -> None:
     """Unnormalised pooled features grow with the residual sums; joined in one linear layer, losses reached 70."""
-    from tasks.classification.config import ClassificationConfig
-    from tasks.classification.task import Classification
-
     settings = ClassificationConfig(task="classification")
     settings.model.name, settings.data.size, settings.data.batch, settings.data.augment = "resnet32", 8, 64, "none"
     settings.local.blocks = 16
@@ -97,3 +115,29 @@ def test_later_blocks_of_many_do_not_diverge() -> None:
     _, _, schedule = blocks_of(task, settings)
     losses = torch.stack([torch.stack(step) for step in train(schedule, [b[0] for b in task.batches(0, 0)])])
     assert losses[-5:].mean(0).max() < 5, "0.7 now, 24 then"
+
+
+def test_evaluation_takes_no_more_images_at_a_time_than_training() -> None:
+    """It took whole batches of at least 100, so a run whose micro-batches just fitted died after its first epoch."""
+    task = Classification(small(batch=60, accumulate=4))
+    sizes = set()
+
+    def predict(message: Message) -> torch.Tensor:
+        sizes.add(message.batch)
+        return torch.zeros(message.batch, 10)
+
+    task.evaluate(predict)
+    assert max(sizes) == 15
+
+
+def test_a_short_last_batch_is_not_cut_smaller_than_need_be() -> None:
+    """29 images in 16 micro-batches came to some of 1, which BatchNorm refuses; 4 of 8 or fewer are as small as any."""
+    config = small(batch=128, accumulate=16)
+    config.data.subset = 128 + 29
+    assert Classification(config).smallest_batch() == 7
+
+
+def test_a_worker_that_could_not_start_is_heard() -> None:
+    """It had ended before it was asked anything, and that was reported as a lack of memory."""
+    with pytest.raises(ValueError, match=r"x: data.root: gone meanwhile"):
+        measure([Variant("x", ())], [], refuse, steps=1)

@@ -77,15 +77,6 @@ def test_any_other_failure_is_an_error_with_its_cause() -> None:
         measure([Variant("fails", ("fails",))], [], load_toy, steps=1)
 
 
-def refuse(argv: Sequence[str]) -> tuple[Config, Task]:
-    raise ValueError("data.root: gone meanwhile")
-
-
-def test_a_worker_that_ends_before_it_is_asked_is_heard() -> None:
-    with pytest.raises(ValueError, match=r"x: data.root: gone meanwhile"):
-        measure([Variant("x", ())], [], refuse, steps=1)
-
-
 def test_a_fresh_process_each_and_nothing_carried_over() -> None:
     """The same variant, measured after a larger one, needs what it needs alone; its resident set too."""
     small = ("--model.name", "resnet8", "--local.blocks", "2")
