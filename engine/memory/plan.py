@@ -141,6 +141,12 @@ def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes
     raise ValueError(_why(least, budget_bytes))
 
 
+def smallest_cut(config: Config, build_task: Callable[[Config], Task], blocks: int, speed: Speed) -> list[str]:
+    """The cut into so many blocks that has the smallest peak by the profile; as ``local.cut``."""
+    search = _Search(config, build_task, speed, 0)
+    return search.option(search.bounds(blocks, config.local.checkpoint), config.local.checkpoint).config.local.cut
+
+
 def _micro_batches(config: Config, build_task: Callable[[Config], Task]) -> Iterator[Config]:
     """The config, then with its micro-batch halved again and again, as long as training accepts that."""
     accumulate = config.train.accumulate
@@ -230,6 +236,10 @@ class _Search:
                 if option.peak_bytes <= self.budget:
                     return option
         return None
+
+    def bounds(self, blocks: int, again: bool) -> list[int]:
+        """The cut into so many blocks with the smallest peak."""
+        return self._even[again][blocks - 1][1]
 
     def smallest(self, again: bool) -> tuple[float, list[int]]:
         """The smallest peak by the profile, of any number of blocks, and its cut."""

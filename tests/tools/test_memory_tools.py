@@ -65,7 +65,7 @@ def test_imagenet_in_two_gibibytes(tmp_path: Path) -> None:
     assert int(done.stderr.split()[-1]) < 2 * 2**30
     local = json.loads((tmp_path / "m.json").read_text())["rows"][2]
     assert local["blocks"] == 4
-    assert local["peak_bytes"] > 10 * 2**30
+    assert local["peak_bytes"] > 5 * 2**30
 
 
 def test_a_plan_trains_as_it_is(tmp_path: Path) -> None:

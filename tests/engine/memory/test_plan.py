@@ -10,7 +10,16 @@ from engine.config import parse
 from engine.cut import best_bounds
 from engine.log import MIB
 from engine.memory.measure import Stepper
-from engine.memory.plan import SLACK, Option, _micro_batches, check_free, make_plan, parse_size, write_plan
+from engine.memory.plan import (
+    SLACK,
+    Option,
+    _micro_batches,
+    check_free,
+    make_plan,
+    parse_size,
+    smallest_cut,
+    write_plan,
+)
 from engine.memory.profile import Profile
 from engine.memory.tracker import MemoryTracker
 from engine.memory.variant import END_TO_END, Variant, estimate_variant
@@ -190,6 +199,14 @@ def test_micro_batches_of_one_are_planned_where_nothing_normalises_over_the_batc
     assert [each.train.accumulate for each in _micro_batches(settings, build)] == [1, 2, 4]
     settings.local.auxiliary = "dgl"  # has BatchNorm
     assert [each.train.accumulate for each in _micro_batches(settings, build)] == [1, 2]
+
+
+def test_the_smallest_cut_beats_equal_numbers_of_units() -> None:
+    argv = ["--config", "tasks/classification/configs/imagenet_resnet101_k4_glcan.yaml"]
+    config, _ = load(argv)
+    assert smallest_cut(config, find_task("classification").build, 4, SPEED) == config.local.cut, "as the config says"
+    even, own = (estimate_variant(Variant("", more), argv, load) for more in (("--local.cut", "[]"), ()))
+    assert own.footprint.peak_bytes < 0.65 * even.footprint.peak_bytes
 
 
 def test_a_plan_needs_no_data(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
