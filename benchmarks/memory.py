@@ -47,14 +47,14 @@ class Network:
     published: dict[str, tuple[float, str, str]] = field(default_factory=dict)
 
 
-GLCAN_AND_DGL = ("glcan", "dgl")
+TWO_AND_FOUR = [("glcan", 2), ("glcan", 4), ("dgl", 2), ("dgl", 4)]
 IMAGENET = ("--data.batch", "256", "--train.accumulate", "1")
 NETWORKS = [
     Network(
         "ResNet-32, CIFAR-10, batch 1024",
         "cifar10_resnet32_k16_glcan.yaml",
         (),
-        [(name, blocks) for name in GLCAN_AND_DGL for blocks in (4, 16)],
+        [("glcan", 4), ("glcan", 16), ("dgl", 4), ("dgl", 16)],
     ),
     Network(
         "ResNet-110, CIFAR-10, batch 1024",
@@ -73,7 +73,7 @@ NETWORKS = [
         "ResNet-101, ImageNet, 224 px, batch 256",
         "imagenet_resnet101_k2_glcan.yaml",
         IMAGENET,
-        [(name, blocks) for name in GLCAN_AND_DGL for blocks in (2, 4)],
+        TWO_AND_FOUR,
         {
             "end-to-end": (19.71, "end-to-end", INFOPRO),
             "glcan K=2, cut for memory": (12.06, "InfoPro K=2", INFOPRO),
@@ -83,13 +83,13 @@ NETWORKS = [
         "ResNet-152, ImageNet, 224 px, batch 256",
         "imagenet_resnet152_k2_glcan.yaml",
         IMAGENET,
-        [(name, blocks) for name in GLCAN_AND_DGL for blocks in (2, 4)],
+        TWO_AND_FOUR,
     ),
     Network(
         "ResNeXt-101 32x8d, ImageNet, 224 px, batch 256",
         "imagenet_resnet101_k2_glcan.yaml",
         (*IMAGENET, "--model.name", "timm:resnext101_32x8d"),
-        [(name, blocks) for name in GLCAN_AND_DGL for blocks in (2, 4)],
+        TWO_AND_FOUR,
     ),
 ]
 

@@ -48,8 +48,7 @@ def estimate_step(blocks: list[Block], config: Config, message: Message, speed: 
     byte an element), and under autocast softmax and layer normalisation stay in bf16 (on CUDA in fp32).
     fp16's loss scaler is left out; with ``local.compile`` the count is that of the uncompiled network.
     """
-    fake = FakeTensorMode()
-    with fake:
+    with FakeTensorMode():
         make_fake([blocks[0].chain.model, *blocks])
         for block in blocks:
             block.scaled = False  # a scaler asks for values, and fake tensors have none

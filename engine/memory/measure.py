@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -148,11 +147,6 @@ def measure(
     }
 
 
-def median(seconds: Sequence[float]) -> float | None:
-    """The median; None of nothing."""
-    return statistics.median(seconds) if seconds else None
-
-
 def _work(load: Load, argv: list[str], threads: int, pipe: Connection) -> None:
     """A worker: answers questions until it is ended."""
     torch.set_num_threads(threads)
@@ -226,15 +220,15 @@ class Stepper:
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         self.step()
         torch.cuda.synchronize(self.device)
-        statistics_ = torch.cuda.memory_stats(self.device)
+        stats = torch.cuda.memory_stats(self.device)
         used = self._used.grown(self.device)
         if snapshot is not None:
             torch.cuda.memory._dump_snapshot(str(snapshot))  # type: ignore[no-untyped-call]
             torch.cuda.memory._record_memory_history(enabled=None)
         return CudaMemory(
-            statistics_["allocated_bytes.all.peak"],
-            statistics_["reserved_bytes.all.peak"],
-            statistics_["num_alloc_retries"] - retries,
+            stats["allocated_bytes.all.peak"],
+            stats["reserved_bytes.all.peak"],
+            stats["num_alloc_retries"] - retries,
             used,
         )
 

@@ -144,7 +144,7 @@ def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes
 def smallest_cut(config: Config, build_task: Callable[[Config], Task], blocks: int, speed: Speed) -> list[str]:
     """The cut into so many blocks that has the smallest peak by the profile; as ``local.cut``."""
     search = _Search(config, build_task, speed, 0)
-    return search.option(search.bounds(blocks, config.local.checkpoint), config.local.checkpoint).config.local.cut
+    return search.cut(search.bounds(blocks, config.local.checkpoint))
 
 
 def _micro_batches(config: Config, build_task: Callable[[Config], Task]) -> Iterator[Config]:
@@ -203,6 +203,7 @@ class _Search:
     def __init__(self, config: Config, build_task: Callable[[Config], Task], speed: Speed, budget: int) -> None:
         self.config, self.task, self.speed, self.budget = config, build_task(config), speed, budget
         self.profile = profile = Profile(config, self.task, speed)
+        self._options: dict[tuple[tuple[int, ...], bool], Option] = {}
         self.choices = [False, True] if profile.can_recompute else [False]
         # For each choice and number of blocks, the cut with the smallest peak.
         self._even = {again: best_bounds(len(profile), len(profile), self._cost(again)) for again in self.choices}
@@ -245,14 +246,24 @@ class _Search:
         """The smallest peak by the profile, of any number of blocks, and its cut."""
         return min((self._fixed(bounds) + peak, bounds) for peak, bounds in self._even[again] if peak < math.inf)
 
+    def cut(self, bounds: list[int]) -> list[str]:
+        """The cut at ``bounds`` as ``local.cut``."""
+        return [self.profile.names[start] for start in bounds[1:-1]]
+
     def option(self, bounds: list[int], again: bool) -> Option:
-        """The cut at ``bounds``, estimated."""
+        """The cut at ``bounds``, estimated once however often it is asked for."""
+        key = tuple(bounds), again
+        if key not in self._options:
+            self._options[key] = self._estimated(bounds, again)
+        return self._options[key]
+
+    def _estimated(self, bounds: list[int], again: bool) -> Option:
         chain, local = self.task.build_chain(initial=False), self.config.local
         schedule = "sequential" if local.schedule == "end_to_end" else local.schedule
         local = replace(
             local,
             blocks=len(bounds) - 1,
-            cut=[chain.units[start].name for start in bounds[1:-1]],
+            cut=self.cut(bounds),
             checkpoint=again,
             schedule="end_to_end" if len(bounds) == 2 else schedule,
         )

@@ -81,6 +81,11 @@ class Profile:
         return len(self._plain.units)
 
     @property
+    def names(self) -> list[str]:
+        """Of the units."""
+        return [unit.name for unit in self._plain.chain.units]
+
+    @property
     def permanent(self) -> int:
         """Bytes of the network's parameters, buffers and optimizer state."""
         return self._plain.fixed - self._plain.batch

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from engine.files import write_named
 from engine.log import MIB, console, size_text
 from engine.memory.estimate import UNSEEN, Estimate
 from engine.memory.footprint import CATEGORIES
-from engine.memory.measure import CudaMemory, Measured, measure, median
+from engine.memory.measure import CudaMemory, Measured, measure
 from engine.memory.plan import Plan
 from engine.memory.tracker import Moment
 from engine.memory.variant import Load, Variant, estimate_variant
@@ -126,7 +127,7 @@ def make_row(name: str, config: Config, estimate: Estimate, measured: Measured |
         by_category_bytes=footprint.peak,
         by_block_bytes=footprint.by_block_bytes,
         by_block_by_category_bytes=footprint.by_block,
-        step_seconds=median(seconds) if measured else estimate.step_seconds,
+        step_seconds=statistics.median(seconds) if seconds else None if measured else estimate.step_seconds,
         step_seconds_range=[min(seconds), max(seconds)] if seconds else None,
         predicted_peak_bytes=estimate.footprint.peak_bytes,
         predicted_step_seconds=estimate.step_seconds,
@@ -197,8 +198,7 @@ def plan_sheet(plan: Plan) -> Sheet:
     base, lines = plan.rivals[0], []
     options = {(option.name, option.micro_batch): option for option in [*plan.rivals, plan.chosen, *plan.others]}
     for option in options.values():
-        same = option.config.local == plan.chosen.config.local and option.micro_batch == plan.chosen.micro_batch
-        fits = "chosen" if same else "fits" if option.peak_bytes <= plan.budget_bytes else "too large"
+        fits = "fits" if option.peak_bytes <= plan.budget_bytes else "too large"
         lines.append(
             [
                 option.name,
@@ -206,7 +206,7 @@ def plan_sheet(plan: Plan) -> Sheet:
                 _mib(option.peak_bytes),
                 f"{option.peak_bytes / base.peak_bytes:.0%}",
                 f"{option.estimate.step_seconds / base.estimate.step_seconds:.2f}",
-                fits,
+                "chosen" if option is plan.chosen else fits,
             ]
         )
     columns = ["way to train", "micro-batch", "peak MiB", "of end-to-end", "time of end-to-end", ""]
