@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,12 @@ from engine.chain import Chain, Unit
 from engine.cut import Span
 from engine.message import Message
 from engine.offload import offloading
+from engine.optimizer import Named, load_state_by_name, state_by_name
 from engine.seed import derive
 from engine.task import Task
+
+if TYPE_CHECKING:
+    from engine.replication.protocol import Replication
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -105,15 +109,18 @@ class Block(nn.Module):
         self.precision, self.checkpointing, self.clip_norm = precision, checkpointing, clip_norm
         self.offload, self.keeps_key_features = offload, keeps_key_features
         self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer_name = ""
         self.scaler: torch.amp.GradScaler | None = None
+        self.replication: Replication | None = None
         self.scaled = precision == "fp16"
         self.skipped = 0
         self.next_sequence = 0
         self._predict: Callable[[Message], tuple[Message, Any]] = self._forward
 
-    def attach(self, make_optimizer: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]) -> None:
+    def attach(self, make_optimizer: Callable[[Named], torch.optim.Optimizer]) -> None:
         """Create the optimizer over the block's own parameters, units and auxiliary network."""
-        self.optimizer = make_optimizer([(n, p) for n, p in self.named_state().items() if isinstance(p, nn.Parameter)])
+        self.optimizer = make_optimizer(self.parameters_by_name())
+        self.optimizer_name = type(self.optimizer).__name__
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaled)
 
     def compile_forward(self) -> None:
@@ -148,16 +155,72 @@ class Block(nn.Module):
             state.update({f"auxiliary.{self.index}.{name}": tensor for name, tensor in own.items()})
         return state
 
+    def parameters_by_name(self) -> Named:
+        """The parameters of ``named_state``."""
+        return [(name, tensor) for name, tensor in self.named_state().items() if isinstance(tensor, nn.Parameter)]
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint keeps, by kind: ``model``, ``auxiliary``, ``optimizer`` -> name -> whole tensor.
+
+        Names are those of ``named_state``, and ``parameter name:state name``. The tensors may be live: copy them.
+        Replicas call this together.
+        """
+        assert self.optimizer is not None
+        if self.replication is None:
+            tensors, optimizer = self.named_state(), state_by_name(self.optimizer, self.parameters_by_name())
+        else:
+            tensors, optimizer = self.replication.tensors(), self.replication.optimizer_state()
+        prefix = f"auxiliary.{self.index}."
+        return {
+            "model": {name: tensor.detach() for name, tensor in tensors.items() if not name.startswith(prefix)},
+            "auxiliary": {name: tensor.detach() for name, tensor in tensors.items() if name.startswith(prefix)},
+            "optimizer": optimizer,
+        }
+
+    @torch.no_grad()
+    def load(
+        self,
+        model: Mapping[str, Tensor],
+        auxiliary: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        drop_auxiliary: bool = False,
+    ) -> None:
+        """Inverse of ``state``; replicas call this together, with the same tensors.
+
+        Args:
+            model: may hold other blocks' tensors too; what it has not stays as it is.
+            auxiliary: likewise.
+            optimizer: parameters without saved state start fresh.
+            drop_auxiliary: leave out the optimizer state saved for auxiliary networks.
+        """
+        tensors = {**model, **auxiliary}
+        if self.replication is not None:
+            self.replication.load_tensors(tensors)
+            self.replication.load_optimizer_state(optimizer, drop_auxiliary)
+            return
+        for name, tensor in self.named_state().items():
+            if name in tensors:
+                tensor.copy_(tensors[name])
+        if self.optimizer is not None:
+            load_state_by_name(self.optimizer, self.parameters_by_name(), optimizer, drop_auxiliary)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """A context for evaluation and export, in which the parameters are whole and may be read.
+
+        Replicas that share parameters enter and leave it together; in between each does as it likes.
+        """
+        return nullcontext() if self.replication is None else self.replication.gathered()
+
     def forward(self, message: Message) -> Message:
         """Run the units alone, as in evaluation."""
-        with self._autocast():
+        with self.autocast():
             for unit in self.units:
                 message = self._run(unit, message)
         return message
 
     def predict(self, message: Message) -> Any:
         """The block's prediction: of the task's head in the last block, else of its auxiliary network."""
-        with self._autocast():
+        with self.autocast():
             return self._forward(message)[1]
 
     def _forward(self, message: Message) -> tuple[Message, Any]:
@@ -186,7 +249,8 @@ class Block(nn.Module):
             )
         return result
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that the block's forward and loss run in."""
         return autocast(self.device, self.precision)
 
     def local_step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> tuple[Message, Report]:
@@ -210,17 +274,20 @@ class Block(nn.Module):
 
     def _local_step(self, message: Message, update: bool, weight: float) -> tuple[Message, Report]:
         assert self.optimizer is not None, "attach an optimizer first"
-        assert self.scaler is not None
         if message.sequence != self.next_sequence:
             raise ValueError(f"message {message.sequence} arrived, {self.next_sequence} expected")
-        torch.manual_seed(derive(self.seed, "step", self.index, message.sequence))
-        with self._autocast(), offloading(self.device) if self.offload else nullcontext():
-            output, prediction = self._predict(message)
-            loss = self.task.loss(prediction, message.targets)
-        del prediction
+        replicas = self.replication
+        # Replicas have different samples, so each draws its own dropout.
+        own = [] if replicas is None else [replicas.rank]
+        torch.manual_seed(derive(self.seed, "step", self.index, message.sequence, *own))
+        with self.autocast(), offloading(self.device) if self.offload else nullcontext():
+            output, loss = self.train_forward(message) if replicas is None else replicas.forward(message, update)
         share = loss if weight == 1 else loss * weight
-        self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
-        norm = self._update() if update else loss.new_full((), float("nan"))
+        (self.train_backward if replicas is None else replicas.backward)(share)
+        if not update:
+            norm = loss.new_full((), float("nan"))
+        else:
+            norm = self.train_update() if replicas is None else replicas.update()
         self.next_sequence += 1
         report = Report(self.index, loss.detach(), norm, self.skipped)
         output = output.detach()
@@ -230,7 +297,18 @@ class Block(nn.Module):
             output = replace(output, bank=message.bank.add(self.index, key))
         return output, report
 
-    def _update(self) -> Tensor:
+    def train_forward(self, message: Message) -> tuple[Message, Tensor]:
+        """Output and loss."""
+        output, prediction = self._predict(message)
+        return output, self.task.loss(prediction, message.targets)
+
+    def train_backward(self, loss: Tensor) -> None:
+        """Backward from the scaled loss."""
+        assert self.scaler is not None
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def train_update(self) -> Tensor:
+        """Unscale, clip, step, free the gradients; the norm before clipping (nan without)."""
         assert self.optimizer is not None
         assert self.scaler is not None
         norm = torch.full((), float("nan"), device=self.device)

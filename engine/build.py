@@ -15,6 +15,7 @@ from engine.chain import Chain
 from engine.config import Config, LocalConfig
 from engine.cut import Span, cut_by_count, cut_by_names
 from engine.optimizer import build_optimizer
+from engine.replication import replicate
 from engine.task import Task
 
 
@@ -71,11 +72,18 @@ def batch_norm_name(blocks: Sequence[Block]) -> str | None:
     return None
 
 
-def prepare(blocks: list[Block], config: Config, device: torch.device) -> None:
-    """Move the model and its blocks to ``device``, give each block its optimizer, compile if asked to."""
+def prepare(
+    blocks: list[Block], config: Config, device: torch.device, group: torch.distributed.ProcessGroup | None = None
+) -> None:
+    """Move the model and its blocks to ``device``, give each block its optimizer, compile if asked to.
+
+    ``group`` is that of the ranks which hold the same blocks, if several do.
+    """
     # Moving to where a tensor is already would still fail under fake tensors.
     if device.type != "cpu":
-        blocks[0].chain.model.to(device)
+        model = blocks[0].chain.model
+        if not any(tensor.is_meta for tensor in model.state_dict().values()):  # no block is on another rank
+            model.to(device)
         for block in blocks:
             block.to(device)
         blocks[0].chain.check()
@@ -84,6 +92,9 @@ def prepare(blocks: list[Block], config: Config, device: torch.device) -> None:
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 4 * len(blocks)))
     for block in blocks:
-        block.attach(lambda named: build_optimizer(config.optimizer, named))
         if config.local.compile:
             block.compile_forward()
+        if group is None:
+            block.attach(lambda named: build_optimizer(config.optimizer, named))
+        else:
+            replicate(block, config, group, lambda named: build_optimizer(config.optimizer, named))

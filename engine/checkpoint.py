@@ -7,19 +7,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.block import Block
-from engine.files import flush
-from engine.optimizer import load_state_by_name, state_by_name
+from engine.files import flush, write_text
 
 FORMAT = 1
 
@@ -43,6 +44,105 @@ class Incomplete(ValueError):
     """A checkpoint folder that is not whole: a file is missing, short or altered."""
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A block's state at one moment, in main memory."""
+
+    index: int
+    units: list[str]
+    counters: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, block: Block, step: int) -> Snapshot:
+        """Copy a block's state; where replicas share it, all of them must be at this.
+
+        Raises:
+            ValueError: a parameter, buffer or optimizer state is not finite (named).
+        """
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for kind, named in block.state().items():
+            for name, tensor in named.items():
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise ValueError(f"block {block.index}: {name!r} is not finite at step {step}")
+            tensors[kind] = {
+                name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                for name, tensor in named.items()
+            }
+        counters = {"skipped": block.skipped, "scaler": block.scaler.state_dict() if block.scaler else {}}
+        return cls(block.index, [unit.name for unit in block.units], counters, tensors)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What every rank must agree on to write one checkpoint together."""
+
+    folder: Path
+    position: Position
+    blocks: int
+    auxiliary: Any
+    optimizer: str
+    keep: int
+
+    @property
+    def room(self) -> Path:
+        """Where files lie until all are there."""
+        return self.folder / f".step_{self.position.step}.writing"
+
+    def write(self, snapshots: Sequence[Snapshot]) -> None:
+        """Write the files of some blocks, then of each a note that they are whole."""
+        self.room.mkdir(parents=True, exist_ok=True)
+        for snapshot in snapshots:
+            files = []
+            for kind, tensors in snapshot.tensors.items():
+                files.append(self.room / f"{kind}.{snapshot.index}.safetensors")
+                save_file(tensors, files[-1])
+                flush(files[-1])
+            note = {
+                "units": snapshot.units,
+                "counters": snapshot.counters,
+                "files": {path.name: _fingerprint(path) for path in files},
+            }
+            write_text(self._note(snapshot.index), json.dumps(note))
+
+    def commit(self, timeout: float = 0.0) -> Path:
+        """Make the files of all blocks a checkpoint, once all ranks have written theirs; old ones go.
+
+        Raises:
+            ValueError: a block's files have not come within ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        for index in range(self.blocks):
+            while not self._note(index).is_file():
+                if time.monotonic() >= deadline:
+                    raise ValueError(f"block {index} was not saved within {timeout:.0f} s at step {self.position.step}")
+                time.sleep(0.05)
+        notes = [json.loads(self._note(index).read_text()) for index in range(self.blocks)]
+        state = {
+            "format": FORMAT,
+            "position": asdict(self.position),
+            "cut": [note["units"] for note in notes],
+            "auxiliary": self.auxiliary,
+            "optimizer": self.optimizer,
+            "blocks": [note["counters"] for note in notes],
+            "files": {name: print_ for note in notes for name, print_ in sorted(note["files"].items())},
+        }
+        write_text(self.room / "state.json", json.dumps(state, indent=1))
+        for index in range(self.blocks):
+            self._note(index).unlink()
+        flush(self.room)
+        target = self.folder / f"step_{self.position.step}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(self.room, target)
+        flush(self.folder)
+        for old in [step for step in _steps(self.folder) if step <= self.position.step][: -self.keep]:
+            shutil.rmtree(self.folder / f"step_{old}")
+        return target
+
+    def _note(self, index: int) -> Path:
+        return self.room / f"block.{index}.json"
+
+
 def save_checkpoint(folder: Path, blocks: Sequence[Block], position: Position, auxiliary: Any, keep: int) -> Path:
     """Write ``folder/step_N``; of it and its predecessors the newest ``keep`` stay.
 
@@ -53,37 +153,61 @@ def save_checkpoint(folder: Path, blocks: Sequence[Block], position: Position, a
     Raises:
         ValueError: a parameter, buffer or optimizer state is not finite (named); nothing is written then.
     """
-    target = folder / f"step_{position.step}"
-    room = folder / f".step_{position.step}.writing"
-    parts = [_parts(block) for block in blocks]
-    for block, kinds in zip(blocks, parts, strict=True):
-        for name, tensor in ((name, tensor) for kind in kinds.values() for name, tensor in kind.items()):
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(f"block {block.index}: {name!r} is not finite at step {position.step}")
-    shutil.rmtree(room, ignore_errors=True)
-    room.mkdir(parents=True)
-    for block, kinds in zip(blocks, parts, strict=True):
-        for kind, tensors in kinds.items():
-            copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            save_file(copies, room / f"{kind}.{block.index}.safetensors")
-    state = {
-        "format": FORMAT,
-        "position": asdict(position),
-        "cut": [[unit.name for unit in block.units] for block in blocks],
-        "auxiliary": auxiliary,
-        "optimizer": type(blocks[0].optimizer).__name__,
-        "blocks": [_counters(block) for block in blocks],
-        "files": {path.name: _fingerprint(path) for path in sorted(room.iterdir())},
-    }
-    (room / "state.json").write_text(json.dumps(state, indent=1))
-    for path in [*room.iterdir(), room]:
-        flush(path)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(room, target)
-    flush(folder)
-    for old in [step for step in _steps(folder) if step <= position.step][:-keep]:
-        shutil.rmtree(folder / f"step_{old}")
-    return target
+    checkpoint = Checkpoint(folder, position, len(blocks), auxiliary, blocks[0].optimizer_name, keep)
+    checkpoint.write([Snapshot.of(block, position.step) for block in blocks])
+    return checkpoint.commit()
+
+
+class CheckpointWriter:
+    """Writes checkpoints while training goes on: a step is held up only by copying the state.
+
+    Every rank writes the files of its own blocks, one (``commits``) waits for all and makes them a checkpoint.
+    """
+
+    def __init__(self, *, writes: bool, commits: bool, timeout: float) -> None:
+        self.writes, self.commits, self.timeout = writes, commits, timeout
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, checkpoint: Checkpoint, blocks: Sequence[Block]) -> None:
+        """Copy the blocks' state and write it in the background; the checkpoint before must be written first.
+
+        Raises:
+            ValueError: as ``save_checkpoint``; or what went wrong with the checkpoint before.
+        """
+        snapshots = [Snapshot.of(block, checkpoint.position.step) for block in blocks]
+        self.wait()
+
+        def write() -> None:
+            try:
+                if self.writes:
+                    checkpoint.write(snapshots)
+                if self.commits:
+                    checkpoint.commit(self.timeout)
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until everything is written.
+
+        Raises:
+            Exception: what went wrong in writing.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def clean(folder: Path) -> None:
+    """Remove what a job that was killed left half written; no other job may be writing there."""
+    for room in folder.glob(".step_*.writing"):
+        shutil.rmtree(room)
 
 
 def find_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
@@ -99,8 +223,8 @@ def find_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
     return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint, after every file has been checked against it.
+def read_state(path: Path, *, verify: bool = True) -> dict[str, Any]:
+    """``state.json`` of a checkpoint, after every file has been checked against it (unless that was done before).
 
     Raises:
         Incomplete: names the file.
@@ -110,7 +234,7 @@ def read_state(path: Path) -> dict[str, Any]:
         files, version = state["files"], state["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Incomplete(f"{path}: state.json: {error}") from error
-    for name, fingerprint in files.items():
+    for name, fingerprint in files.items() if verify else ():
         if not (path / name).is_file() or _fingerprint(path / name) != fingerprint:
             raise Incomplete(f"{path}: {name} is missing, short or altered")
     if version != FORMAT:
@@ -118,44 +242,73 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Callable[[str], None]) -> Position:
-    """Put model, optimizer and (where blocks and auxiliary network are as saved) auxiliary state back.
+class Saved:
+    """A checkpoint, held against the blocks it is to go into.
 
-    With other blocks or another auxiliary network, the auxiliary networks start fresh and ``log`` says so.
+    With other blocks or another auxiliary network, auxiliary networks will start fresh and ``log`` says so.
+
+    Args:
+        blocks: all of the network's, whole (not yet shared with other ranks).
+        verify: whether to check files against their fingerprints.
 
     Raises:
-        ValueError: damaged, or the checkpoint of another model (names the first difference); nothing has
-            been changed then.
+        ValueError: damaged, or the checkpoint of another model (names the first difference).
     """
-    state = read_state(path)
-    tensors = _read(path, state, ("model", "auxiliary", "optimizer"))
-    model = blocks[0].chain.model
-    check_names(model, tensors["model"], str(path))
-    optimizer = type(blocks[0].optimizer).__name__
-    if state["optimizer"] != optimizer:
-        raise ValueError(f"optimizer.name: {path} was trained with {state['optimizer']}, the config says {optimizer}")
-    own = {name: tensor for block in blocks for name, tensor in _auxiliary_state(block).items()}
-    same = (
-        state["cut"] == [[unit.name for unit in block.units] for block in blocks]
-        and state["auxiliary"] == auxiliary
-        and {name: t.shape for name, t in own.items()} == {n: t.shape for n, t in tensors["auxiliary"].items()}
-    )
-    if not same:
-        log(f"{path} has other blocks or auxiliary networks: the model goes on, auxiliary networks start fresh")
-    position = Position(**state["position"])
-    with torch.no_grad():
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            tensor.copy_(tensors["model"][name])
-        for name, tensor in own.items() if same else ():
-            tensor.copy_(tensors["auxiliary"][name])
-        for block, counters in zip(blocks, state["blocks"] if same else [{}] * len(blocks), strict=True):
-            if block.optimizer is not None:
-                load_state_by_name(block.optimizer, _parameters(block), tensors["optimizer"], drop_auxiliary=not same)
-            block.next_sequence = position.sequence
+
+    def __init__(
+        self, path: Path, blocks: Sequence[Block], auxiliary: Any, log: Callable[[str], None], *, verify: bool = True
+    ) -> None:
+        self.path, self._state = path, read_state(path, verify=verify)
+        self._model, self._auxiliary, self._optimizer = (
+            _Tensors(path, self._state, kind) for kind in ("model", "auxiliary", "optimizer")
+        )
+        check_names(blocks[0].chain.model, self._model.shapes, str(path))
+        shapes = {name: tuple(tensor.shape) for block in blocks for name, tensor in block.named_state().items()}
+        self._same = (
+            self._state["cut"] == [[unit.name for unit in block.units] for block in blocks]
+            and self._state["auxiliary"] == auxiliary
+            and {name: shape for name, shape in shapes.items() if name.startswith("auxiliary.")}
+            == self._auxiliary.shapes
+        )
+        if not self._same:
+            log(f"{path} has other blocks or auxiliary networks: the model goes on, auxiliary networks start fresh")
+        self.position = Position(**self._state["position"])
+
+    def load(self, blocks: Sequence[Block]) -> None:
+        """Put model, optimizer and (unless they start fresh) auxiliary state into ``blocks``: only theirs is read.
+
+        Raises:
+            ValueError: another optimizer; nothing has been changed then.
+        """
+        for block in blocks:
+            if block.optimizer is not None and block.optimizer_name != self._state["optimizer"]:
+                raise ValueError(
+                    f"optimizer.name: {self.path} was trained with {self._state['optimizer']}, the config says "
+                    f"{block.optimizer_name}"
+                )
+        for block in blocks:
+            names = block.model_names()
+            own = [name for name in self._auxiliary.shapes if name.startswith(f"auxiliary.{block.index}.")]
+            own = own if self._same else []
+            block.load(
+                self._model.read(names), self._auxiliary.read(own), self._optimizer.of_parameters([*names, *own])
+            )
+            counters = self._state["blocks"][block.index] if self._same else {}
+            block.next_sequence = self.position.sequence
             block.skipped = counters.get("skipped", 0)
             if block.scaler is not None and counters.get("scaler"):
                 block.scaler.load_state_dict(counters["scaler"])
-    return position
+
+
+def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Callable[[str], None]) -> Position:
+    """Put a checkpoint into all of a network's blocks; see ``Saved``.
+
+    Raises:
+        ValueError: as ``Saved`` and its ``load``; nothing has been changed then.
+    """
+    saved = Saved(path, blocks, auxiliary, log)
+    saved.load(blocks)
+    return saved.position
 
 
 def load_model(path: Path, model: nn.Module) -> int:
@@ -165,23 +318,26 @@ def load_model(path: Path, model: nn.Module) -> int:
         ValueError: damaged, or of another model.
     """
     state = read_state(path)
-    tensors = _read(path, state, ("model",))["model"]
-    check_names(model, tensors, str(path))
-    model.load_state_dict(tensors)
+    saved = _Tensors(path, state, "model")
+    check_names(model, saved.shapes, str(path))
+    model.load_state_dict(saved.read(saved.shapes))
     return int(state["position"]["step"])
 
 
-def check_names(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Compare names and shapes.
 
     Raises:
         ValueError: the first name that only one side has, or whose shapes differ.
     """
-    expected = model.state_dict()
-    for name in [*expected, *tensors]:
-        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
-            here, there = (tuple(side[name].shape) if name in side else "nothing" for side in (tensors, expected))
-            raise ValueError(f"{source} is of another model: {name!r} is {here} there, {there} in this network")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in [*expected, *shapes]:
+        here, there = expected.get(name), shapes.get(name)
+        if here != there:
+            shown = ("nothing" if shape is None else shape for shape in (there, here))
+            raise ValueError(
+                "{} is of another model: {!r} is {} there, {} in this network".format(source, name, *shown)
+            )
 
 
 def set_aside(folder: Path, step: int) -> list[str]:
@@ -209,42 +365,38 @@ def export_model(model: nn.Module, target: Path) -> None:
     os.replace(room, target)
 
 
-def _parts(block: Block) -> dict[str, dict[str, Tensor]]:
-    assert block.optimizer is not None
-    own = _auxiliary_state(block)
-    return {
-        "model": {name: tensor for name, tensor in block.named_state().items() if name not in own},
-        "auxiliary": own,
-        "optimizer": state_by_name(block.optimizer, _parameters(block)),
-    }
+class _Tensors:
+    """The tensors of one kind in a checkpoint, read when asked for."""
 
-
-def _auxiliary_state(block: Block) -> dict[str, Tensor]:
-    if block.auxiliary is None:
-        return {}
-    prefix = f"auxiliary.{block.index}."
-    return {name: tensor for name, tensor in block.named_state().items() if name.startswith(prefix)}
-
-
-def _parameters(block: Block) -> list[tuple[str, nn.Parameter]]:
-    return [(name, tensor) for name, tensor in block.named_state().items() if isinstance(tensor, nn.Parameter)]
-
-
-def _counters(block: Block) -> dict[str, Any]:
-    assert block.scaler is not None
-    return {"skipped": block.skipped, "scaler": block.scaler.state_dict()}
-
-
-def _read(path: Path, state: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
-    for name in state["files"]:
-        kind = name.split(".")[0]
-        if kind in kinds:
+    def __init__(self, path: Path, state: Mapping[str, Any], kind: str) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._file: dict[str, Path] = {}
+        for name in state["files"]:
+            if name.split(".")[0] != kind:
+                continue
             try:
-                tensors[kind].update(load_file(path / name))
-            except SafetensorError as error:
+                with safe_open(path / name, "pt") as file:
+                    for key in file.keys():  # noqa: SIM118 (not a mapping)
+                        self.shapes[key] = tuple(file.get_slice(key).get_shape())
+                        self._file[key] = path / name
+            except (SafetensorError, OSError) as error:
                 raise Incomplete(f"{path / name}: {error}") from error
-    return tensors
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of these names."""
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self._file[name], []).append(name)
+        tensors = {}
+        for path, keys in wanted.items():
+            with safe_open(path, "pt") as file:
+                tensors.update({key: file.get_tensor(key) for key in keys})
+        return tensors
+
+    def of_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those called ``parameter:state`` of these parameters."""
+        wanted = set(names)
+        return self.read(name for name in self.shapes if name.rsplit(":", 1)[0] in wanted)
 
 
 def _steps(folder: Path) -> list[int]:

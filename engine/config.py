@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import sys
 import typing
@@ -34,8 +35,9 @@ class LocalConfig:
     """What `blocks` evens out: units, parameters, or one weight per unit."""
     auxiliary: str | dict[str, Any] = "glcan"
     """Auxiliary network: a name, or a mapping with `type` and its options."""
-    schedule: Literal["sequential", "end_to_end"] = "sequential"
-    """Order in which blocks run; `end_to_end` is ordinary backpropagation, the baseline."""
+    schedule: Literal["sequential", "streams", "pipeline", "end_to_end"] = "sequential"
+    """Order in which blocks run: one after another; on streams of one GPU; on the ranks torchrun starts (several
+    ranks make `pipeline` of `sequential`). The result is the same. `end_to_end`: ordinary backpropagation."""
     checkpoint: bool = False
     """Activation checkpointing: recompute a block's units in backward, all but the last. Less memory, more time."""
     offload: bool = False
@@ -106,6 +108,30 @@ class TrainConfig:
 
 
 @dataclass
+class PlacementConfig:
+    """Which rank has which block when torchrun starts several: stages of the pipeline x replicas."""
+
+    stages: list[int] = field(default_factory=list)
+    """Stage of each block, as [0, 0, 1, 1]; empty: blocks are timed and balanced when training starts."""
+    memory: str = ""
+    """Budget for the tensors of a rank (4GiB), which a balance by time must keep; empty sets none."""
+    replicas: int = 1
+    """Ranks that share each stage's blocks; every replica trains on its part of a batch."""
+    replication: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    """What replicas share: nothing (ddp), all state (fsdp, zero3), optimizer state (zero1), gradients too (zero2)."""
+    offload_optimizer: bool = False
+    """Keep optimizer state and updates of `zero1` to `zero3` in main memory. Less GPU memory, more time."""
+    sync_batch_norm: bool = True
+    """BatchNorm takes its statistics over all replicas' samples; else over each replica's own."""
+    depth: int = 2
+    """Messages that may wait at either end of a link; more hide slower links and take more memory."""
+    timeout: float = 300.0
+    """Seconds without a sign of a neighbouring rank after which the job ends."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """What carries tensors: NCCL between GPUs, gloo through main memory; `auto` takes NCCL if each rank has a GPU."""
+
+
+@dataclass
 class OutputConfig:
     """Where a run writes."""
 
@@ -124,6 +150,7 @@ class Config:
     local: LocalConfig = field(default_factory=LocalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def check(self) -> None:
@@ -144,6 +171,9 @@ class Config:
             ("local.blocks", self.local.blocks, 1),
             ("optimizer.clip_norm", optimizer.clip_norm, 0),
             ("optimizer.warmup_epochs", optimizer.warmup_epochs, 0),
+            ("placement.replicas", self.placement.replicas, 1),
+            ("placement.depth", self.placement.depth, 2),
+            ("placement.timeout", self.placement.timeout, 1),
         )
         if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum <= 0:
             raise ValueError("optimizer.nesterov: needs optimizer.momentum above 0; set optimizer.nesterov false")
@@ -305,9 +335,10 @@ class ToolParser(argparse.ArgumentParser):
 
 
 def run_tool(main: Any) -> None:
-    """Run a command-line tool: user errors become one line on stderr and exit code 2."""
+    """Run a command-line tool: user errors become one line on stderr (of one rank a host) and exit code 2."""
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
@@ -65,10 +66,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def block_table(blocks: Sequence[Block]) -> Table:
-    """Units, parameters and the auxiliary network's share of each block."""
-    table = Table(title="Blocks")
-    for name in ("block", "units"):
+def block_table(blocks: Sequence[Block], bounds: Sequence[int] = ()) -> Table:
+    """Units, parameters and the auxiliary network's share of each block; its stage, if ``bounds`` make several."""
+    table, stages = Table(title="Blocks"), len(bounds) > 2
+    for name in ("stage", "block", "units") if stages else ("block", "units"):
         table.add_column(name)
     for name in ("number", "parameters", "auxiliary parameters", "auxiliary share"):
         table.add_column(name, justify="right")
@@ -77,9 +78,10 @@ def block_table(blocks: Sequence[Block]) -> Table:
         own = sum(p.numel() for p in block.parameters())
         extra = sum(p.numel() for p in block.auxiliary.parameters()) if block.auxiliary else 0
         counts = len(block.units), own - extra, extra
-        table.add_row(str(block.index), block.title, *_counts(*counts))
+        where = [str(sum(block.index >= bound for bound in bounds) - 1)] if stages else []
+        table.add_row(*where, str(block.index), block.title, *_counts(*counts))
         sums = [a + b for a, b in zip(sums, counts, strict=True)]
-    table.add_row("all", "", *_counts(*sums), style="bold")
+    table.add_row(*([""] if stages else []), "all", "", *_counts(*sums), style="bold")
     return table
 
 
@@ -87,7 +89,32 @@ def _counts(units: int, parameters: int, extra: int) -> list[str]:
     return [str(units), f"{parameters:,}", f"{extra:,}", f"{extra / max(1, parameters + extra):.0%}"]
 
 
-def progress_bar() -> Progress:
+def progress_bar(shown: bool = True) -> rich.progress.Progress:
     """A bar on a terminal; elsewhere nothing (plain lines are printed per epoch instead)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return rich.progress.Progress(
+        *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
+    )
+
+
+class Progress:
+    """The bar of a run's current epoch; nothing where it is not shown or there is no terminal."""
+
+    def __init__(self, epochs: int, steps: int, *, shown: bool) -> None:
+        self._epochs, self._steps, self._epoch = epochs, steps, -1
+        self._bar = progress_bar(shown)
+        self._task = self._bar.add_task("", total=steps)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, epoch: int, step: int) -> None:
+        """``step`` steps of ``epoch`` (from 0) are done."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._bar.reset(self._task, total=self._steps, description=f"epoch {epoch + 1}/{self._epochs}")
+        self._bar.update(self._task, completed=step)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,14 +15,64 @@ from engine.bank import FeatureBank
 
 
 @dataclass(frozen=True)
-class Structure:
-    """What a message looks like without its numbers: equal structures need no new header on a link.
+class TensorSpec:
+    """A tensor without its numbers; ``order`` has its axes from the largest stride to the smallest."""
 
-    ``spec`` is the nesting, ``leaves`` one entry a leaf: (shape, dtype) of a tensor, or the value itself.
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        strides = tensor.stride()
+        order = sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
+        return cls(tuple(tensor.shape), tensor.dtype, tuple(order))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def to_bytes(self, tensor: Tensor) -> Tensor:
+        """The tensor's bytes in order of its strides; of a dense tensor nothing is copied."""
+        return tensor.detach().permute(self.order).contiguous().reshape(-1).view(torch.uint8)
+
+    def from_bytes(self, raw: Tensor) -> Tensor:
+        """Inverse of ``to_bytes``; shares memory with ``raw``, whose start must be aligned."""
+        laid = raw.view(self.dtype).view([self.shape[axis] for axis in self.order])
+        return laid.permute([self.order.index(axis) for axis in range(len(self.order))])
+
+
+def flatten(tree: Any) -> tuple[list[Tensor], Any]:
+    """Tensors of nested lists, tuples and dicts in a fixed order, and the structure that ``unflatten`` needs.
+
+    The structure is the tree with a ``TensorSpec`` in each tensor's place: two trees of equal structure differ in
+    nothing but their tensors' numbers.
     """
+    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return tensors, pytree.tree_map_only(Tensor, TensorSpec.of, tree)
 
-    spec: Any
-    leaves: tuple[Any, ...]
+
+def specs(structure: Any) -> list[TensorSpec]:
+    """Of the tensors, in the order of ``flatten``."""
+    return [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, TensorSpec)]
+
+
+def unflatten(tensors: Sequence[Tensor], structure: Any) -> Any:
+    """Inverse of ``flatten``.
+
+    Raises:
+        ValueError: the tensors are not those that ``structure`` describes.
+    """
+    expected = specs(structure)
+    if len(tensors) != len(expected):
+        raise ValueError(f"{len(tensors)} tensors arrived, {len(expected)} expected")
+    for number, (tensor, spec) in enumerate(zip(tensors, expected, strict=True)):
+        if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype):
+            raise ValueError(
+                f"tensor {number} is {tuple(tensor.shape)} {tensor.dtype}, expected {spec.shape} {spec.dtype}"
+            )
+    arrived = iter(tensors)
+    return pytree.tree_map_only(TensorSpec, lambda _: next(arrived), structure)
 
 
 @dataclass(frozen=True)
@@ -65,10 +116,7 @@ class Message:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Message:
         """Apply ``function`` to every tensor: features, targets and bank."""
-        features, targets, bank = pytree.tree_map_only(
-            torch.Tensor, function, (dict(self.features), self.targets, dict(self.bank))
-        )
-        return Message(features, targets, FeatureBank(bank), self.sequence)
+        return Message.of(pytree.tree_map_only(torch.Tensor, function, self.parts()), self.sequence)
 
     def detach(self) -> Message:
         """Cut the message off the graph that made it. Strides (channels_last, say) are kept."""
@@ -78,36 +126,16 @@ class Message:
         """Move every tensor to ``device``."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
-    def flatten(self) -> tuple[list[Tensor], Structure]:
-        """Tensors in a fixed order, and the structure that ``unflatten`` needs to put them back."""
-        tree = (dict(self.features), self.targets, dict(self.bank))
-        leaves, spec = pytree.tree_flatten(tree)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        described = tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        return tensors, Structure((spec, tuple(isinstance(leaf, Tensor) for leaf in leaves)), described)
+    def parts(self) -> tuple[Any, ...]:
+        """Features, targets and bank as one tree of plain containers."""
+        return dict(self.features), self.targets, dict(self.bank)
 
     @staticmethod
-    def unflatten(tensors: list[Tensor], structure: Structure, sequence: int) -> Message:
-        """Inverse of ``flatten``.
-
-        Raises:
-            ValueError: the tensors are not those that ``structure`` describes.
-        """
-        spec, is_tensor = structure.spec
-        if len(tensors) != sum(is_tensor):
-            raise ValueError(f"message {sequence}: {len(tensors)} tensors arrived, {sum(is_tensor)} expected")
-        arrived = iter(tensors)
-        leaves = []
-        for number, (expected, tensor) in enumerate(zip(structure.leaves, is_tensor, strict=True)):
-            if not tensor:
-                leaves.append(expected)
-                continue
-            leaf = next(arrived)
-            if (tuple(leaf.shape), leaf.dtype) != expected:
-                raise ValueError(
-                    f"message {sequence}: tensor {number} is {tuple(leaf.shape)} {leaf.dtype}, "
-                    f"expected {expected[0]} {expected[1]}"
-                )
-            leaves.append(leaf)
-        features, targets, bank = pytree.tree_unflatten(leaves, spec)
+    def of(parts: tuple[Any, ...], sequence: int) -> Message:
+        """Inverse of ``parts``."""
+        features, targets, bank = parts
         return Message(features, targets, FeatureBank(bank), sequence)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor in it, in a fixed order."""
+        return flatten(self.parts())[0]

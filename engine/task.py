@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -12,12 +13,46 @@ from engine.chain import Chain
 from engine.message import Message
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which part of every micro-batch a replica trains on: number ``index`` of ``count``.
+
+    Example:
+        >>> [Part(index, 3).of(8) for index in range(3)]
+        [slice(0, 3, None), slice(3, 6, None), slice(6, 8, None)]
+    """
+
+    index: int
+    count: int
+
+    def of(self, samples: int) -> slice:
+        """The samples of the part; parts differ by at most one."""
+        size, more = divmod(samples, self.count)
+        start = self.index * size + min(self.index, more)
+        return slice(start, start + size + (self.index < more))
+
+
+WHOLE = Part(0, 1)
+
+
+class Metrics(Protocol):
+    """Collects predictions and says how good they are."""
+
+    def update(self, prediction: Any, targets: Any) -> None:
+        """Add a micro-batch's."""
+        ...
+
+    def compute(self) -> dict[str, float]:
+        """The figures of all so far; the first is the task's metric."""
+        ...
+
+
 class Task(Protocol):
     """A kind of problem (classification, detection, ...) as the engine sees it."""
 
     name: str
     metric: str
-    """Name of the figure ``evaluate`` returns first, as written to ``summary.json``."""
+    """Name of the first figure of its metrics, as written to ``summary.json``."""
 
     def build_chain(self, initial: bool = True) -> Chain:
         """Build the network; its weights depend on ``train.seed`` alone.
@@ -58,13 +93,26 @@ class Task(Protocol):
         """Samples in the smallest micro-batch that training will see."""
         ...
 
-    def batches(self, epoch: int, start: int) -> Iterator[list[Message]]:
+    def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
         """For each optimizer step from ``start`` on in ``epoch``, its micro-batches.
 
-        The bits depend on nothing but seed, epoch and step.
+        The bits depend on nothing but seed, epoch and step. Of every micro-batch only ``part`` is wanted, as
+        ``Part.of`` says; put together again, the parts are the whole micro-batch in its order.
         """
         ...
 
-    def evaluate(self, predict: Callable[[Message], Any]) -> dict[str, float]:
-        """Run ``predict`` over the test data; the first entry is the task's metric."""
+    def test_batches(self) -> Iterator[Message]:
+        """The test data, in micro-batches no larger than training's."""
         ...
+
+    def metrics(self) -> Metrics:
+        """An empty collection of the task's figures."""
+        ...
+
+
+def evaluate(task: Task, predict: Callable[[Message], Any]) -> dict[str, float]:
+    """The task's figures of ``predict`` on its test data."""
+    metrics = task.metrics()
+    for message in task.test_batches():
+        metrics.update(predict(message), message.targets)
+    return metrics.compute()

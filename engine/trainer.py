@@ -4,61 +4,96 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from engine.account import RankAccount, report_ranks, stage_lines
+from engine.balance import keep_only
 from engine.block import Block, Report
 from engine.build import batch_norm_name, build_blocks, prepare
-from engine.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint, set_aside
+from engine.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    Position,
+    Saved,
+    clean,
+    find_checkpoint,
+    read_state,
+    set_aside,
+)
 from engine.config import Config, save
-from engine.device import choose_device, deterministic, resident_bytes
+from engine.device import deterministic, resident_bytes
 from engine.files import write_text
-from engine.log import RunLog, block_table, console, progress_bar
+from engine.log import Progress, RunLog, block_table, console
 from engine.message import Message
 from engine.optimizer import rate_factor, set_rate
-from engine.schedules import SCHEDULES
+from engine.order import Order
+from engine.placement import place
+from engine.schedules import SCHEDULES, Pipeline
 from engine.shapes import evaluating
-from engine.task import Task
+from engine.task import Metrics, Part, Task
+from engine.timeline import Recorder
+from engine.transport import LinkError
+from engine.world import World, job, join, restarted
+
+GRACE_SECONDS = 25
 
 
 class Trainer:
-    """Trains one task by one config and writes ``runs/NAME/``.
+    """Trains one task by one config and writes ``runs/NAME/``; one on each rank, where there are several.
+
+    Every rank follows the same orders (see ``engine.order``). The first stage tells them: it reads the data and
+    hears signals. The last stage's main rank logs, scores and prints.
+
+    Args:
+        world: the ranks; else this process is the only one.
 
     Raises:
         ValueError: anything in the config that cannot work, before the run's folder is made.
     """
 
-    def __init__(self, config: Config, task: Task) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                f"local.schedule: {config.local.schedule} runs in one process, torchrun started "
-                f"{os.environ['WORLD_SIZE']}; use --nproc-per-node 1"
-            )
+    def __init__(self, config: Config, task: Task, world: World | None = None) -> None:
         self.config, self.task = config, task
-        self.device = choose_device(config.train.device)
+        self.world = world = world or join(config.placement, config.train.device)
+        self.device = world.device
         self.chain = task.build_chain()
-        self.blocks = build_blocks(self.chain, config, task)
-        _check_batch(self.blocks, task)
+        self.all_blocks = build_blocks(self.chain, config, task)
+        _check_batch(self.all_blocks, task, world.replicas)
         self.steps_per_epoch = task.steps_per_epoch()
         if self.steps_per_epoch == 0:
             raise ValueError("data.batch: larger than the training set, and data.drop_last leaves nothing")
-        prepare(self.blocks, config, self.device)
-        self.schedule = SCHEDULES[config.local.schedule](self.blocks)
+        self.folder = world.from_main(run_folder(config) if world.main else Path())
+        saved = self._saved()
+        self.placement = place(config, task, world, len(self.all_blocks))
+        self.blocks = [self.all_blocks[index] for index in self.placement.blocks_of(world.stage)]
+        if world.stages > 1:
+            keep_only(self.blocks, self.all_blocks)
+        prepare(self.blocks, config, self.device, world.stage_group)
+        self.recorder = Recorder(world.rank) if world.size > 1 else None
+        schedule = SCHEDULES[config.local.schedule](self.blocks, self.recorder)
+        depth = config.placement.depth
+        self.pipeline = Pipeline(schedule, world.inbox(depth), world.outbox(depth))
         self.position = Position(steps_per_epoch=self.steps_per_epoch)
-        self.folder = run_folder(config)
-        self._resume()
+        self.writer = CheckpointWriter(writes=world.replica == 0, commits=world.main, timeout=config.placement.timeout)
+        if saved is not None:
+            self._resume(saved)
+        self._first_step = self.position.step
         self._pending: list[tuple[int, list[Report]]] = []
+        self._losses: list[list[Tensor]] = []
+        self._metrics: Metrics | None = None
+        self._values: dict[str, float] = {}
         self._stop = False
-        self._started = time.monotonic()
+        self._started = self._epoch_started = time.monotonic()
 
     @property
     def last_step(self) -> int:
@@ -69,160 +104,267 @@ class Trainer:
     @property
     def interrupted(self) -> bool:
         """Whether a signal ended the run before its last step."""
-        return self._stop and self.position.step < self.last_step
+        return self.position.step < self.last_step
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, or to an interrupt; returns what ``summary.json`` holds."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save(self.config, self.folder / "config.yaml")
-        console.print(block_table(self.blocks))
-        console.print(f"training on {self.device}, writing {self.folder}")
-        if self.config.local.precision == "fp16" and self.device.type == "cpu":
-            console.print("fp16 is very slow on a CPU; local.precision bf16 needs as little memory")
-        if self.position.step >= self.last_step:
-            console.print(
-                f"step {self.position.step} is the last already: only evaluating; raise train.epochs to train on"
-            )
-        if self.config.optimizer.clip_norm:
-            console.print(f"clipping each block's own gradient norm to {self.config.optimizer.clip_norm}")
-        log, values = RunLog(self.folder, self.position.step), {}
+        """Train to the end, or to an interrupt; returns what ``summary.json`` holds (of the main rank)."""
+        self._begin()
+        log = RunLog(self.folder, self.position.step) if self.world.main else None
         self._started = time.monotonic() - self.position.seconds
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with self._stop_on_signal(), deterministic(self.config.train.deterministic, self.device):
-                while self.position.step < self.last_step and not self._stop:
-                    self._epoch(log)
-                    done = self.position.step >= self.last_step
-                    if not self._stop and (done or self.position.epoch % self.config.train.evaluate_every == 0):
-                        values = self.evaluate()
-                        log.write(self.position.step, {"epoch": self.position.epoch, **values})
-                        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-                        console.print(f"epoch {self.position.epoch}, step {self.position.step}: test {shown}")
-                if not values and not self.interrupted:
-                    values = self.evaluate()
+                with Progress(self.config.train.epochs, self.steps_per_epoch, shown=self.world.main) as progress:
+                    for order in self.pipeline.orders(self._course()):
+                        self._follow(order, log, progress)
+                self.writer.wait()
+                self.pipeline.close()
+        except LinkError as error:
+            raise LinkError(f"{error}; this rank is at step {self.position.step}") from error
         finally:
-            log.close()
-        if self.interrupted:
-            console.print(f"stopped and saved at step {self.position.step}; go on with --train.resume auto")
-        summary = self._summary(values, time.monotonic() - self._started)
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            with suppress(Exception):  # it is another error that matters now, or none
+                self.writer.wait()
+            if log is not None:
+                log.close()
+        seconds = time.monotonic() - self._started
+        ranks = self.world.gather(self._account())
+        busy = report_ranks(self.folder, ranks, self.placement) if self.world.main and len(ranks) > 1 else {}
+        summary = self._summary(seconds, ranks, busy)
+        if self.world.main:
+            if self.interrupted:
+                console.print(f"stopped and saved at step {self.position.step}; go on with --train.resume auto")
+            write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
-    def evaluate(self) -> dict[str, float]:
-        """The task's figures on its test data."""
-        with evaluating([self.chain.model]):
-            return self.task.evaluate(lambda message: self.schedule.predict(message.to(self.device)))
+    def _begin(self) -> None:
+        """Make the run's folder, say what will be done, and see that every rank sees the folder."""
+        local, folder = self.config.local, self.folder
+        if self.world.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            clean(folder / "checkpoints")
+            save(self.config, folder / "config.yaml")
+            if job():
+                write_text(folder / ".job", job())
+            console.print(block_table(self.all_blocks, self.placement.bounds))
+            where = f"{self.world.size} ranks" if self.world.size > 1 else str(self.device)
+            for line in stage_lines(self.placement) if self.world.stages > 1 else ():
+                console.print(line)
+            console.print(f"training on {where}, writing {folder}")
+            if local.precision == "fp16" and self.device.type == "cpu":
+                console.print("fp16 is very slow on a CPU; local.precision bf16 needs as little memory")
+            if self.position.step >= self.last_step:
+                console.print(
+                    f"step {self.position.step} is the last already: only evaluating; raise train.epochs to train on"
+                )
+            if self.config.optimizer.clip_norm:
+                console.print(f"clipping each block's own gradient norm to {self.config.optimizer.clip_norm}")
+        self.world.gather(None)
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(
+                f"output.root: {folder.resolve()} of the main rank is not there on rank {self.world.rank}; choose a "
+                "folder that all hosts share"
+            )
 
-    def step(self, micro_batches: Sequence[Message]) -> list[Report]:
-        """One optimizer step of every block; the reports' losses are the whole batch's."""
+    def _course(self) -> Iterator[Order]:
+        """What the first stage has every stage do; whatever was told is done here when the next is asked for."""
+        train, position, part = self.config.train, self.position, Part(self.world.replica, self.world.replicas)
+        scored = False
+        while position.step < self.last_step and not self._stop:
+            epoch = position.epoch
+            for micro_batches in self.task.batches(epoch, position.step_in_epoch, part):
+                yield from self._train_orders(micro_batches)
+                done, ended = position.step >= self.last_step, position.epoch > epoch
+                if ended or done or self._stop or (train.save_every and position.step % train.save_every == 0):
+                    yield Order("save")
+                if ended or done or self._stop:
+                    break
+            done = position.step >= self.last_step
+            scored = not self._stop and (done or position.epoch % train.evaluate_every == 0)
+            if scored:
+                yield from self._evaluation()
+        if not scored and position.step >= self.last_step:
+            yield from self._evaluation()
+        yield Order("stop")
+
+    def _train_orders(self, micro_batches: Sequence[Message]) -> Iterator[Order]:
+        """One optimizer step. A part's share of the whole counts ``replicas``-fold: replicas average gradients."""
+        world, position = self.world, self.position
+        own = sum(message.batch for message in micro_batches)
+        samples, stops = world.sum_over_replicas(own, int(self._stop))
+        for number, message in enumerate(micro_batches):
+            yield Order(
+                "train",
+                replace(message.to(self.device), sequence=position.sequence),
+                update=number == len(micro_batches) - 1,
+                weight=message.batch * world.replicas / samples,
+            )
+        if world.replicas > 1:
+            self._stop = stops > 0  # all replicas end with the same step
+
+    def _evaluation(self) -> Iterator[Order]:
+        for message in self.task.test_batches():
+            yield Order("evaluate", message.to(self.device))
+        yield Order("score")
+
+    def _follow(self, order: Order, log: RunLog | None, progress: Progress) -> None:
+        """Do what an order says, first by the blocks and on to the next stage."""
+        if order.kind == "train":
+            self._set_rate()
+        with evaluating([self.chain.model]) if order.kind == "evaluate" else nullcontext():
+            result, prediction = self.pipeline.run(order)
+        if order.kind == "train":
+            self._trained(result, log, progress)
+        elif order.kind == "save":
+            self._write_losses(log)
+            self.save()
+        elif order.kind == "evaluate" and self.world.main:
+            assert order.message is not None
+            self._metrics = self._metrics or self.task.metrics()
+            self._metrics.update(prediction, order.message.targets)
+        elif order.kind == "score" and log is not None:
+            assert self._metrics is not None, "nothing was evaluated"
+            self._values, self._metrics = self._metrics.compute(), None
+            log.write(self.position.step, {"epoch": self.position.epoch, **self._values})
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in self._values.items())
+            console.print(f"epoch {self.position.epoch}, step {self.position.step}: test {shown}")
+
+    def _set_rate(self) -> None:
         rate = self.config.optimizer.lr * rate_factor(
             self.config.optimizer, self.position.step, self.steps_per_epoch, self.config.train.epochs
         )
         for block in self.blocks:
             assert block.optimizer is not None
             set_rate(block.optimizer, rate)
-        samples, losses = sum(message.batch for message in micro_batches), []
-        for number, message in enumerate(micro_batches):
-            message = replace(message.to(self.device), sequence=self.position.sequence)
-            update = number == len(micro_batches) - 1
-            weight = message.batch / samples
-            reports = self.schedule.step(message, update=update, weight=weight)
-            losses.append([report.loss * weight for report in reports])
-            self.position.sequence += 1
-        self.position.step += 1
-        self.position.step_in_epoch += 1
-        whole = [torch.stack(parts).sum() for parts in zip(*losses, strict=True)]
-        return [replace(report, loss=loss) for report, loss in zip(reports, whole, strict=True)]
 
-    def _epoch(self, log: RunLog) -> None:
-        """The rest of the current epoch, or as much as the cap on steps and an interrupt leave of it."""
-        train, position, start = self.config.train, self.position, time.monotonic()
-        with progress_bar() as bar:
-            shown = bar.add_task(
-                f"epoch {position.epoch + 1}/{train.epochs}",
-                total=self.steps_per_epoch,
-                completed=position.step_in_epoch,
-            )
-            for micro_batches in self.task.batches(position.epoch, position.step_in_epoch):
-                self._pending.append((position.step + 1, self.step(micro_batches)))
-                bar.advance(shown)
-                ended = position.step_in_epoch == self.steps_per_epoch
-                if ended:
-                    position.epoch, position.step_in_epoch = position.epoch + 1, 0
-                last = position.step >= self.last_step
-                saving = ended or last or self._stop or (train.save_every and position.step % train.save_every == 0)
-                if saving or position.step % train.log_every == 0:
-                    self._write_losses(log, time.monotonic() - start)
-                if saving:
-                    self.save()
-                if last or self._stop:
-                    break
+    def _trained(self, order: Order, log: RunLog | None, progress: Progress) -> None:
+        """Count a micro-batch; after a step's last, collect the losses of the whole batch."""
+        position = self.position
+        position.sequence += 1
+        if self.pipeline.outbox is None:
+            self._losses.append([report.loss * (order.weight / self.world.replicas) for report in order.reports])
+        if position.step_in_epoch == 0:
+            self._epoch_started = time.monotonic()
+        if not order.update:
+            return
+        position.step += 1
+        position.step_in_epoch += 1
+        if self._losses:
+            whole = [torch.stack(parts).sum() for parts in zip(*self._losses, strict=True)]
+            self._losses.clear()
+            reports = [replace(report, loss=loss) for report, loss in zip(order.reports, whole, strict=True)]
+            self._pending.append((position.step, reports))
+        progress.show(position.epoch, position.step_in_epoch)
+        if position.step_in_epoch == self.steps_per_epoch:
+            position.epoch, position.step_in_epoch = position.epoch + 1, 0
+        if position.step % self.config.train.log_every == 0:
+            self._write_losses(log)
 
-    def _write_losses(self, log: RunLog, seconds: float) -> None:
-        """Log the newest step; refuse any loss since the last call that is not a number."""
-        for step, reports in self._pending:
-            losses = torch.stack([report.loss for report in reports]).tolist()
-            for report, loss in zip(reports, losses, strict=True):
+    def _write_losses(self, log: RunLog | None) -> None:
+        """Log the newest step; refuse any loss since the last call that is not a number. Of the last stage."""
+        if not self._pending:
+            return
+        steps = [step for step, _ in self._pending]
+        own = torch.stack([torch.stack([report.loss for report in reports]) for _, reports in self._pending])
+        losses = self.world.add_over_replicas(own).tolist()
+        for step, of_step in zip(steps, losses, strict=True):
+            for report, loss in zip(self._pending[0][1], of_step, strict=True):
                 if not math.isfinite(loss):
                     raise ValueError(self._remedy(f"block {report.block}: loss is {loss} at step {step}"))
+        reports = self._pending[-1][1]
         self._pending.clear()
+        if log is None:
+            return
         assert self.blocks[0].optimizer is not None
-        values: dict[str, Any] = {"epoch": self.position.epoch, "train_loss": losses, "seconds": seconds}
+        values: dict[str, Any] = {"epoch": self.position.epoch, "train_loss": losses[-1]}
+        values["seconds"] = time.monotonic() - self._epoch_started
         values["lr"] = self.blocks[0].optimizer.param_groups[0]["lr"]
         if self.config.optimizer.clip_norm:
             values["gradient_norm"] = [float(report.gradient_norm) for report in reports]
         if any(report.skipped for report in reports):
             values["skipped_updates"] = [report.skipped for report in reports]
-        log.write(step, values)
+        log.write(steps[-1], values)
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment.
+    def save(self) -> None:
+        """Have a checkpoint of this moment written while training goes on.
 
         Raises:
             ValueError: something has stopped being finite; the checkpoints before are kept.
         """
-        folder, auxiliary = self.folder / "checkpoints", self.config.local.auxiliary
         self.position.seconds = time.monotonic() - self._started
+        checkpoint = Checkpoint(
+            self.folder / "checkpoints",
+            replace(self.position),
+            len(self.all_blocks),
+            self.config.local.auxiliary,
+            self.blocks[0].optimizer_name,
+            self.config.train.keep,
+        )
         try:
-            return save_checkpoint(folder, self.blocks, self.position, auxiliary, self.config.train.keep)
+            self.writer.save(checkpoint, self.blocks)
         except ValueError as error:
             raise ValueError(self._remedy(str(error))) from error
 
     def _remedy(self, trouble: str) -> str:
+        self.writer.wait()
         kept = find_checkpoint(self.folder / "checkpoints", console.print)
         return (
             f"{trouble}; lower optimizer.lr (now {self.config.optimizer.lr}) or set optimizer.clip_norm; "
             f"last good checkpoint: {kept or 'none'}"
         )
 
-    def _resume(self) -> None:
-        wish = self.config.train.resume
+    def _saved(self) -> Saved | None:
+        """What to go on from; every rank opens what the main rank has found."""
+        world, log = self.world, console.print if self.world.main else _silent
+        found = world.from_main(self._found() if world.main else None)
+        if found is None:
+            return None
+        saved = Saved(found, self.all_blocks, self.config.local.auxiliary, log, verify=False)
+        if saved.position.steps_per_epoch != self.steps_per_epoch:
+            raise ValueError(
+                f"train.resume: {found} has {saved.position.steps_per_epoch} steps an epoch, this config "
+                f"{self.steps_per_epoch}; keep data.batch, data.subset and data.drop_last as they were"
+            )
+        return saved
+
+    def _resume(self, saved: Saved) -> None:
+        saved.load(self.blocks)
+        self.position = saved.position
+        self.world.gather(None)  # all have read before anything is renamed
+        if self.world.main:
+            for name in set_aside(self.folder / "checkpoints", self.position.step):
+                console.print(f"{name} is later than that and of another course: now superseded_{name}")
+            console.print(f"resumed {saved.path} at step {self.position.step}")
+
+    def _found(self) -> Path | None:
+        """The checkpoint to go on from, seen to be whole; after a restart the run's own newest, if there is one."""
+        wish, folder = self.config.train.resume, self.folder / "checkpoints"
+        if restarted() and (own := find_checkpoint(folder, console.print)):
+            return own
         if not wish:
-            return
-        path = find_checkpoint(self.folder / "checkpoints", console.print) if wish == "auto" else Path(wish)
+            return None
+        path = find_checkpoint(folder, console.print) if wish == "auto" else Path(wish)
         if path is not None and not path.is_dir():
             raise ValueError(f"train.resume: {path} is no checkpoint; give `auto` or a folder checkpoints/step_N")
         if path is None:
-            console.print(f"train.resume: no checkpoint in {self.folder / 'checkpoints'}; starting at step 0")
-            return
-        self.position = load_checkpoint(path, self.blocks, self.config.local.auxiliary, console.print)
-        if self.position.steps_per_epoch != self.steps_per_epoch:
-            raise ValueError(
-                f"train.resume: {path} has {self.position.steps_per_epoch} steps an epoch, this config "
-                f"{self.steps_per_epoch}; keep data.batch, data.subset and data.drop_last as they were"
-            )
-        for name in set_aside(self.folder / "checkpoints", self.position.step):
-            console.print(f"{name} is later than that and of another course: now superseded_{name}")
-        console.print(f"resumed {path} at step {self.position.step}")
+            console.print(f"train.resume: no checkpoint in {folder}; starting at step 0")
+        elif wish != "auto":
+            read_state(path)
+        return path
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once."""
+        """SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once.
+
+        Of several ranks the first stage decides, the others follow its order to stop. One that hangs and so
+        cannot is ended by an alarm: torchrun waits 30 s for its ranks.
+        """
 
         def stop(number: int, frame: Any) -> None:
             self._stop = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self.world.size > 1:
+                signal.alarm(GRACE_SECONDS)
 
         before = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, signal.SIGTERM)]
         try:
@@ -230,31 +372,55 @@ class Trainer:
         finally:
             for number, handler in before:
                 signal.signal(number, handler)
+            if self.world.size > 1:
+                signal.alarm(0)
 
-    def _summary(self, values: dict[str, float], seconds: float) -> dict[str, Any]:
+    def _account(self) -> RankAccount:
+        cuda, outbox = self.device.type == "cuda", self.pipeline.outbox
+        return RankAccount(
+            rank=self.world.rank,
+            stage=self.world.stage,
+            replica=self.world.replica,
+            host=socket.gethostname(),
+            steps=self.position.step - self._first_step,
+            blocks=[block.index for block in self.blocks],
+            peak_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else resident_bytes()[1],
+            sent_bytes=outbox.sent_bytes if outbox else 0,
+            skipped=[block.skipped for block in self.blocks],
+            entries=self.recorder.entries if self.recorder else [],
+        )
+
+    def _summary(self, seconds: float, ranks: Sequence[RankAccount], busy: dict[int, float]) -> dict[str, Any]:
         local, cuda = self.config.local, self.device.type == "cuda"
+        several = (
+            {"ranks": [{**rank.to_json(), "busy": busy.get(rank.rank)} for rank in ranks]} if len(ranks) > 1 else {}
+        )
+        pipeline = [rank for rank in ranks if rank.replica == 0]
         return {
             "task": self.task.name,
-            "schedule": local.schedule,
-            "blocks": len(self.blocks),
+            "schedule": "pipeline" if self.world.stages > 1 else local.schedule,
+            "blocks": len(self.all_blocks),
             "auxiliary": None if local.schedule == "end_to_end" else local.family,
-            "world_size": 1,
+            "world_size": self.world.size,
             "steps": self.position.step,
             "metric": self.task.metric,
-            "value": values.get(self.task.metric),
-            **{name: value for name, value in values.items() if name != self.task.metric},
+            "value": self._values.get(self.task.metric),
+            **{name: value for name, value in self._values.items() if name != self.task.metric},
             "seconds": seconds,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else resident_bytes()[1],
-            "peak_memory_of": "CUDA tensors" if cuda else "resident set of the process",
-            "skipped_updates": [block.skipped for block in self.blocks],
+            "peak_memory_bytes": max(rank.peak_bytes for rank in ranks),
+            "peak_memory_of": f"{'CUDA tensors' if cuda else 'resident set of the process'}"
+            + (", the largest rank's" if several else ""),
+            "skipped_updates": [count for rank in pipeline for count in rank.skipped],
             "interrupted": self.interrupted,
+            **several,
         }
 
 
 def run_folder(config: Config) -> Path:
     """Of ``root/name``, ``name-2``, ...: the first that is free for a new run, the last that is not to go on.
 
-    A run goes on in its folder; one that starts from another run's checkpoint is new.
+    A run goes on in its folder, also after torchrun has restarted it; one that starts from another run's
+    checkpoint is new.
     """
     folder, resume = Path(config.output.root) / (config.output.name or config.task), config.train.resume
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
@@ -263,13 +429,25 @@ def run_folder(config: Config) -> Path:
         last, free = free, next(numbered)
         if resume and last.resolve() in Path(resume).resolve().parents:
             return last
+    if restarted() and (last / ".job").is_file() and (last / ".job").read_text() == job():
+        return last
     return last if resume == "auto" else free
 
 
-def _check_batch(blocks: Sequence[Block], task: Task) -> None:
-    name = batch_norm_name(blocks) if task.smallest_batch() == 1 else None
+def _check_batch(blocks: Sequence[Block], task: Task, replicas: int) -> None:
+    samples = task.smallest_batch()
+    if samples < replicas:
+        raise ValueError(
+            f"placement.replicas: the smallest micro-batch has {samples} samples for {replicas} replicas; choose "
+            "another data.batch or train.accumulate, or data.drop_last true"
+        )
+    name = batch_norm_name(blocks) if samples // replicas == 1 else None
     if name:
         raise ValueError(
             f"data.batch: the smallest micro-batch has 1 sample and BatchNorm {name!r} needs at least 2; "
             "choose another data.batch or train.accumulate, or data.drop_last true"
         )
+
+
+def _silent(text: str) -> None:
+    """What the main rank says, the others do not."""

@@ -14,6 +14,7 @@ from engine.chain import Chain, Unit
 from engine.config import Config
 from engine.message import Message
 from engine.schedules import SCHEDULES, Schedule
+from engine.task import WHOLE, Part
 
 
 class Layer(nn.Module):
@@ -88,13 +89,31 @@ class Toy:
     def smallest_batch(self) -> int:
         return len(self.x) % self.batch or self.batch
 
-    def batches(self, epoch: int, start: int) -> Iterator[list[Message]]:
+    def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(epoch))
         for lot in order.split(self.batch)[start:]:
+            lot = lot[part.of(len(lot))]
             yield [Message({"x": self.x[lot]}, self.y[lot])]
 
-    def evaluate(self, predict: Any) -> dict[str, float]:
-        return {"error": float(self.loss(predict(Message({"x": self.x})), self.y))}
+    def test_batches(self) -> Iterator[Message]:
+        yield Message({"x": self.x}, self.y)
+
+    def metrics(self) -> "Error":
+        return Error(self)
+
+
+class Error:
+    """The loss over all that it is given."""
+
+    def __init__(self, task: Toy) -> None:
+        self.task, self.given = task, []
+
+    def update(self, prediction: Tensor, targets: Tensor) -> None:
+        self.given.append((prediction, targets))
+
+    def compute(self) -> dict[str, float]:
+        predictions, targets = (torch.cat(parts) for parts in zip(*self.given, strict=True))
+        return {"error": float(self.task.loss(predictions, targets))}
 
 
 def config(**changes: Any) -> Config:
@@ -120,7 +139,7 @@ def train(schedule: Schedule, messages: Sequence[Message]) -> list[list[Tensor]]
     from dataclasses import replace
 
     return [
-        [report.loss for report in schedule.step(replace(message, sequence=number))]
+        [report.loss for report in schedule.step(replace(message, sequence=number))[1]]
         for number, message in enumerate(messages)
     ]
 

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config import config_file, parse, run_tool, task_name
 from engine.trainer import Trainer
+from engine.world import join
 from tasks import find_task
 
 
@@ -21,11 +22,14 @@ def main(argv: Sequence[str]) -> None:
     if not config.output.name:
         file = config_file(argv)
         config.output.name = file.stem if file else config.task
-    trainer = Trainer(config, entry.build(config))
-    summary = trainer.fit()
-    if not summary["interrupted"]:
+    world = join(config.placement, config.train.device)
+    with world.failing_together():
+        trainer = Trainer(config, entry.build(config), world)
+        summary = trainer.fit()
+    if world.main and not summary["interrupted"]:
         value = f"{summary['metric']} {summary['value']:.4f}"
         print(f"{value} after {summary['steps']} steps, {summary['seconds']:.0f} s: {trainer.folder}")
+    world.leave()
 
 
 if __name__ == "__main__":

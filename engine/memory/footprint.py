@@ -68,7 +68,7 @@ def count_bytes(
     """
     schedule, count = SCHEDULES[config.local.schedule](blocks), min(config.train.accumulate, 2)
     tracker = MemoryTracker(blocks[0].device.type)
-    tracker.add(message.flatten()[0], "activations")
+    tracker.add(message.tensors(), "activations")
     peaks: dict[int, Moment] = {}
 
     with ExitStack() as stack:
@@ -123,7 +123,7 @@ def followed(tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> 
         tracker.reset_peak()
         output, report = plain_step(message, **options)
         peaks[block.index] = max(tracker.peak, peaks.get(block.index, tracker.peak), key=lambda moment: moment.bytes)
-        tracker.keep(output.flatten()[0])
+        tracker.keep(output.tensors())
         return output, report
 
     def made_in(name: str) -> Callable[..., None]:

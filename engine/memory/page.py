@@ -47,13 +47,20 @@ def write_page(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
     _write(path, about, sheets(rows), notes(rows), charts=charts, blocks=blocks, categories=CATEGORIES)
 
 
-def write_tables(path: Path, about: dict[str, Any], tables: Sequence[Sheet], lines: Sequence[str]) -> None:
-    """Write a page of tables and notes alone.
+def write_tables(
+    path: Path,
+    about: dict[str, Any],
+    tables: Sequence[Sheet],
+    lines: Sequence[str],
+    pictures: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write a page of tables, notes and titled SVG pictures.
 
     Raises:
         ValueError: the file cannot be written.
     """
-    _write(path, about, tables, lines)
+    charts = [(title, _embedded(text)) for title, text in pictures]
+    _write(path, about, tables, lines, charts=charts)
 
 
 def _write(path: Path, about: dict[str, Any], tables: Sequence[Sheet], lines: Sequence[str], **parts: Any) -> None:
@@ -200,7 +207,11 @@ def _timelines(rows: Sequence[Row]) -> str:
 
 def _picture(figure: Figure) -> str:
     """The figure as a data address, so that the page needs no other file."""
-    return "data:image/svg+xml;base64," + base64.b64encode(_svg(figure).encode()).decode()
+    return _embedded(_svg(figure))
+
+
+def _embedded(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def _svg(figure: Figure) -> str:

@@ -30,7 +30,7 @@ SLACK = 1.08
 """How much too large a modelled peak may be; a cut whose modelled peak is larger is not tried."""
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, key: str = "--memory") -> int:
     """Bytes in ``4GiB``, ``1.5 GB`` and the like.
 
     Raises:
@@ -43,7 +43,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
     sizes = {unit.lower(): size for unit, size in SIZES.items()}
     if not match or match[2].lower() not in sizes or float(match[1]) <= 0:
-        raise ValueError(f"--memory: {text!r} is no size; write a number above 0 and one of {', '.join(SIZES)}: 4GiB")
+        raise ValueError(f"{key}: {text!r} is no size; write a number above 0 and one of {', '.join(SIZES)}: 4GiB")
     return int(float(match[1]) * sizes[match[2].lower()])
 
 
@@ -190,11 +190,17 @@ def write_plan(plan: Plan, path: Path) -> None:
         ValueError: it cannot be written.
     """
     chosen = plan.chosen
-    about = (
-        f"{MARK} {size_text(plan.budget_bytes)}: {chosen.name}, micro-batch {chosen.micro_batch}, "
-        f"predicted peak {size_text(chosen.peak_bytes)}.\n"
-    )
-    write_named(path, about + to_yaml(chosen.config))
+    about = f"{chosen.name}, micro-batch {chosen.micro_batch}, predicted peak {size_text(chosen.peak_bytes)}"
+    write_planned(path, size_text(plan.budget_bytes), about, chosen.config)
+
+
+def write_planned(path: Path, aim: str, about: str, config: Config) -> None:
+    """Write a config planned for ``aim``.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    write_named(path, f"{MARK} {aim}: {about}.\n{to_yaml(config)}")
 
 
 class _Search:

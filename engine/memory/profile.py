@@ -167,7 +167,7 @@ class Profile:
         """Two steps of an auxiliary network on its own; the second counts."""
         optimizer = build_optimizer(self._config.optimizer, list(network.named_parameters()))
         tracker, work = MemoryTracker(), WorkCounter(self._speed)
-        tracker.add(message.flatten()[0], "activations")
+        tracker.add(message.tensors(), "activations")
         before = tracker.live_bytes
         tracker.add([*network.parameters(), *network.buffers()], "auxiliary")
         with tracker, work:
@@ -209,7 +209,7 @@ class _Trace:
             prepare([block], config, torch.device("cpu"))
             message = shapes_of(task.example).map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
             tracker, work = MemoryTracker(), WorkCounter(speed)
-            tracker.add(message.flatten()[0], "activations")
+            tracker.add(message.tensors(), "activations")
             self.batch = tracker.live_bytes
             with followed(tracker, block, {}), tracker, work:
                 block.local_step(message)
@@ -241,7 +241,7 @@ class _Trace:
             output = plain_run(unit, message)
             cost.forward, cost.kept = tracker.peak.bytes - live, tracker.live_bytes - live
             cost.seconds, started = work.seconds - started, work.seconds
-            tensors = output.flatten()[0]
+            tensors = output.tensors()
             cost.output = sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
             if output.x.requires_grad:
                 output.x.register_hook(lambda _: enter(cost))  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from engine.block import Block
 from engine.schedules.sequential import Sequential
+from engine.timeline import Recorder
 
 
 class EndToEnd(Sequential):
@@ -14,6 +15,6 @@ class EndToEnd(Sequential):
     With ``local.checkpoint`` it is activation checkpointing per unit, local learning's true rival.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], recorder: Recorder | None = None) -> None:
         assert len(blocks) == 1, "end-to-end training is one block"
-        super().__init__(blocks)
+        super().__init__(blocks, recorder)

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 
 from engine.block import Block, Report
 from engine.message import Message
+from engine.timeline import Recorder
 
 
 class Schedule(Protocol):
-    """Runs messages through blocks."""
+    """Runs messages through blocks: all of a network's, or those of a pipeline's stage."""
 
     blocks: Sequence[Block]
 
-    def __init__(self, blocks: Sequence[Block]) -> None: ...
+    def __init__(self, blocks: Sequence[Block], recorder: Recorder | None = None) -> None: ...
 
-    def step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> list[Report]:
-        """One local step of every block on one micro-batch."""
+    def step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> tuple[Message, list[Report]]:
+        """One local step of every block on one micro-batch; the message that the last block sends, and reports."""
         ...
 
     def predict(self, message: Message) -> Any:
-        """The task's prediction, without gradients."""
+        """The task's prediction, without gradients; of a stage before the last, the message it sends."""
         ...
 
 
@@ -35,20 +37,25 @@ class Sequential:
         block 2               F B U        F forward, B backward, U update
 
     At any time one block's activations are alive, so peak memory is the largest block's.
+
+    Args:
+        recorder: notes which block ran when.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: Sequence[Block], recorder: Recorder | None = None) -> None:
+        self.blocks, self.recorder = blocks, recorder
 
-    def step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> list[Report]:
+    def step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> tuple[Message, list[Report]]:
         reports = []
         for block in self.blocks:
-            message, report = block.local_step(message, update=update, weight=weight)
+            with self.recorder.span(block.index, "train", message.sequence) if self.recorder else nullcontext():
+                message, report = block.local_step(message, update=update, weight=weight)
             reports.append(report)
-        return reports
+        return message, reports
 
     @torch.no_grad()
     def predict(self, message: Message) -> Any:
-        for block in self.blocks[:-1]:
+        *before, last = self.blocks
+        for block in before:
             message = block(message)
-        return self.blocks[-1].predict(message)
+        return last.predict(message) if last.span.last else last(message)

@@ -8,7 +8,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,16 @@ class Images(Dataset[tuple[Tensor, int]]):
         self.indices = sorted(by_class[number * len(by_class) // count] for number in range(count))
 
     def batches(
-        self, epoch: int, start: int, batch: int, workers: int, shuffle: bool, drop_last: bool
-    ) -> Iterator[list[Tensor]]:
-        """Batches ``start`` and on of an epoch, as [images, labels]."""
+        self,
+        epoch: int,
+        start: int,
+        batch: int,
+        workers: int,
+        shuffle: bool,
+        drop_last: bool,
+        shares: Callable[[int], list[slice]] = lambda samples: [slice(0, samples)],
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Batches ``start`` and on of an epoch: their size, and of their ``shares`` [images, labels]."""
         order = list(range(len(self)))
         if shuffle:
             generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
@@ -63,9 +70,11 @@ class Images(Dataset[tuple[Tensor, int]]):
         lots = [[(epoch, index) for index in order[at : at + batch]] for at in range(0, len(order), batch)]
         if drop_last and len(lots[-1]) < batch:
             lots.pop()
-        loader = DataLoader(self, batch_sampler=lots[start:], num_workers=workers, generator=torch.Generator())  # type: ignore[arg-type]
+        lots = lots[start:]
+        wanted = [[item for share in shares(len(lot)) for item in lot[share]] for lot in lots]
+        loader = DataLoader(self, batch_sampler=wanted, num_workers=workers, generator=torch.Generator())  # type: ignore[arg-type]
         try:
-            yield from loader
+            yield from zip(map(len, lots), loader, strict=True)
         except ValueError as error:
             # A worker process wraps its traceback around the message; the last line is the cause.
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error

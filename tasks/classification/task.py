@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +14,7 @@ from engine.bank import FeatureBank
 from engine.chain import Chain
 from engine.message import Message
 from engine.seed import seeded
+from engine.task import WHOLE, Part
 from tasks.classification.chain import build_model_chain
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.data import Images, load_images
@@ -117,22 +116,48 @@ class Classification:
         rest = 0 if data.drop_last else len(self.images[0]) % data.batch
         return min(part for full in (data.batch, rest) if full for part in _shares(full, self.micro_batch))
 
-    def batches(self, epoch: int, start: int) -> Iterator[list[Message]]:
+    def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
         data = self.config.data
-        loaded = self.images[0].batches(epoch, start, data.batch, data.workers, True, data.drop_last)
-        for images, labels in loaded:
-            parts = _shares(len(labels), self.micro_batch)
-            yield [Message({"x": x}, targets=y) for x, y in zip(images.split(parts), labels.split(parts), strict=True)]
 
-    def evaluate(self, predict: Callable[[Message], Any]) -> dict[str, float]:
-        data, right, loss, count = self.config.data, 0, 0.0, 0
+        def shares(samples: int) -> list[slice]:
+            """Where the part of each micro-batch lies in a batch."""
+            at, found = 0, []
+            for size in _shares(samples, self.micro_batch):
+                own = part.of(size)
+                found.append(slice(at + own.start, at + own.stop))
+                at += size
+            return found
+
+        loaded = self.images[0].batches(epoch, start, data.batch, data.workers, True, data.drop_last, shares)
+        for samples, (images, labels) in loaded:
+            sizes = [own.stop - own.start for own in shares(samples)]
+            yield [Message({"x": x}, targets=y) for x, y in zip(images.split(sizes), labels.split(sizes), strict=True)]
+
+    def test_batches(self) -> Iterator[Message]:
         # Not more images at a time than in training, so that what trains in some memory also evaluates in it.
-        for images, labels in self.images[1].batches(0, 0, self.micro_batch, data.workers, False, False):
-            logits = predict(Message({"x": images})).float().cpu()
-            right += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            count += len(labels)
-        return {"accuracy": right / count, "loss": loss / count}
+        for _, (images, labels) in self.images[1].batches(
+            0, 0, self.micro_batch, self.config.data.workers, False, False
+        ):
+            yield Message({"x": images}, targets=labels)
+
+    def metrics(self) -> Accuracy:
+        return Accuracy()
+
+
+class Accuracy:
+    """Share of images whose class is right, and the mean cross-entropy."""
+
+    def __init__(self) -> None:
+        self.right, self.loss, self.count = 0, 0.0, 0
+
+    def update(self, prediction: Tensor, targets: Tensor) -> None:
+        logits, labels = prediction.float().cpu(), targets.cpu()
+        self.right += int((logits.argmax(1) == labels).sum())
+        self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        self.count += len(labels)
+
+    def compute(self) -> dict[str, float]:
+        return {"accuracy": self.right / self.count, "loss": self.loss / self.count}
 
 
 def _shares(count: int, most: int) -> list[int]:

@@ -207,7 +207,7 @@ def test_clipping_is_per_block() -> None:
     settings.optimizer.momentum, settings.optimizer.nesterov = 0.0, False
     _, blocks, schedule = blocks_of(task, settings)
     before = state(blocks)
-    reports = schedule.step(messages(task, 1)[0])
+    _, reports = schedule.step(messages(task, 1)[0])
     for block, report in zip(blocks, reports, strict=True):
         assert report.gradient_norm > 1e-3
         moved = [(tensor - before[name]).flatten() for name, tensor in block.named_state().items()]
@@ -238,7 +238,7 @@ def test_fp16_overflow_skips_one_block_only() -> None:
         block.skipped = 0
     scales = [block.scaler.get_scale() for block in blocks]
     before = [state([block]) for block in blocks]
-    reports = schedule.step(replace(messages(task, 2)[1], sequence=1))
+    _, reports = schedule.step(replace(messages(task, 2)[1], sequence=1))
     moved = [
         any(not torch.equal(t, old[n]) for n, t in state([b]).items()) for b, old in zip(blocks, before, strict=True)
     ]

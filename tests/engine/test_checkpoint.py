@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     _, blocks, _ = blocks_of(Toy(depth=3, norm=True), config(local__blocks=2))
     before = state(blocks)
-    with pytest.raises(ValueError, match=r"step_2 is of another model: 'layers.3.norm.\w+' is \(.*\) there, nothing"):
+    with pytest.raises(ValueError, match=r"step_2 is of another model: 'layers.3[.\w]+' is \(.*\) there, nothing"):
         load_checkpoint(folder / "step_2", blocks, "greedy", print)
     assert_equal(state(blocks), before)
     with pytest.raises(ValueError, match=r"'layers.0.norm.weight' is \(6,\) there, \(5,\) in this network"):
@@ -206,10 +206,10 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 def test_names_are_compared_before_loading() -> None:
     model = Toy(depth=1).build_chain().model
-    good = model.state_dict()
+    good = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_names(model, good, "here")
     with pytest.raises(ValueError, match="here is of another model: 'extra' is"):
-        check_names(model, {**good, "extra": torch.zeros(1)}, "here")
+        check_names(model, {**good, "extra": (1,)}, "here")
 
 
 def test_resume_with_other_steps_an_epoch_is_refused(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_the_peak_is_what_the_cpu_allocator_gave_out() -> None:
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
-    live += sum(t.untyped_storage().nbytes() for t in stepper.message.flatten()[0])
+    live += sum(t.untyped_storage().nbytes() for t in stepper.message.tensors())
     with torch.profiler.profile(profile_memory=True) as profiler:
         stepper.step()
     now = highest = 0

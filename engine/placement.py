@@ -1,0 +1,115 @@
+"""Which stage of the pipeline has which blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from engine.balance import Sizes, balance, time_blocks, time_units
+from engine.config import Config
+from engine.task import Task
+from engine.world import World
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Stage s has blocks ``bounds[s]`` to ``bounds[s + 1] - 1``; ``block_seconds`` of a local step, where timed."""
+
+    bounds: list[int]
+    block_seconds: list[float] | None = None
+
+    def blocks_of(self, stage: int) -> range:
+        return range(self.bounds[stage], self.bounds[stage + 1])
+
+    @property
+    def utilisation(self) -> list[float] | None:
+        """The share of its time that each stage will be busy: the slowest all of it."""
+        if self.block_seconds is None:
+            return None
+        stages = [sum(self.block_seconds[start:stop]) for start, stop in pairwise(self.bounds)]
+        return [seconds / max(stages) for seconds in stages]
+
+
+def place(config: Config, task: Task, world: World, blocks: int) -> Placement:
+    """The placement that the config names, or the one that measured times balance.
+
+    Raises:
+        ValueError: more stages than blocks, stages that are not the ranks' or out of order, or a budget of
+            memory that no placement keeps.
+    """
+    stages, wish = world.stages, config.placement.stages
+    if stages > blocks:
+        raise ValueError(
+            f"placement: {world.size} ranks make {stages} stages, there are {blocks} blocks; start fewer ranks, "
+            "or raise local.blocks or placement.replicas"
+        )
+    if wish:
+        return Placement(_named(wish, stages, blocks))
+    if stages == 1:
+        return Placement([0, blocks])
+    seconds = time_blocks(config, task, world)
+    budget = config.placement.memory
+    return Placement(balance(seconds, stages, Sizes(config, task) if budget else None, budget), seconds)
+
+
+def _named(wish: Sequence[int], stages: int, blocks: int) -> list[int]:
+    if len(wish) != blocks:
+        raise ValueError(f"placement.stages: {len(wish)} stages for {blocks} blocks; give one stage a block")
+    for block, (before, stage) in enumerate(pairwise([0, *wish])):
+        if not 0 <= stage < stages:
+            raise ValueError(f"placement.stages: block {block} is on stage {stage}, there are stages 0 to {stages - 1}")
+        if stage < before:
+            raise ValueError(f"placement.stages: block {block} is on stage {stage}, before the block before it")
+    empty = sorted(set(range(stages)) - set(wish))
+    if empty:
+        raise ValueError(f"placement.stages: stage {empty[0]} of {stages} has no block; start fewer ranks")
+    return [*(list(wish).index(stage) for stage in range(stages)), blocks]
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """A config cut for so many ranks, where its blocks go, and each block's units."""
+
+    config: Config
+    placement: Placement
+    units: list[str]
+
+
+def plan_ranks(config: Config, task: Task, ranks: int, device: torch.device) -> RankPlan:
+    """Cut a network for ``ranks`` stages that take equally long, by the measured time of its units.
+
+    One block a stage: every further block costs the time of an auxiliary network. With ``placement.memory``
+    stages get 2, 3, ... blocks until they keep it.
+
+    Raises:
+        ValueError: fewer units than ranks, or a budget that no cut keeps.
+    """
+    times, chain = time_units(config, task, device), task.build_chain(initial=False)
+    if ranks > len(chain):
+        raise ValueError(f"--ranks: {ranks} stages asked for, the network has {len(chain)} units; take fewer")
+    trouble: ValueError | None = None
+    for blocks in range(ranks, len(chain) + 1, ranks):
+        cut = times.cut(blocks)
+        seconds = [times.block(start, stop) for start, stop in pairwise(cut)]
+        local = replace(
+            config.local,
+            blocks=blocks,
+            cut=[chain.units[start].name for start in cut[1:-1]],
+            schedule="pipeline",
+        )
+        tried, budget = replace(config, local=local), config.placement.memory
+        try:
+            bounds = balance(seconds, ranks, Sizes(tried, task) if budget else None, budget)
+        except ValueError as error:
+            trouble = error
+            continue
+        placement = Placement(bounds, seconds)
+        stages = [stage for stage in range(ranks) for _ in placement.blocks_of(stage)]
+        tried = replace(tried, placement=replace(tried.placement, stages=stages))
+        units = [f"{chain.units[i].name} ... {chain.units[j - 1].name}" for i, j in pairwise(cut)]
+        return RankPlan(tried, placement, units)
+    assert trouble is not None
+    raise trouble

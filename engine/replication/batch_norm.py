@@ -1,0 +1,155 @@
+"""BatchNorm whose statistics are those of all replicas' samples together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.modules._functions import SyncBatchNorm as CudaSyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+
+def synchronise(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
+    """Let every BatchNorm in ``modules`` take its statistics over ``group`` while it trains.
+
+    The modules stay what they are, names and identities included; only the class changes, to a subclass whose
+    forward calls the original's, with ``torch.nn.functional.batch_norm`` replaced meanwhile. So BatchNorms with a
+    forward of their own (timm's with an activation in it) work too. In evaluation mode, where some networks
+    freeze theirs, nothing is exchanged.
+    """
+    found = [child for module in modules for child in module.modules() if isinstance(child, _BatchNorm)]
+    made: dict[type[_BatchNorm], type[_BatchNorm]] = {}
+    for norm in found:
+        kind = type(norm)
+        if kind not in made:
+            made[kind] = _synchronised(kind, group)
+        norm.__class__ = made[kind]
+
+
+def _synchronised(kind: type[_BatchNorm], group: dist.ProcessGroup) -> type[_BatchNorm]:
+    # A compiler would not see the replacement: it compiles what is before and after.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self: _BatchNorm, *args: Any) -> Any:
+        if not self.training:
+            return kind.forward(self, *args)
+        with _Replaced(group):
+            return kind.forward(self, *args)
+
+    return type(f"Synchronised{kind.__name__}", (kind,), {"forward": forward})
+
+
+class _Replaced(TorchFunctionMode):
+    """Puts ``batch_norm`` below in the place of torch's."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.batch_norm:
+            return batch_norm(self.group, *args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def batch_norm(
+    group: dist.ProcessGroup,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.batch_norm`` in training, as if the group's inputs were one batch.
+
+    Raises:
+        ValueError: the replicas together have a single value per channel.
+    """
+    assert training, "statistics are taken in training only"
+    if input.is_cuda:
+        replicas = dist.get_world_size(group)
+        cuda: Tensor = CudaSyncBatchNorm.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, running_mean, running_var, eps, momentum, group, replicas
+        )
+        return cuda
+    result: Tensor = _OnCPU.apply(input, weight, bias, running_mean, running_var, eps, momentum, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _OnCPU(torch.autograd.Function):
+    """What torch has for GPUs only. Keeps what BatchNorm keeps: the input, and two values per channel.
+
+    Shapes: input (N, C, ...), all else (C). With x^ = (x - mean) / deviation and the sums over all replicas,
+    dx = weight / deviation * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        eps: float,
+        momentum: float,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        own = x.new_full((1,), x.numel() // x.shape[1])
+        total = _sum(torch.cat([own, x.sum(axes)]), group)
+        count, mean = total[0], total[1:] / total[0]
+        if count == 1:
+            raise ValueError(f"BatchNorm needs more than 1 value per channel over all replicas, got {tuple(x.shape)}")
+        centred = x - _wide(mean, x)
+        # A second round, about the mean: sums of squares alone would cancel.
+        variance = _sum(centred.square().sum(axes), group) / count
+        inverse = (variance + eps).rsqrt()
+        with torch.no_grad():
+            if running_mean is not None:
+                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            if running_var is not None:
+                running_var.lerp_((variance * count / (count - 1)).to(running_var.dtype), momentum)
+        ctx.save_for_backward(input, weight, mean, inverse, count)
+        ctx.group, ctx.axes = group, axes
+        result = centred.mul_(_wide(inverse, x))
+        if weight is not None:
+            result = result.mul_(_wide(weight, x))
+        if bias is not None:
+            result = result.add_(_wide(bias, x))
+        return result.to(input.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, inverse, count = ctx.saved_tensors
+        y = gradient.to(mean.dtype)
+        normal = (input - _wide(mean, y)).mul_(_wide(inverse, y))
+        # Of weight and bias each replica gives its own part: gradients of parameters are averaged elsewhere.
+        d_weight, d_bias = (y * normal).sum(ctx.axes), y.sum(ctx.axes)
+        d_input = None
+        if ctx.needs_input_grad[0]:
+            sums = _sum(torch.stack([d_bias, d_weight]), ctx.group) / count
+            scale = inverse if weight is None else inverse * weight
+            d_input = (y - _wide(sums[0], y) - normal.mul_(_wide(sums[1], y))).mul_(_wide(scale, y)).to(input.dtype)
+        needs = ctx.needs_input_grad
+        return d_input, d_weight if needs[1] else None, d_bias if needs[2] else None, None, None, None, None, None
+
+
+def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _wide(channels: Tensor, like: Tensor) -> Tensor:
+    """(C) -> (1, C, 1, ...)."""
+    return channels.view(1, -1, *[1] * (like.dim() - 2))

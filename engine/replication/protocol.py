@@ -1,0 +1,87 @@
+"""What every kind of replication is: how replicas of one block run, update and give out their state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from engine.message import Message
+from engine.optimizer import Named, load_state_by_name, state_by_name
+
+if TYPE_CHECKING:
+    from engine.block import Block
+
+MakeOptimizer = Callable[[Named], Optimizer]
+
+
+class Whole(nn.Module):
+    """A block's units, auxiliary network and head under one forward that gives the loss: what gets wrapped.
+
+    The block itself will not do: its forward is the units alone, as evaluation wants them. Wrappers look for
+    tensors in what forward returns, so the loss, which backward starts from, is made in here.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        parts = [*block.unit_modules, block.auxiliary, block.head_module]
+        self.parts = nn.ModuleList([part for part in parts if part is not None])
+        # Methods, not the module: registered as a part, the block would contain itself.
+        self._forward, self._autocast = block.train_forward, block.autocast
+
+    def forward(self, message: Message) -> tuple[Message, Tensor]:
+        with self._autocast():  # DeepSpeed switches autocast off around its forward
+            return self._forward(message)
+
+
+class Replication(ABC):
+    """One block on every rank of ``group``, each with a part of every micro-batch.
+
+    Gradients are averaged over the replicas. With each loss weighted by R * (samples of the part) / (samples of
+    the whole), the result equals one process on the joined batch up to rounding, if dropout is 0 and BatchNorm
+    has its statistics over all replicas. What is not overridden works as in a block that is not replicated.
+    All but forward and loss is collective: every replica calls it, in the same order.
+    """
+
+    def __init__(self, block: Block, group: dist.ProcessGroup) -> None:
+        self.block, self.group, self.rank = block, group, dist.get_rank(group)
+
+    @abstractmethod
+    def forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
+        """Output and loss. ``update``: the optimizer steps after this micro-batch, so gradients must be averaged."""
+
+    def backward(self, loss: Tensor) -> None:
+        self.block.train_backward(loss)
+
+    def update(self) -> Tensor:
+        """Clip, step, free the gradients; the gradient norm of the whole block (nan without clipping)."""
+        return self.block.train_update()
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """A context in which every replica has the whole parameters, to be read only."""
+        return nullcontext()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Whole parameters and buffers under the names of ``Block.named_state``."""
+        return self.block.named_state()
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over whole parameters and buffers."""
+        for name, tensor in self.block.named_state().items():
+            if name in tensors:
+                tensor.copy_(tensors[name])
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Whole optimizer state as ``parameter name:state name`` -> tensor."""
+        assert self.block.optimizer is not None
+        return state_by_name(self.block.optimizer, self.block.parameters_by_name())
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor], drop_auxiliary: bool) -> None:
+        """As ``engine.optimizer.load_state_by_name``."""
+        assert self.block.optimizer is not None
+        load_state_by_name(self.block.optimizer, self.block.parameters_by_name(), state, drop_auxiliary)

@@ -1,0 +1,432 @@
+"""Links: orders from one rank to the next, messages of any shape and type, several under way at a time."""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.block import Report
+from engine.message import Message, flatten, specs, unflatten
+from engine.order import KINDS, Order
+
+TICKET_BYTES = 1024
+TICKETS, TENSORS = 1, 2  # tags
+SMALL_BYTES = 16 * 1024  # tensors up to this size travel joined in one transfer
+ALIGNMENT = 16
+POLL_SECONDS = 0.2  # between looks at an error or a signal while waiting
+
+
+class LinkError(RuntimeError):
+    """A link failed or its other end gave no sign of life; names both ranks and the order."""
+
+
+class Work(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> Any: ...
+
+
+class Wire(Protocol):
+    """Moves bytes from one rank to another; those of a tag arrive in the order they were sent."""
+
+    device: torch.device
+    """Where tensors must be to be sent."""
+
+    def send(self, tensor: Tensor, tag: int) -> Work: ...
+
+    def receive(self, tensor: Tensor, tag: int) -> Work: ...
+
+
+class GroupWire:
+    """Point-to-point transfers of torch.distributed: gloo through main memory, NCCL between GPUs."""
+
+    def __init__(self, peer: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.peer, self.group, self.device = peer, group, device
+
+    def send(self, tensor: Tensor, tag: int) -> Work:
+        work = dist.isend(tensor, self.peer, self.group, tag)
+        assert work is not None
+        return work
+
+    def receive(self, tensor: Tensor, tag: int) -> Work:
+        work = dist.irecv(tensor, self.peer, self.group, tag)
+        assert work is not None
+        return work
+
+
+class Loopback:
+    """Both ends in one process: a stand-in for tests and for looking at what a link does."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self._sent: dict[int, queue.Queue[Tensor]] = {TICKETS: queue.Queue(), TENSORS: queue.Queue()}
+
+    def send(self, tensor: Tensor, tag: int) -> Work:
+        self._sent[tag].put(tensor.clone())
+        return _Done(lambda: None)
+
+    def receive(self, tensor: Tensor, tag: int) -> Work:
+        return _Done(lambda: tensor.copy_(self._sent[tag].get()))
+
+
+@dataclass
+class _Done:
+    finish: Callable[[], Any]
+
+    def wait(self) -> Any:
+        return self.finish()
+
+
+class Ticket(NamedTuple):
+    """The first, small transfer of every order; ``header`` is the length of a new structure, 0 if it is the last one's.
+
+    ``bytes`` are those of the tensors that follow; -1 if no message does.
+    """
+
+    number: int
+    kind: int
+    sequence: int
+    update: int
+    weight: float
+    header: int
+    bytes: int
+
+
+_FORM = struct.Struct("<qqqqdqq")
+
+
+class Outbox:
+    """The sending end of a link.
+
+    An order costs one ticket of 1 KiB, which carries number, kind and sequence, then its tensors: small ones
+    joined, large ones as they are. A structure (nesting, shapes, types, values that are no tensors) is sent
+    when it differs from the one before, inside the ticket if it fits, else in a transfer of its own; while
+    shapes repeat it costs nothing::
+
+        send() -> at most `depth` orders -> thread: start transfers -> thread: see them end, make room
+
+    Args:
+        wire: to the next rank.
+        names: this rank and the next, for errors.
+        depth: orders that may wait to be taken; ``send`` waits for room, so that memory stays bounded.
+        timeout: seconds that ``send`` waits before it gives up.
+        delay: seconds that every order is held back, to stand for a long way.
+    """
+
+    def __init__(
+        self, wire: Wire, names: tuple[int, int], *, depth: int = 2, timeout: float = 300.0, delay: float = 0.0
+    ) -> None:
+        self.sent_bytes, self.waited = 0, 0.0
+        self._wire, self._names, self._depth, self._timeout, self._delay = wire, names, depth, timeout, delay
+        self._room = threading.Semaphore(depth)
+        self._number, self._header = 0, b""
+        self._error: BaseException | None = None
+        self._stream = _side_stream(wire.device)
+        self._waiting: queue.Queue[tuple[float, Tensor, list[Tensor], Any] | None] = queue.Queue()
+        self._under_way: queue.Queue[tuple[list[Work], Any] | None] = queue.Queue()
+        self._threads = [_thread(self._start, self._stream), _thread(self._finish, self._stream)]
+
+    def send(self, order: Order) -> None:
+        """Send an order on its way; its tensors are not to be changed afterwards.
+
+        Raises:
+            LinkError: the link broke, or there was no room within ``timeout``.
+        """
+        self._wait_for_room()
+        tensors, size, header, repeated = _pack(order, self._wire.device, self._header)
+        if size >= 0:
+            self._header = header
+        content = b"" if repeated or size < 0 else header
+        message = order.message
+        ticket = Ticket(
+            self._number,
+            KINDS.index(order.kind),
+            message.sequence if message else 0,
+            order.update,
+            order.weight,
+            len(content),
+            size,
+        )
+        room = torch.zeros(TICKET_BYTES, dtype=torch.uint8)
+        start = _FORM.pack(*ticket)
+        if len(start) + len(content) <= TICKET_BYTES:
+            start += content
+        else:
+            tensors.insert(0, torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self._wire.device))
+        room[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
+        self._number += 1
+        self.sent_bytes += TICKET_BYTES + sum(tensor.nbytes for tensor in tensors)
+        self._waiting.put((time.monotonic() + self._delay, room, tensors, _now_on(self._wire.device)))
+
+    def close(self) -> None:
+        """See everything off; to be called after the order to stop.
+
+        Raises:
+            LinkError: as ``send``.
+        """
+        blank = torch.zeros(TICKET_BYTES, dtype=torch.uint8)
+        for _ in range(self._depth - 1):  # the other end waits for so many more
+            self._wait_for_room()
+            self._waiting.put((time.monotonic() + self._delay, blank, [], None))
+        for _ in range(self._depth):
+            self._wait_for_room()
+        self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _wait_for_room(self) -> None:
+        began = time.monotonic()
+        while not self._room.acquire(timeout=POLL_SECONDS):
+            self._raise()
+            if time.monotonic() - began > self._timeout:
+                raise LinkError(
+                    f"rank {self._names[0]} waited {self._timeout:.0f} s for rank {self._names[1]} to take order "
+                    f"{self._number - self._depth}; if it was only slow, raise placement.timeout"
+                )
+        self.waited += time.monotonic() - began
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise LinkError(
+                f"rank {self._names[0]}: the link to rank {self._names[1]} broke ({_cause(self._error)})"
+            ) from self._error
+
+    def _start(self) -> None:
+        try:
+            while (item := self._waiting.get()) is not None:
+                due, ticket, tensors, ready = item
+                time.sleep(max(0.0, due - time.monotonic()))
+                if ready is not None:
+                    ready.synchronize()
+                works = [self._wire.send(ticket, TICKETS)]
+                works += [self._wire.send(tensor, TENSORS) for tensor in tensors]
+                self._under_way.put((works, (ticket, tensors)))
+        except Exception as error:
+            self._error = error
+        self._under_way.put(None)
+
+    def _finish(self) -> None:
+        try:
+            while (item := self._under_way.get()) is not None:
+                for work in item[0]:
+                    work.wait()
+                if self._stream is not None:
+                    self._stream.synchronize()
+                del item  # frees the tensors
+                self._room.release()
+        except Exception as error:
+            self._error = error
+
+
+class Inbox:
+    """The receiving end of a link.
+
+    Tickets are asked for ``depth`` orders ahead, tensors as soon as their ticket tells their shapes and there
+    is room, so that they travel while the rank computes::
+
+        thread: tickets -> room for `depth` orders -> ask for tensors -> thread: see them arrive -> receive()
+
+    Args:
+        wire: from the rank before.
+        names: this rank and the one before, for errors.
+        device: where messages are wanted.
+        depth: as of the other end.
+        timeout: seconds that ``receive`` waits before it gives up.
+    """
+
+    def __init__(
+        self, wire: Wire, names: tuple[int, int], device: torch.device, *, depth: int = 2, timeout: float = 300.0
+    ) -> None:
+        self.waited = 0.0
+        self._wire, self._names, self._device, self._depth, self._timeout = wire, names, device, depth, timeout
+        self._room = threading.Semaphore(depth)
+        self._number = 0
+        self._structure: Any = None
+        self._stream = _side_stream(wire.device, device)
+        self._arriving: queue.Queue[tuple[Ticket, Any, list[Tensor], list[Work]] | None] = queue.Queue()
+        self._arrived: queue.Queue[Order | BaseException] = queue.Queue()
+        _thread(self._ask, self._stream)
+        _thread(self._take, self._stream)
+
+    def receive(self) -> Order:
+        """The next order.
+
+        Raises:
+            LinkError: the link broke, what arrived is not what it should be, or nothing came within ``timeout``.
+        """
+        began = time.monotonic()
+        while True:
+            try:
+                order = self._arrived.get(timeout=POLL_SECONDS)
+                break
+            except queue.Empty:
+                if time.monotonic() - began > self._timeout:
+                    raise LinkError(
+                        f"rank {self._names[0]} waited {self._timeout:.0f} s for order {self._number} of rank "
+                        f"{self._names[1]}; if it was only slow, raise placement.timeout"
+                    ) from None
+        if isinstance(order, BaseException):
+            cause = str(order) if isinstance(order, LinkError) else f"broke ({_cause(order)})"
+            raise LinkError(f"rank {self._names[0]}: the link from rank {self._names[1]} {cause}") from order
+        self._number += 1
+        self._room.release()
+        self.waited += time.monotonic() - began
+        if self._stream is not None and order.message is not None:
+            # Else the allocator would give the memory out again while this rank's stream still reads it.
+            for tensor in order.message.tensors():
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        return order
+
+    def _ask(self) -> None:
+        number = 0
+        try:
+            posted = deque(self._ask_ticket() for _ in range(self._depth))
+            while True:
+                room, work = posted.popleft()
+                work.wait()
+                content = bytes(room.numpy())
+                ticket = Ticket(*_FORM.unpack_from(content))
+                if ticket.number != number or not 0 <= ticket.kind < len(KINDS):
+                    raise LinkError(f"brought order {ticket.number} of kind {ticket.kind}, order {number} expected")
+                number += 1
+                self._room.acquire()
+                self._arriving.put(self._ask_tensors(ticket, content))
+                if KINDS[ticket.kind] == "stop":
+                    for _, work in posted:  # blank ones
+                        work.wait()
+                    return
+                posted.append(self._ask_ticket())
+        except Exception as error:
+            self._arriving.put(None)
+            self._arrived.put(error)
+
+    def _ask_ticket(self) -> tuple[Tensor, Work]:
+        room = torch.empty(TICKET_BYTES, dtype=torch.uint8)
+        return room, self._wire.receive(room, TICKETS)
+
+    def _ask_tensors(self, ticket: Ticket, content: bytes) -> tuple[Ticket, Any, list[Tensor], list[Work]]:
+        if ticket.header:
+            if _FORM.size + ticket.header <= TICKET_BYTES:
+                header = content[_FORM.size : _FORM.size + ticket.header]
+            else:
+                room = torch.empty(ticket.header, dtype=torch.uint8, device=self._wire.device)
+                self._wire.receive(room, TENSORS).wait()
+                header = bytes(room.cpu().numpy())
+            self._structure = pickle.loads(header)
+        if ticket.bytes < 0:
+            return ticket, self._structure, [], []
+        sizes, total = _sizes(self._structure)
+        if total != ticket.bytes:
+            raise LinkError(f"brought {ticket.bytes} bytes for order {ticket.number}, its structure has {total}")
+        rooms = [torch.empty(size, dtype=torch.uint8, device=self._wire.device) for size in sizes]
+        return ticket, self._structure, rooms, [self._wire.receive(room, TENSORS) for room in rooms]
+
+    def _take(self) -> None:
+        try:
+            while (item := self._arriving.get()) is not None:
+                ticket, structure, rooms, works = item
+                for work in works:
+                    work.wait()
+                order = _unpack(ticket, structure, rooms, self._device)
+                if self._stream is not None:
+                    self._stream.synchronize()
+                del item, rooms, works  # the thread keeps nothing alive while it waits
+                self._arrived.put(order)
+                if order.kind == "stop":
+                    return
+                del order
+        except Exception as error:
+            self._arrived.put(error)
+
+
+def _side_stream(*devices: torch.device) -> torch.cuda.Stream | None:
+    """A stream for transfers, so that waiting for one is not waiting for the rank's computing; None on CPUs."""
+    cuda = [device for device in devices if device.type == "cuda"]
+    return torch.cuda.Stream(cuda[0]) if cuda else None  # type: ignore[no-untyped-call]
+
+
+def _thread(target: Callable[[], None], stream: torch.cuda.Stream | None) -> threading.Thread:
+    def run() -> None:
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            target()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def _now_on(device: torch.device) -> Any:
+    """An event that has happened once what the device is to compute so far is there; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _pack(order: Order, device: torch.device, last: bytes) -> tuple[list[Tensor], int, bytes, bool]:
+    """Tensors to send, their bytes (-1 without a message), the structure's header, and whether it is the last one's."""
+    if order.message is None:
+        return [], -1, b"", True
+    reports = [(r.block, r.loss, r.gradient_norm, r.skipped) for r in order.reports]
+    tensors, structure = flatten((order.message.parts(), reports))
+    header = pickle.dumps(structure)
+    small, large = [], []
+    for tensor, spec in zip(tensors, specs(structure), strict=True):
+        raw = spec.to_bytes(tensor).to(device)
+        if raw.numel() > SMALL_BYTES:
+            large.append(raw)
+        elif raw.numel():
+            small += [raw, raw.new_zeros(-raw.numel() % ALIGNMENT)]
+    # What is in line with a live tensor must not be changed before it is sent: the joined ones are copies.
+    sent = [*([torch.cat(small)] if small else []), *large]
+    return sent, sum(tensor.numel() for tensor in sent), header, header == last
+
+
+def _sizes(structure: Any) -> tuple[list[int], int]:
+    """Bytes of each transfer: small tensors joined, then each large one."""
+    sizes = [spec.nbytes for spec in specs(structure)]
+    small = sum(size + -size % ALIGNMENT for size in sizes if size <= SMALL_BYTES)
+    large = [size for size in sizes if size > SMALL_BYTES]
+    transfers = [*([small] if small else []), *large]
+    return transfers, sum(transfers)
+
+
+def _unpack(ticket: Ticket, structure: Any, rooms: list[Tensor], device: torch.device) -> Order:
+    kind = KINDS[ticket.kind]
+    if ticket.bytes < 0:
+        return Order(kind, update=bool(ticket.update), weight=ticket.weight)
+    arrived = [room.to(device) for room in rooms]
+    expected = specs(structure)
+    joined = arrived.pop(0) if any(0 < spec.nbytes <= SMALL_BYTES for spec in expected) else None
+    large, at, tensors = iter(arrived), 0, []
+    for spec in expected:
+        if spec.nbytes > SMALL_BYTES:
+            raw = next(large)
+        elif spec.nbytes:
+            assert joined is not None
+            raw = joined[at : at + spec.nbytes]
+            at += spec.nbytes + -spec.nbytes % ALIGNMENT
+        else:
+            raw = torch.empty(0, dtype=torch.uint8, device=device)
+        tensors.append(spec.from_bytes(raw))
+    parts, reports = unflatten(tensors, structure)
+    message = Message.of(parts, ticket.sequence)
+    return Order(kind, message, tuple(Report(*report) for report in reports), bool(ticket.update), ticket.weight)
