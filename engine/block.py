@@ -115,6 +115,8 @@ class Block(nn.Module):
         self.scaled = precision == "fp16"
         self.skipped = 0
         self.next_sequence = 0
+        self.on_output: Callable[[], None] | None = None
+        """Called when the message to send is there, before backward."""
         self._predict: Callable[[Message], tuple[Message, Any]] = self._forward
 
     def attach(self, make_optimizer: Callable[[Named], torch.optim.Optimizer]) -> None:
@@ -207,7 +209,8 @@ class Block(nn.Module):
     def gathered(self) -> AbstractContextManager[None]:
         """A context for evaluation and export, in which the parameters are whole and may be read.
 
-        Replicas that share parameters enter and leave it together; in between each does as it likes.
+        Replicas that share parameters (fsdp, zero3) enter and leave it together; in between each does as it likes.
+        Outside of it their ``forward`` and ``predict`` fail, or wait for the other replicas. No ``state`` inside.
         """
         return nullcontext() if self.replication is None else self.replication.gathered()
 
@@ -282,6 +285,9 @@ class Block(nn.Module):
         torch.manual_seed(derive(self.seed, "step", self.index, message.sequence, *own))
         with self.autocast(), offloading(self.device) if self.offload else nullcontext():
             output, loss = self.train_forward(message) if replicas is None else replicas.forward(message, update)
+        output = self._outgoing(output.detach(), message)
+        if self.on_output is not None:
+            self.on_output()
         share = loss if weight == 1 else loss * weight
         (self.train_backward if replicas is None else replicas.backward)(share)
         if not update:
@@ -289,13 +295,15 @@ class Block(nn.Module):
         else:
             norm = self.train_update() if replicas is None else replicas.update()
         self.next_sequence += 1
-        report = Report(self.index, loss.detach(), norm, self.skipped)
-        output = output.detach()
-        if self.keeps_key_features:
-            with torch.no_grad():
-                key = self.task.key_features(self.chain, output)
-            output = replace(output, bank=message.bank.add(self.index, key))
-        return output, report
+        return output, Report(self.index, loss.detach(), norm, self.skipped)
+
+    def _outgoing(self, output: Message, message: Message) -> Message:
+        """What the block sends: its output, with its key features in the bank if a later block reads them."""
+        if not self.keeps_key_features:
+            return output
+        with torch.no_grad():
+            key = self.task.key_features(self.chain, output)
+        return replace(output, bank=message.bank.add(self.index, key))
 
     def train_forward(self, message: Message) -> tuple[Message, Tensor]:
         """Output and loss."""

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 KEYS = ("rank", "block", "kind", "message", "start_seconds", "stop_seconds")
 
 
@@ -33,8 +35,7 @@ class Entry:
 class Recorder:
     """Keeps the newest ``limit`` entries of a rank, so that a long run grows no list.
 
-    Known limitations: it times the host; on a GPU, where work is only queued, an entry tells when the work was done
-    only if the caller waits for the device inside it. Ranks on several machines compare as well as their clocks.
+    On a GPU, where the host only queues work, times are those of events on the stream that works.
 
     Example:
         >>> recorder = Recorder(rank=1, limit=2)
@@ -45,30 +46,44 @@ class Recorder:
         [1, 2]
     """
 
-    def __init__(self, rank: int, limit: int = 4096) -> None:
-        self.rank = rank
-        self._entries: deque[Entry] = deque(maxlen=limit)
+    def __init__(self, rank: int, device: torch.device | None = None, limit: int = 4096) -> None:
+        self.rank, self._cuda = rank, device is not None and device.type == "cuda"
+        self._kept: deque[tuple[int, str, int, Any, Any]] = deque(maxlen=limit)
         # Ranks compare by the time of day; within a rank time must never go back, as that of the day may.
         self._epoch = time.time() - time.perf_counter()
+        self._first = self._now()
+        if self._cuda:
+            self._first.synchronize()
+            self._epoch = time.time()
 
     @property
     def entries(self) -> list[Entry]:
         """Oldest first."""
-        return list(self._entries)
-
-    def now(self) -> float:
-        """Seconds since 1970."""
-        return self._epoch + time.perf_counter()
-
-    def add(self, block: int, kind: str, message: int, start: float, stop: float) -> None:
-        self._entries.append(Entry(self.rank, block, kind, message, start, stop))
+        return [
+            Entry(self.rank, block, kind, message, self._seconds(start), self._seconds(stop))
+            for block, kind, message, start, stop in self._kept
+        ]
 
     @contextmanager
     def span(self, block: int, kind: str, message: int) -> Iterator[None]:
         """Record what runs inside; what fails is not recorded."""
-        start = self.now()
+        start = self._now()
         yield
-        self.add(block, kind, message, start, self.now())
+        self._kept.append((block, kind, message, start, self._now()))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _seconds(self, moment: Any) -> float:
+        """Since 1970."""
+        if not self._cuda:
+            return float(self._epoch + moment)
+        moment.synchronize()
+        return float(self._epoch + self._first.elapsed_time(moment) / 1000)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -31,7 +31,7 @@ from engine.checkpoint import (
     read_state,
     set_aside,
 )
-from engine.config import Config, save
+from engine.config import Config, PlacementConfig, save
 from engine.device import deterministic, resident_bytes
 from engine.files import write_text
 from engine.log import Progress, RunLog, block_table, console
@@ -68,7 +68,7 @@ class Trainer:
         self.device = world.device
         self.chain = task.build_chain()
         self.all_blocks = build_blocks(self.chain, config, task)
-        _check_batch(self.all_blocks, task, world.replicas)
+        _check_batch(self.all_blocks, task, config.placement)
         self.steps_per_epoch = task.steps_per_epoch()
         if self.steps_per_epoch == 0:
             raise ValueError("data.batch: larger than the training set, and data.drop_last leaves nothing")
@@ -79,7 +79,7 @@ class Trainer:
         if world.stages > 1:
             keep_only(self.blocks, self.all_blocks)
         prepare(self.blocks, config, self.device, world.stage_group)
-        self.recorder = Recorder(world.rank) if world.size > 1 else None
+        self.recorder = Recorder(world.rank, self.device) if world.size > 1 else None
         schedule = SCHEDULES[config.local.schedule](self.blocks, self.recorder)
         depth = config.placement.depth
         self.pipeline = Pipeline(schedule, world.inbox(depth), world.outbox(depth))
@@ -88,9 +88,10 @@ class Trainer:
         if saved is not None:
             self._resume(saved)
         self._first_step = self.position.step
-        self._pending: list[tuple[int, list[Report]]] = []
-        self._losses: list[list[Tensor]] = []
+        self._micro_batches: list[tuple[float, tuple[Report, ...]]] = []
+        self._pending: list[tuple[int, list[tuple[float, tuple[Report, ...]]]]] = []
         self._metrics: Metrics | None = None
+        self._evaluation_mode: ExitStack | None = None
         self._values: dict[str, float] = {}
         self._stop = False
         self._started = self._epoch_started = time.monotonic()
@@ -211,8 +212,9 @@ class Trainer:
         """Do what an order says, first by the blocks and on to the next stage."""
         if order.kind == "train":
             self._set_rate()
-        with evaluating([self.chain.model]) if order.kind == "evaluate" else nullcontext():
-            result, prediction = self.pipeline.run(order)
+        elif order.kind == "evaluate":
+            self._evaluate_from_here()
+        result, prediction = self.pipeline.run(order)
         if order.kind == "train":
             self._trained(result, log, progress)
         elif order.kind == "save":
@@ -222,12 +224,28 @@ class Trainer:
             assert order.message is not None
             self._metrics = self._metrics or self.task.metrics()
             self._metrics.update(prediction, order.message.targets)
-        elif order.kind == "score" and log is not None:
-            assert self._metrics is not None, "nothing was evaluated"
-            self._values, self._metrics = self._metrics.compute(), None
-            log.write(self.position.step, {"epoch": self.position.epoch, **self._values})
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in self._values.items())
-            console.print(f"epoch {self.position.epoch}, step {self.position.step}: test {shown}")
+        elif order.kind == "score":
+            self._score(log)
+
+    def _evaluate_from_here(self) -> None:
+        """Until the order to score, the network is in evaluation mode and its parameters are whole."""
+        if self._evaluation_mode is None:
+            self._evaluation_mode = ExitStack()
+            self._evaluation_mode.enter_context(evaluating([self.chain.model]))
+            for block in self.blocks:
+                self._evaluation_mode.enter_context(block.gathered())
+
+    def _score(self, log: RunLog | None) -> None:
+        assert self._evaluation_mode is not None, "nothing was evaluated"
+        self._evaluation_mode.close()
+        self._evaluation_mode = None
+        if log is None:
+            return
+        assert self._metrics is not None
+        self._values, self._metrics = self._metrics.compute(), None
+        log.write(self.position.step, {"epoch": self.position.epoch, **self._values})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self._values.items())
+        console.print(f"epoch {self.position.epoch}, step {self.position.step}: test {shown}")
 
     def _set_rate(self) -> None:
         rate = self.config.optimizer.lr * rate_factor(
@@ -242,18 +260,16 @@ class Trainer:
         position = self.position
         position.sequence += 1
         if self.pipeline.outbox is None:
-            self._losses.append([report.loss * (order.weight / self.world.replicas) for report in order.reports])
+            self._micro_batches.append((order.weight / self.world.replicas, order.reports))
         if position.step_in_epoch == 0:
             self._epoch_started = time.monotonic()
         if not order.update:
             return
         position.step += 1
         position.step_in_epoch += 1
-        if self._losses:
-            whole = [torch.stack(parts).sum() for parts in zip(*self._losses, strict=True)]
-            self._losses.clear()
-            reports = [replace(report, loss=loss) for report, loss in zip(order.reports, whole, strict=True)]
-            self._pending.append((position.step, reports))
+        if self._micro_batches:
+            self._pending.append((position.step, self._micro_batches))
+            self._micro_batches = []
         progress.show(position.epoch, position.step_in_epoch)
         if position.step_in_epoch == self.steps_per_epoch:
             position.epoch, position.step_in_epoch = position.epoch + 1, 0
@@ -264,14 +280,14 @@ class Trainer:
         """Log the newest step; refuse any loss since the last call that is not a number. Of the last stage."""
         if not self._pending:
             return
-        steps = [step for step, _ in self._pending]
-        own = torch.stack([torch.stack([report.loss for report in reports]) for _, reports in self._pending])
+        self.pipeline.schedule.settle()
+        steps, reports = [step for step, _ in self._pending], self._pending[-1][1][-1][1]
+        own = torch.stack([_whole_losses(micro_batches) for _, micro_batches in self._pending])
         losses = self.world.add_over_replicas(own).tolist()
         for step, of_step in zip(steps, losses, strict=True):
-            for report, loss in zip(self._pending[0][1], of_step, strict=True):
+            for report, loss in zip(reports, of_step, strict=True):
                 if not math.isfinite(loss):
                     raise ValueError(self._remedy(f"block {report.block}: loss is {loss} at step {step}"))
-        reports = self._pending[-1][1]
         self._pending.clear()
         if log is None:
             return
@@ -300,6 +316,7 @@ class Trainer:
             self.blocks[0].optimizer_name,
             self.config.train.keep,
         )
+        self.pipeline.schedule.settle()
         try:
             self.writer.save(checkpoint, self.blocks)
         except ValueError as error:
@@ -434,19 +451,26 @@ def run_folder(config: Config) -> Path:
     return last if resume == "auto" else free
 
 
-def _check_batch(blocks: Sequence[Block], task: Task, replicas: int) -> None:
-    samples = task.smallest_batch()
+def _check_batch(blocks: Sequence[Block], task: Task, placement: PlacementConfig) -> None:
+    samples, replicas = task.smallest_batch(), placement.replicas
     if samples < replicas:
         raise ValueError(
             f"placement.replicas: the smallest micro-batch has {samples} samples for {replicas} replicas; choose "
             "another data.batch or train.accumulate, or data.drop_last true"
         )
-    name = batch_norm_name(blocks) if samples // replicas == 1 else None
+    seen = samples if placement.sync_batch_norm else samples // replicas
+    name = batch_norm_name(blocks) if seen == 1 else None
     if name:
         raise ValueError(
             f"data.batch: the smallest micro-batch has 1 sample and BatchNorm {name!r} needs at least 2; "
             "choose another data.batch or train.accumulate, or data.drop_last true"
         )
+
+
+def _whole_losses(micro_batches: Sequence[tuple[float, tuple[Report, ...]]]) -> Tensor:
+    """Each block's loss over a whole batch."""
+    losses = [torch.stack([report.loss for report in reports]) * weight for weight, reports in micro_batches]
+    return torch.stack(losses).sum(0)
 
 
 def _silent(text: str) -> None:

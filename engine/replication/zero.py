@@ -151,8 +151,8 @@ class Zero(Replication):
                     own.setdefault(key, torch.zeros_like(flat))
                 elif not torch.equal(own.setdefault(key, value.cpu().clone()), value.cpu()):
                     raise ValueError(
-                        f"{full!r}: parameters have taken unequal numbers of steps, which placement.replication "
-                        f"zero{self.stage} cannot hold; resume with ddp or fsdp"
+                        f"placement.replication: zero{self.stage} counts the steps of all parameters together, "
+                        f"but {name!r} has taken {value:g} where others have not; use ddp or fsdp"
                     )
         self._link()
         for name, parameter, _ in shares:

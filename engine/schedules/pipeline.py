@@ -62,6 +62,7 @@ class Pipeline:
             else:
                 order = replace(order, message=result)
         if self.outbox is not None:
+            self.schedule.settle()
             self.outbox.send(order)
         return order, prediction
 

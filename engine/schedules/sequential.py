@@ -24,6 +24,10 @@ class Schedule(Protocol):
         """One local step of every block on one micro-batch; the message that the last block sends, and reports."""
         ...
 
+    def settle(self) -> None:
+        """Have whoever reads weights or reports next read what the steps so far have left."""
+        ...
+
     def predict(self, message: Message) -> Any:
         """The task's prediction, without gradients; of a stage before the last, the message it sends."""
         ...
@@ -52,6 +56,9 @@ class Sequential:
                 message, report = block.local_step(message, update=update, weight=weight)
             reports.append(report)
         return message, reports
+
+    def settle(self) -> None:
+        """Nothing to wait for."""
 
     @torch.no_grad()
     def predict(self, message: Message) -> Any:

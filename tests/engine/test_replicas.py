@@ -500,17 +500,23 @@ def test_compiled_replicas_train_alike(kinds: list[str]) -> None:
             assert_close(state, states(blocks), "fp32")
 
 
-def _broken(group: Any, rank: int) -> str:
-    blocks = made(config(local__blocks=2, placement__replicas=2, placement__replication="zero2"), group)
-    message = batch(0, 4)
+def _broken(group: Any, rank: int) -> tuple[str, str]:
+    settings = config(local__blocks=2, optimizer__name="adamw", placement__replicas=2, placement__replication="zero2")
+    block = made(settings, group)[0]
+    block.local_step(batch(0, 4))
+    state = block.state()
+    with pytest.raises(ValueError) as unequal:
+        block.load(**(state | {"optimizer": state["optimizer"] | {"layers.0.linear.bias:step": torch.tensor(5.0)}}))
+    message = replace(batch(0, 4), sequence=1)
     message.x[0] = float("nan")
-    with pytest.raises(BlockError) as error:
-        blocks[0].local_step(message)
-    return str(error.value)
+    with pytest.raises(BlockError) as infinite:
+        block.local_step(message)
+    return str(unequal.value), str(infinite.value)
 
 
 @needs_deepspeed
 @pytest.mark.slow
-def test_an_update_that_deepspeed_would_leave_out_is_an_error() -> None:
-    for said in on_replicas(_broken, seconds=400):
-        assert "block 0 failed at micro-batch 0: FloatingPointError: a gradient is not finite" in said
+def test_what_deepspeed_would_pass_over_is_an_error() -> None:
+    for unequal, infinite in on_replicas(_broken, seconds=400):
+        assert "counts the steps of all parameters together, but 'layers.0.linear.bias' has taken 5" in unequal
+        assert "block 0 failed at micro-batch 1: FloatingPointError: a gradient is not finite" in infinite
