@@ -68,8 +68,8 @@ def run_ranks(count: int, function: Callable[..., Any], *arguments: Any, timeout
 
 def values(ended: list[Ended]) -> list[Any]:
     """What all ranks returned; none of them may have failed."""
-    for rank, one in enumerate(ended):
-        assert one.code == 0, f"rank {rank} ended with {one.code}: {one.said}"
+    failed = [f"rank {rank} ended with {one.code}: {one.said}" for rank, one in enumerate(ended) if one.code]
+    assert not failed, "\n".join(failed)
     return [one.value for one in ended]
 
 

@@ -98,7 +98,7 @@ class Toy:
     def test_batches(self) -> Iterator[Message]:
         yield Message({"x": self.x}, self.y)
 
-    def metrics(self) -> "Error":
+    def metrics(self) -> Error:
         return Error(self)
 
 

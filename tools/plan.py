@@ -1,4 +1,4 @@
-"""Plan for memory or for ranks: python tools/plan.py --config FILE --memory 4GiB|--ranks 4 [--out FILE] [--json FILE] [...]"""
+"""Plan for memory or for ranks: python tools/plan.py --config FILE --memory 4GiB|--ranks 4 [--out FILE] [...]"""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> None:
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--memory", help="for tensors; leave a GPU some 0.5 GiB for CUDA: 4GiB, 900MiB")
     aim.add_argument("--ranks", type=int, help="stages of a pipeline, one a rank")
-    parser.add_argument("--out", type=Path, help="the config to write; else CONFIG_plan_MEMORY.yaml, CONFIG_plan_Nranks.yaml")
+    parser.add_argument(
+        "--out", type=Path, help="the config to write; else CONFIG_plan_MEMORY.yaml or CONFIG_plan_Nranks.yaml"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads a process")
     parser.add_argument("--json", type=Path, help="write the plan to this file")
     known, rest = parser.parse_known_args(list(argv))

@@ -116,8 +116,8 @@ class Zero(Replication):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         named = {name: p for name, p in self.block.parameters_by_name() if name in tensors}
         if self.stage == 3:
-            first = dist.get_global_rank(self.group, 0)
-            with self.deepspeed.zero.GatheredParameters(list(named.values()), modifier_rank=first):
+            # The rank is counted within the group.
+            with self.deepspeed.zero.GatheredParameters(list(named.values()), modifier_rank=0):
                 super().load_tensors(tensors)
         else:
             super().load_tensors(tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -19,6 +19,8 @@ from benchmarks.rivals.entries import local_pipelines, one_process, rivals
 from benchmarks.rivals.rival import Entry, Place, Rival
 from benchmarks.rivals.stage import Stage
 from benchmarks.turns import Taken, Turn, measure
+from engine.chain import Chain, Unit
+from engine.message import Message
 from engine.optimizer import build_optimizer
 from tasks import load
 
@@ -189,6 +191,19 @@ def test_stages_are_cut_by_time() -> None:
     assert list(seconds) == [4]
     assert len(seconds[4]) == len(block_seconds(WORDS, load, 1)) == 4
     assert min(seconds[4]) > 0
+
+
+def test_a_stage_never_gives_a_view() -> None:
+    """torch's zero-bubble schedules detach a stage's output in place."""
+    example = Message({"x": torch.randn(2, 4)})
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Unflatten(1, (6, 1, 1)), torch.nn.Conv2d(6, 2, 1))
+    chain = Chain(
+        model, [Unit("linear", model[:2]), Unit("conv", model[2])], Unit("head", torch.nn.Identity()), example
+    )
+    whole, first = Stage(chain), Stage(chain, 0, 1)
+    output = first(example.x)
+    output.detach_()
+    assert torch.equal(Stage(chain, 1, 2)(output), whole(example.x))
 
 
 @pytest.mark.parametrize(

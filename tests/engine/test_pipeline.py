@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +130,11 @@ def skips(classes: int, size: int) -> Any:
 
 
 @pytest.fixture(scope="module", params=list(NETWORKS))
-def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A network trained in one process."""
     room = tmp_path_factory.mktemp("alone")
     (part,) = values(run_ranks(1, fit, NETWORKS[request.param](room)))
-    yield request.param, part["state"], losses(room), figures(room)
+    return request.param, part["state"], losses(room), figures(room)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

@@ -1,0 +1,50 @@
+"""This project's pipeline: blocks on ranks, messages one way, no flush between steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.rivals.rival import Place, Rival
+from engine.balance import keep_only
+from engine.build import build_blocks, prepare
+from engine.order import Order
+from engine.schedules import Sequential
+from engine.schedules.pipeline import Pipeline
+from engine.world import FOREVER, World
+
+
+class LocalPipeline(Rival):
+    """A step is ``train.accumulate`` messages; the first rank goes on to the next while the last is still at this one.
+
+    The entry's bounds count blocks.
+    """
+
+    def __init__(self, at: Place) -> None:
+        config, task = at.config, at.task
+        # Links ask for messages ahead of time, so also while others have their turn.
+        world = World(at.rank, at.entry.ranks, links=dist.new_group(timeout=FOREVER))
+        chain = task.build_chain(initial=False)
+        blocks = build_blocks(chain, config, task)
+        own = blocks[at.entry.bounds[at.rank] : at.entry.bounds[at.rank + 1]]
+        keep_only(own, blocks)
+        prepare(own, config, torch.device("cpu"))
+        depth = config.placement.depth
+        self.message = task.example()
+        self.parts = config.train.accumulate
+        self.pipeline = Pipeline(Sequential(own), world.inbox(depth), world.outbox(depth))
+
+    def step(self) -> Tensor | None:
+        loss = None
+        for number in range(self.parts):
+            inbox = self.pipeline.inbox
+            order, _ = self.pipeline.run(self._order(number) if inbox is None else inbox.receive())
+            loss = order.reports[-1].loss if self.pipeline.outbox is None else None
+        return loss
+
+    def _order(self, number: int) -> Order:
+        passing = replace(self.message, sequence=self.pipeline.schedule.blocks[0].next_sequence)
+        return Order("train", passing, update=number == self.parts - 1, weight=1 / self.parts)
