@@ -1,4 +1,4 @@
-"""Training over several ranks against the usual ways: python -m benchmarks.parallel --config FILE [--ranks N] [...]
+"""Training over several ranks against the usual ways: python -m benchmarks.throughput --config FILE --ranks N [...]
 
 One process end-to-end, with activation checkpointing and local; the local pipeline; torch's pipelines (GPipe, 1F1B,
 zero bubble), DDP and FSDP2; DeepSpeed's ZeRO-1, -2, -3 and PipelineModule: one network, one batch, in turns, on CPU
@@ -21,7 +21,7 @@ from benchmarks.rivals.rival import Entry
 from benchmarks.turns import TURN, WARM_UP, Taken, measure
 from engine.build import cut as cut_blocks
 from engine.chain import Chain
-from engine.config import Config, LocalConfig, ToolParser, at_least, run_tool
+from engine.config import Config, LocalConfig, ToolParser, at_least
 from engine.device import choose_device
 from engine.files import check_writable
 from engine.log import MIB, console
@@ -250,7 +250,3 @@ def main(argv: Sequence[str]) -> None:
         write_json(known.json, {**about, "notes": lines}, [dataclasses.asdict(row) for row in rows])
     if known.html:
         write_tables(known.html, about, tables, lines)
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -1,7 +1,10 @@
-"""Time of a training step against end-to-end: python -m benchmarks.throughput --config FILE [--json FILE] [...]
+"""Time of a training step against end-to-end: python -m benchmarks.throughput --config FILE [--ranks N] [...]
 
-End-to-end, with activation checkpointing, and every auxiliary network at several numbers of blocks; each in
-a process of its own, in turns. Each row has its memory beside its time.
+Without --ranks: end-to-end, with activation checkpointing, and every auxiliary network at several numbers of blocks;
+each in a process of its own, in turns. Each row has its memory beside its time.
+
+With --ranks N: the config's own blocks as a pipeline on N ranks, beside one process, torch's pipelines, DDP, FSDP2 and
+DeepSpeed (see benchmarks/parallel.py; --ranks N --help has its options).
 """
 
 from __future__ import annotations
@@ -9,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import parallel
 from engine.auxiliary import known_families
-from engine.config import ToolParser, at_least, run_tool
+from engine.config import ToolParser, at_least, run_tool, words
 from engine.files import check_writable
 from engine.log import MIB
 from engine.memory.page import write_tables
@@ -20,6 +24,9 @@ from tasks import load
 
 
 def main(argv: Sequence[str]) -> None:
+    if "--ranks" in words(argv):
+        parallel.main(argv)
+        return
     parser = ToolParser(__doc__)
     parser.add_argument("--blocks", nargs="+", type=int, default=[2, 4, 8, 16])
     parser.add_argument("--auxiliaries", nargs="+", default=known_families(), help="which networks; else all")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.delay import delay_sends
 from benchmarks.rivals.rival import Entry, Place, Rival, find
 from benchmarks.sent import sent_bytes
 from engine.device import resident_bytes
@@ -49,13 +50,14 @@ class Turn:
 class Taken:
     """What a way to train takes, or why that is not known. Lists after ``seconds`` have one entry a rank.
 
-    ``cpu_seconds`` is of all threads and a step, ``busy`` the share of the time that the computing thread is at
-    work (the rest it waits for other ranks), ``sent_bytes`` of a step. ``losses`` are of each
+    ``cpu_seconds`` is of all threads and a step, ``computing_seconds`` of the thread that computes, ``busy`` the
+    share of the time that this one is at work (the rest it waits for other ranks), ``sent_bytes`` of a step. ``losses`` are of each
     turn's last step, the mean over the ranks that know one.
     """
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
+    computing_seconds: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
     sent_bytes: list[int | None] = field(default_factory=list)
@@ -135,6 +137,7 @@ def _count(taken: Taken, turns: Sequence[Sequence[Turn]]) -> None:
         return sum(clock(turn[rank])[-2] - clock(turn[rank])[0] for turn in counted)
 
     taken.cpu_seconds = [spent(lambda turn: turn.cpu, rank) / len(taken.seconds) for rank in ranks]
+    taken.computing_seconds = [spent(lambda turn: turn.main, rank) / len(taken.seconds) for rank in ranks]
     taken.busy = [spent(lambda turn: turn.main, rank) / spent(lambda turn: turn.ended, rank) for rank in ranks]
     taken.peak_bytes = [turns[-1][rank].peak_bytes for rank in ranks]
 
@@ -238,6 +241,8 @@ def _work(
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=entry.ranks, timeout=limit
             )
+        if entry.delay:
+            delay_sends(entry.delay)
         before = resident_bytes()[0]
         rival = maker(Place(config, task, rank, entry))
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from engine.shapes import infer_shapes, shapes_of
 from engine.task import Task
 from engine.world import World
 
-TIMED_STEPS = 4
+TIMED_STEPS = 5
 
 
 def balance(seconds: Sequence[float], stages: int, sizes: Sizes | None = None, budget: str = "") -> list[int]:
@@ -73,13 +73,13 @@ def time_blocks(config: Config, task: Task, world: World) -> list[float]:
     config = replace(config, local=replace(config.local, compile=False))
     blocks = build_blocks(task.build_chain(initial=False), config, task)
     arriving, targets = arriving_messages(blocks, task), task.example().targets
-    mine, own = blocks[world.rank :: world.size], {}
+    mine = blocks[world.rank :: world.size]
     keep_only(mine, blocks)
+    runs = []
     for block in mine:
         prepare([block], config, world.device)
-        message = _made_up(arriving[block.index], targets, world.device)
-        own[block.index] = _least(_stepping(block, message), world.device)
-        block.to("meta")
+        runs.append(_stepping(block, _made_up(arriving[block.index], targets, world.device)))
+    own = dict(zip([block.index for block in mine], _least(runs, world.device), strict=True))
     every = {index: seconds for part in world.gather(own) for index, seconds in part.items()}
     return [every[index] for index in range(len(blocks))]
 
@@ -111,6 +111,36 @@ class UnitTimes:
         return best_bounds(len(self.units), blocks, lambda i, j: (self.block(i, j), self.block(i, j) ** 2))[-1][1]
 
 
+def even_out(bounds: Sequence[int], measure: Callable[[list[int]], list[float]]) -> tuple[list[int], list[float]]:
+    """Move bounds by a unit as long as the slowest block gets faster by it.
+
+    Args:
+        measure: seconds of the blocks between bounds.
+
+    Returns:
+        The bounds, and what was measured with them.
+
+    Example:
+        >>> even_out([0, 3, 4], lambda bounds: [float(stop - start) for start, stop in pairwise(bounds)])
+        ([0, 2, 4], [2.0, 2.0])
+    """
+    best, seconds = list(bounds), measure(list(bounds))
+    while True:
+        slowest = max(range(len(seconds)), key=seconds.__getitem__)
+        neighbours = [n for n in (slowest - 1, slowest + 1) if 0 <= n < len(seconds)]
+        for other in sorted(neighbours, key=seconds.__getitem__):
+            tried = best.copy()
+            tried[max(slowest, other)] += 1 if other < slowest else -1
+            if tried[slowest] == tried[slowest + 1]:
+                continue  # it has but one unit
+            taken = measure(tried)
+            if max(taken) < 0.99 * max(seconds):  # the rest is noise
+                best, seconds = tried, taken
+                break
+        else:
+            return best, seconds
+
+
 def time_units(config: Config, task: Task, device: torch.device) -> UnitTimes:
     """Time every unit, and every auxiliary network that a block ending there would have, on a made-up micro-batch.
 
@@ -123,14 +153,14 @@ def time_units(config: Config, task: Task, device: torch.device) -> UnitTimes:
     for index, unit in enumerate(chain.units):
         last = index == len(chain) - 1
         message = _made_up(shape, targets, device)
-        units.append(_least(_running(unit, message, config, index > 0), device))
+        units += _least([_running(unit, message, config, index > 0)], device)
         shape = infer_shapes(unit, shape, [unit.module])
         if last:
             network: torch.nn.Module = _Head(chain)
         else:
             span = Span(0, 2, index, index + 1)
             network = build_auxiliary(config.local.auxiliary, chain, span, FeatureBank(), task, config.train.seed)
-        ends.append(_least(_ending(network, _made_up(shape, targets, device), config, task), device))
+        ends += _least([_ending(network, _made_up(shape, targets, device), config, task)], device)
     return UnitTimes(units, ends)
 
 
@@ -193,15 +223,17 @@ def _updating(module: torch.nn.Module, config: Config) -> Callable[[], None]:
     return step
 
 
-def _least(run: Callable[[], object], device: torch.device) -> float:
-    taken = []
+def _least(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Seconds of each, in turns, so that drift of the machine's speed meets all; the least disturbed time of each."""
+    taken: list[list[float]] = [[] for _ in runs]
     for _ in range(1 + TIMED_STEPS):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return min(taken[1:])  # the one least disturbed by what else the machine does
+        for run, seconds in zip(runs, taken, strict=True):
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return [min(seconds[1:]) for seconds in taken]  # the first was to warm up
 
 
 def _made_up(shape: Message, targets: object, device: torch.device) -> Message:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from engine.balance import Sizes, balance, time_blocks, time_units
+from engine.balance import Sizes, balance, even_out, time_blocks, time_units
 from engine.config import Config
 from engine.task import Task
 from engine.world import World
@@ -79,10 +79,11 @@ class RankPlan:
 
 
 def plan_ranks(config: Config, task: Task, ranks: int, device: torch.device) -> RankPlan:
-    """Cut a network for ``ranks`` stages that take equally long, by the measured time of its units.
+    """Cut a network for ``ranks`` stages that take equally long.
 
-    One block a stage: every further block costs the time of an auxiliary network. With ``placement.memory``
-    stages get 2, 3, ... blocks until they keep it.
+    A first cut comes from the time of each unit and auxiliary network on its own; then bounds move as long as
+    the slowest block, timed whole, gets faster. One block a stage: every further block costs the time of an
+    auxiliary network. With ``placement.memory`` stages get 2, 3, ... blocks until they keep it.
 
     Raises:
         ValueError: fewer units than ranks, or a budget that no cut keeps.
@@ -92,15 +93,15 @@ def plan_ranks(config: Config, task: Task, ranks: int, device: torch.device) -> 
         raise ValueError(f"--ranks: {ranks} stages asked for, the network has {len(chain)} units; take fewer")
     trouble: ValueError | None = None
     for blocks in range(ranks, len(chain) + 1, ranks):
-        cut = times.cut(blocks)
-        seconds = [times.block(start, stop) for start, stop in pairwise(cut)]
-        local = replace(
-            config.local,
-            blocks=blocks,
-            cut=[chain.units[start].name for start in cut[1:-1]],
-            schedule="pipeline",
+
+        def cut_at(bounds: list[int], blocks: int = blocks) -> Config:
+            cut = [chain.units[start].name for start in bounds[1:-1]]
+            return replace(config, local=replace(config.local, blocks=blocks, cut=cut, schedule="pipeline"))
+
+        cut, seconds = even_out(
+            times.cut(blocks), lambda bounds: time_blocks(cut_at(bounds), task, World(device=device))
         )
-        tried, budget = replace(config, local=local), config.placement.memory
+        tried, budget = cut_at(cut), config.placement.memory
         try:
             bounds = balance(seconds, ranks, Sizes(tried, task) if budget else None, budget)
         except ValueError as error:

@@ -122,19 +122,16 @@ class Outbox:
         names: this rank and the next, for errors.
         depth: orders that may wait to be taken; ``send`` waits for room, so that memory stays bounded.
         timeout: seconds that ``send`` waits before it gives up.
-        delay: seconds that every order is held back, to stand for a long way.
     """
 
-    def __init__(
-        self, wire: Wire, names: tuple[int, int], *, depth: int = 2, timeout: float = 300.0, delay: float = 0.0
-    ) -> None:
+    def __init__(self, wire: Wire, names: tuple[int, int], *, depth: int = 2, timeout: float = 300.0) -> None:
         self.sent_bytes, self.waited = 0, 0.0
-        self._wire, self._names, self._depth, self._timeout, self._delay = wire, names, depth, timeout, delay
+        self._wire, self._names, self._depth, self._timeout = wire, names, depth, timeout
         self._room = threading.Semaphore(depth)
         self._number, self._header = 0, b""
         self._error: BaseException | None = None
         self._stream = _side_stream(wire.device)
-        self._waiting: queue.Queue[tuple[float, Tensor, list[Tensor], Any] | None] = queue.Queue()
+        self._waiting: queue.Queue[tuple[Tensor, list[Tensor], Any] | None] = queue.Queue()
         self._under_way: queue.Queue[tuple[list[Work], Any] | None] = queue.Queue()
         self._threads = [_thread(self._start, self._stream), _thread(self._finish, self._stream)]
 
@@ -168,7 +165,7 @@ class Outbox:
         room[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
         self._number += 1
         self.sent_bytes += TICKET_BYTES + sum(tensor.nbytes for tensor in tensors)
-        self._waiting.put((time.monotonic() + self._delay, room, tensors, _now_on(self._wire.device)))
+        self._waiting.put((room, tensors, _now_on(self._wire.device)))
 
     def close(self) -> None:
         """See everything off; to be called after the order to stop.
@@ -179,7 +176,7 @@ class Outbox:
         blank = torch.zeros(TICKET_BYTES, dtype=torch.uint8)
         for _ in range(self._depth - 1):  # the other end waits for so many more
             self._wait_for_room()
-            self._waiting.put((time.monotonic() + self._delay, blank, [], None))
+            self._waiting.put((blank, [], None))
         for _ in range(self._depth):
             self._wait_for_room()
         self._waiting.put(None)
@@ -207,8 +204,7 @@ class Outbox:
     def _start(self) -> None:
         try:
             while (item := self._waiting.get()) is not None:
-                due, ticket, tensors, ready = item
-                time.sleep(max(0.0, due - time.monotonic()))
+                ticket, tensors, ready = item
                 if ready is not None:
                     ready.synchronize()
                 works = [self._wire.send(ticket, TICKETS)]

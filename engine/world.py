@@ -94,13 +94,13 @@ class World:
         wire = GroupWire(peer, self.links, self.wire_device)
         return Inbox(wire, (self.rank, peer), self.device, depth=depth, timeout=self.timeout)
 
-    def outbox(self, depth: int, delay: float = 0.0) -> Outbox | None:
+    def outbox(self, depth: int) -> Outbox | None:
         """The link to the next stage."""
         if self.stage == self.stages - 1:
             return None
         peer = self.rank + self.replicas
         wire = GroupWire(peer, self.links, self.wire_device)
-        return Outbox(wire, (self.rank, peer), depth=depth, timeout=self.timeout, delay=delay)
+        return Outbox(wire, (self.rank, peer), depth=depth, timeout=self.timeout)
 
     def from_main(self, value: T) -> T:
         """The main rank's value, on every rank."""

@@ -27,6 +27,7 @@ class Entry:
         micro_batches: parts of a batch that go through a pipeline one after another.
         bounds: where each pipeline stage starts, in units (of the local pipeline in blocks), and their number at
             the end; empty without stages.
+        delay: seconds that every message between ranks takes longer.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Entry:
     overrides: tuple[str, ...] = ()
     micro_batches: int = 1
     bounds: tuple[int, ...] = ()
+    delay: float = 0.0
 
 
 @dataclass(frozen=True)

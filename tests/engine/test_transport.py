@@ -21,10 +21,10 @@ from tests.ranks import run_ranks, values
 CPU = torch.device("cpu")
 
 
-def link(depth: int = 2, timeout: float = 10.0, delay: float = 0.0) -> tuple[Outbox, Inbox, Counted]:
+def link(depth: int = 2, timeout: float = 10.0) -> tuple[Outbox, Inbox, Counted]:
     wire = Counted()
     return (
-        Outbox(wire, (0, 1), depth=depth, timeout=timeout, delay=delay),
+        Outbox(wire, (0, 1), depth=depth, timeout=timeout),
         Inbox(wire, (1, 0), CPU, depth=depth, timeout=timeout),
         wire,
     )
@@ -198,16 +198,6 @@ def test_a_broken_wire_is_heard_at_both_ends() -> None:
     time.sleep(0.1)
     with pytest.raises(LinkError, match="rank 0: the link to rank 1 broke .*connection closed by peer"):
         out.send(Order("save"))
-
-
-def test_a_delay_holds_back_each_message_and_not_their_number() -> None:
-    out, into, _ = link(depth=8, delay=0.2)
-    began = time.monotonic()
-    for number in range(6):
-        out.send(Order("train", message(number)))
-    for _ in range(6):
-        into.receive()
-    assert 0.2 <= time.monotonic() - began < 6 * 0.2
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -64,7 +64,9 @@ def test_torchrun_starts_again_from_the_newest_checkpoint(tmp_path: Path) -> Non
     runs = tmp_path / "runs"
     words = [*LONG, "--train.save_every", "3", "--output.root", str(runs)]
     job = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", str(ROOT / "tools/train.py"), *words)
-    process = subprocess.Popen(job, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        job, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         wait_for(runs / "smoke", 9)
         os.kill(workers(str(runs))["1"], signal.SIGKILL)
@@ -86,7 +88,9 @@ def test_a_job_without_restarts_ends_with_one_cause_and_no_orphan(tmp_path: Path
     runs = tmp_path / "runs"
     words = [*LONG, "--output.root", str(runs), "--train.save_every", "3", "--data.workers", "1"]
     job = torchrun("--standalone", "--nproc-per-node", "2", str(ROOT / "tools/train.py"), *words)
-    process = subprocess.Popen(job, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        job, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         wait_for(runs / "smoke", 3)
         os.kill(workers(str(runs))["0"], signal.SIGKILL)
@@ -108,7 +112,9 @@ def test_a_rank_that_hangs_is_ended_with_the_job(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     words = [*LONG, "--output.root", str(runs), "--train.save_every", "3", "--placement.timeout", "3"]
     job = torchrun("--standalone", "--nproc-per-node", "2", str(ROOT / "tools/train.py"), *words)
-    process = subprocess.Popen(job, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        job, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         wait_for(runs / "smoke", 3)
         os.kill(workers(str(runs))["0"], signal.SIGSTOP)
@@ -124,7 +130,10 @@ def test_a_rank_that_hangs_is_ended_with_the_job(tmp_path: Path) -> None:
 def test_a_wrong_key_is_said_once(tmp_path: Path) -> None:
     for words, cause in (
         (["--local.blokcs", "3"], "error: unknown key 'local.blokcs', did you mean 'local.blocks'?"),
-        (["--placement.stages", "[0,0,2,1]"], "error: placement.stages: block 2 is on stage 2, there are stages 0 to 1"),
+        (
+            ["--placement.stages", "[0,0,2,1]"],
+            "error: placement.stages: block 2 is on stage 2, there are stages 0 to 1",
+        ),
         (["--placement.replicas", "3"], "error: placement.replicas: 3 does not divide the 2 ranks torchrun started"),
     ):
         job = torchrun("--standalone", "--nproc-per-node", "2", str(ROOT / "tools/train.py"), *CONFIG, *words)

@@ -1,0 +1,189 @@
+"""Pipelines on more ranks than there are cores: python -m benchmarks.simulated --config FILE [--ranks 2 4 8] [...]
+
+Ranks that share cores still need the CPU time that they would need on cores of their own. So every pipeline runs for
+real, each rank's CPU time is taken, and a simulation of its schedule tells how long a step would take if no rank had
+to wait for a core. Where there are cores enough, the simulation is held against the clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.parallel import LOCAL, WHOLE, check
+from benchmarks.rivals.balance import unit_seconds
+from benchmarks.rivals.entries import local_pipelines, rivals
+from benchmarks.rivals.rival import Entry
+from benchmarks.rivals.stage import Stage
+from benchmarks.turns import measure
+from engine.config import ToolParser, at_least, run_tool
+from engine.files import check_writable
+from engine.log import MIB
+from engine.memory.page import write_tables
+from engine.memory.report import Sheet, header, write_json
+from engine.memory.variant import Load
+from engine.placement import plan_ranks
+from engine.schedules.actions import Kind, local_pipeline, one_f_one_b
+from engine.schedules.simulator import Simulation, simulate
+from tasks import load
+
+REPEATS = 5
+LOCAL_MESSAGES = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pipeline on so many ranks: seconds and bytes, ``..._per_rank`` with one figure a rank.
+
+    ``computing_seconds_per_rank`` is CPU time in a step, ``simulated_seconds`` of a step on as many cores as ranks,
+    ``measured_seconds`` by the clock (with fewer cores than ranks no figure to go by). ``bubble`` is the ranks' idle
+    share in the simulation.
+    """
+
+    variant: str
+    ranks: int
+    micro_batches: int
+    computing_seconds_per_rank: list[float]
+    simulated_seconds: float
+    bubble: float
+    measured_seconds: float
+    peak_bytes_per_rank: list[int]
+
+
+def rows_for(argv: Sequence[str], load: Load, ranks: int, parts: Sequence[int], steps: int, threads: int) -> list[Row]:
+    """The local pipeline, by whole batches and by micro-batches, and 1F1B.
+
+    Raises:
+        ValueError: one of them failed.
+    """
+    argv = [*argv, "--local.cut", json.dumps(_cut(argv, load, ranks, threads)), "--local.blocks", str(ranks)]
+    even = {count: [1.0] * ranks for count in sorted({1, 2, *parts})}  # the cut is balanced: a block a rank
+    units = unit_seconds([*argv, *WHOLE], load, parts, threads)
+    torch_rivals = [entry for entry in rivals(["pipelining"], ranks, units) if "1F1B" in entry.name]
+    found = []
+    entries = [*local_pipelines(ranks, even), *torch_rivals]
+    for entry, taken in zip(entries, measure(entries, argv, load, steps=steps, threads=threads).values(), strict=True):
+        if taken.failure:
+            raise ValueError(f"{entry.name} on {ranks} ranks: {taken.failure}")
+        computing = taken.computing_seconds
+        if entry in torch_rivals:
+            run = _one_f_one_b(entry, computing, _forward_shares([*argv, *WHOLE], load, entry, threads))
+            step = run.step_seconds
+        else:
+            seconds: list[dict[Kind, float]] = [{"L": each / entry.micro_batches} for each in computing]
+            run = simulate(local_pipeline(ranks, LOCAL_MESSAGES), seconds, depth=2)
+            step = run.step_seconds * entry.micro_batches
+        measured = statistics.median(taken.seconds)
+        name = entry.name.split(",")[0]
+        row = Row(name, ranks, entry.micro_batches, computing, step, run.bubble, measured, taken.peak_bytes)
+        found.append(row)
+    return found
+
+
+def _cut(argv: Sequence[str], load: Load, ranks: int, threads: int) -> list[str]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_balanced, list(argv), load, ranks, threads).result()
+
+
+def _balanced(argv: list[str], load: Load, ranks: int, threads: int) -> list[str]:
+    torch.set_num_threads(threads)
+    config, task = load([*argv, *LOCAL, *WHOLE])
+    return plan_ranks(config, task, ranks, torch.device("cpu")).config.local.cut
+
+
+def _one_f_one_b(entry: Entry, computing: Sequence[float], forward_shares: Sequence[float]) -> Simulation:
+    """1F1B with each rank's CPU time divided over its actions; the update counts with the backward passes."""
+    seconds: list[dict[Kind, float]] = [
+        {"F": each * share / entry.micro_batches, "B": each * (1 - share) / entry.micro_batches}
+        for each, share in zip(computing, forward_shares, strict=True)
+    ]
+    return simulate(one_f_one_b(entry.ranks, entry.micro_batches), seconds)
+
+
+def _forward_shares(argv: Sequence[str], load: Load, entry: Entry, threads: int) -> list[float]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure_shares, list(argv), load, entry, threads).result()
+
+
+def _measure_shares(argv: list[str], load: Load, entry: Entry, threads: int) -> list[float]:
+    """Forward's share of the time of each stage's passes."""
+    torch.set_num_threads(threads)
+    _, task = load(argv)
+    chain = task.build_chain(initial=False)
+    message = task.example().map(lambda tensor: tensor.chunk(entry.micro_batches)[0])
+    x, shares = message.x, []
+    for number, (start, stop) in enumerate(pairwise(entry.bounds)):
+        stage, taken = Stage(chain, start, stop), []
+        for _ in range(1 + REPEATS):
+            arriving = x.detach().requires_grad_(number > 0)
+            begin = time.perf_counter()
+            output = stage(arriving)
+            result = task.loss(output, message.targets) if stop == len(chain) else output
+            middle = time.perf_counter()
+            result.backward(torch.ones_like(result))
+            taken.append((middle - begin) / (time.perf_counter() - begin))
+            stage.zero_grad(set_to_none=True)
+        shares.append(statistics.median(taken[1:]))
+        x = output.detach()
+    return shares
+
+
+def sheet(rows: Sequence[Row]) -> Sheet:
+    lines = []
+    for row in rows:
+        rivals = [r for r in rows if r.ranks == row.ranks and "1F1B" in r.variant]
+        against = [f"{rival.simulated_seconds / row.simulated_seconds:.2f}" for rival in rivals]
+        enough = row.ranks <= len(os.sched_getaffinity(0))
+        clock = f"{1000 * row.measured_seconds:.0f}" if enough else "-"
+        error = f"{row.simulated_seconds / row.measured_seconds - 1:+.0%}" if enough else "-"
+        line = [row.variant, str(row.ranks), str(row.micro_batches)]
+        line += [" / ".join(f"{1000 * each:.0f}" for each in row.computing_seconds_per_rank)]
+        line += [f"{1000 * row.simulated_seconds:.0f}", f"{row.bubble:.0%}", *against, clock, error]
+        lines.append([*line, " / ".join(f"{each / MIB:.0f}" for each in row.peak_bytes_per_rank)])
+    parts = dict.fromkeys(row.micro_batches for row in rows if "1F1B" in row.variant)
+    columns = ["variant", "ranks", "micro-batches", "CPU ms a step", "simulated ms", "bubble"]
+    columns += [*(f"times 1F1B of {count}" for count in parts), "ms by the clock", "error", "peak MiB"]
+    return Sheet("Pipelines on as many cores as ranks, simulated", columns, lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = ToolParser(__doc__)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[8])
+    parser.add_argument("--steps", type=int, default=8, help="counted steps a variant")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--html", type=Path, help="write a page with the table to this file")
+    known, rest = parser.parse_known_args(list(argv))
+    at_least(("--ranks", min(known.ranks), 2), ("--steps", known.steps, 1), ("--threads", known.threads, 1))
+    check_writable(known.json, known.html)
+    config, task = load([*rest, *LOCAL, *WHOLE])
+    batch = task.example().batch
+    rows: list[Row] = []
+    for ranks in known.ranks:
+        check(config, batch, 1, known.micro_batches)
+        rows += rows_for(rest, load, ranks, known.micro_batches, known.steps, known.threads)
+    table = sheet(rows)
+    table.show()
+    more: dict[str, Any] = {"batch": batch, "seed": config.train.seed, "steps": known.steps}
+    about = header("Pipelines simulated", argv, known.threads, "cpu", **more)
+    if known.json:
+        write_json(known.json, about, [dataclasses.asdict(row) for row in rows])
+    if known.html:
+        write_tables(known.html, about, [table], [])
+
+
+if __name__ == "__main__":
+    run_tool(main)
