@@ -62,18 +62,19 @@ class Row:
     peak_bytes_per_rank: list[int]
 
 
-def rows_for(argv: Sequence[str], load: Load, ranks: int, parts: Sequence[int], steps: int, threads: int) -> list[Row]:
-    """The local pipeline, by whole batches and by micro-batches, and 1F1B.
+def rows_for(
+    argv: Sequence[str], load: Load, ranks: int, parts: Sequence[int], blocks: Sequence[int], steps: int, threads: int
+) -> list[Row]:
+    """The local pipeline, by whole batches and by micro-batches, with one and more blocks a rank; and 1F1B.
 
     Raises:
         ValueError: one of them failed.
     """
-    argv = [*argv, "--local.cut", json.dumps(_cut(argv, load, ranks, threads)), "--local.blocks", str(ranks)]
-    even = {count: [1.0] * ranks for count in sorted({1, 2, *parts})}  # the cut is balanced: a block a rank
+    entries = [entry for count in blocks for entry in _local_entries(argv, load, ranks, parts, count, threads)]
     units = unit_seconds([*argv, *WHOLE], load, parts, threads)
     torch_rivals = [entry for entry in rivals(["pipelining"], ranks, units) if "1F1B" in entry.name]
+    entries += torch_rivals
     found = []
-    entries = [*local_pipelines(ranks, even), *torch_rivals]
     for entry, taken in zip(entries, measure(entries, argv, load, steps=steps, threads=threads).values(), strict=True):
         if taken.failure:
             raise ValueError(f"{entry.name} on {ranks} ranks: {taken.failure}")
@@ -85,22 +86,34 @@ def rows_for(argv: Sequence[str], load: Load, ranks: int, parts: Sequence[int], 
             seconds: list[dict[Kind, float]] = [{"L": each / entry.micro_batches} for each in computing]
             run = simulate(local_pipeline(ranks, LOCAL_MESSAGES), seconds, depth=2)
             step = run.step_seconds * entry.micro_batches
-        measured = statistics.median(taken.seconds)
+        measured = statistics.mean(taken.seconds)  # over the steps that the CPU time is of
         name = entry.name.split(",")[0]
         row = Row(name, ranks, entry.micro_batches, computing, step, run.bubble, measured, taken.peak_bytes)
         found.append(row)
     return found
 
 
-def _cut(argv: Sequence[str], load: Load, ranks: int, threads: int) -> list[str]:
+def _local_entries(
+    argv: Sequence[str], load: Load, ranks: int, parts: Sequence[int], blocks: int, threads: int
+) -> list[Entry]:
+    """The local pipeline cut for so many ranks, with ``blocks`` blocks each."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_balanced, list(argv), load, ranks, threads).result()
+        cut = pool.submit(_balanced, list(argv), load, ranks, blocks, threads).result()
+    words = "--local.cut", json.dumps(cut), "--local.blocks", str(ranks * blocks)
+    even = {count: [1.0] * (ranks * blocks) for count in sorted({1, 2, 4, *parts})}  # the cut is balanced
+    more = f" of {blocks} blocks a rank" if blocks > 1 else ""
+    return [
+        dataclasses.replace(
+            entry, name=f"local pipeline{more}, {entry.micro_batches}", overrides=(*entry.overrides, *words)
+        )
+        for entry in local_pipelines(ranks, even)
+    ]
 
 
-def _balanced(argv: list[str], load: Load, ranks: int, threads: int) -> list[str]:
+def _balanced(argv: list[str], load: Load, ranks: int, blocks: int, threads: int) -> list[str]:
     torch.set_num_threads(threads)
     config, task = load([*argv, *LOCAL, *WHOLE])
-    return plan_ranks(config, task, ranks, torch.device("cpu")).config.local.cut
+    return plan_ranks(config, task, ranks, torch.device("cpu"), blocks).config.local.cut
 
 
 def _one_f_one_b(entry: Entry, computing: Sequence[float], forward_shares: Sequence[float]) -> Simulation:
@@ -162,6 +175,7 @@ def main(argv: Sequence[str]) -> None:
     parser = ToolParser(__doc__)
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[8])
+    parser.add_argument("--blocks-per-rank", nargs="+", type=int, default=[1], help="of the local pipeline")
     parser.add_argument("--steps", type=int, default=8, help="counted steps a variant")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
@@ -174,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
     rows: list[Row] = []
     for ranks in known.ranks:
         check(config, batch, 1, known.micro_batches)
-        rows += rows_for(rest, load, ranks, known.micro_batches, known.steps, known.threads)
+        rows += rows_for(rest, load, ranks, known.micro_batches, known.blocks_per_rank, known.steps, known.threads)
     table = sheet(rows)
     table.show()
     more: dict[str, Any] = {"batch": batch, "seed": config.train.seed, "steps": known.steps}

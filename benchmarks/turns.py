@@ -51,8 +51,8 @@ class Taken:
     """What a way to train takes, or why that is not known. Lists after ``seconds`` have one entry a rank.
 
     ``cpu_seconds`` is of all threads and a step, ``computing_seconds`` of the thread that computes, ``busy`` the
-    share of the time that this one is at work (the rest it waits for other ranks), ``sent_bytes`` of a step. ``losses`` are of each
-    turn's last step, the mean over the ranks that know one.
+    share of the time that this one is at work (the rest it waits for other ranks), ``sent_bytes`` of a step.
+    ``losses`` are of each turn's last step, the mean over the ranks that know one.
     """
 
     seconds: list[float] = field(default_factory=list)

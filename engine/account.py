@@ -46,8 +46,14 @@ def stage_lines(placement: Placement) -> list[str]:
     return lines
 
 
-def report_ranks(folder: Path, ranks: Sequence[RankAccount], placement: Placement) -> dict[int, float]:
-    """Print the table of ranks and the timeline, and write both to ``folder``; the share each rank was busy.
+def busy_shares(ranks: Sequence[RankAccount]) -> dict[int, float]:
+    """The share of the steady state in which each rank worked; empty if there was none, or none was recorded."""
+    entries = [entry for rank in ranks for entry in rank.entries]
+    return {rank: use.busy for rank, use in utilisation(entries).items()}
+
+
+def report_ranks(folder: Path, ranks: Sequence[RankAccount], placement: Placement) -> None:
+    """Print the table of ranks and the timeline, and write both to ``folder``.
 
     ``pipeline.html`` has the table and a picture of some steps, ``timeline.json`` every entry that was kept.
     """
@@ -55,7 +61,7 @@ def report_ranks(folder: Path, ranks: Sequence[RankAccount], placement: Placemen
     from engine.memory.report import Sheet
 
     entries = [entry for rank in ranks for entry in rank.entries]
-    measured = {rank: use.busy for rank, use in utilisation(entries).items()}
+    measured = busy_shares(ranks)
     predicted = placement.utilisation
     rows = [
         [
@@ -73,12 +79,11 @@ def report_ranks(folder: Path, ranks: Sequence[RankAccount], placement: Placemen
     sheet = Sheet("Ranks", columns, rows)
     sheet.show()
     if not entries:
-        return measured
+        return
     console.print(action_grid(newest(entries), width=max(20, min(100, console.width - 40))))
     write_text(folder / "timeline.json", to_json(entries) + "\n")
     about = {"title": f"Pipeline: {folder.name}", "date": time.strftime("%Y-%m-%d")}
     write_tables(folder / "pipeline.html", about, [sheet], [], [("Who did what when", svg(entries))])
-    return measured
 
 
 def _range(blocks: Sequence[int]) -> str:

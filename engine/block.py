@@ -279,21 +279,18 @@ class Block(nn.Module):
         assert self.optimizer is not None, "attach an optimizer first"
         if message.sequence != self.next_sequence:
             raise ValueError(f"message {message.sequence} arrived, {self.next_sequence} expected")
-        replicas = self.replication
         # Replicas have different samples, so each draws its own dropout.
-        own = [] if replicas is None else [replicas.rank]
-        torch.manual_seed(derive(self.seed, "step", self.index, message.sequence, *own))
+        replica = [] if self.replication is None else [self.replication.rank]
+        torch.manual_seed(derive(self.seed, "step", self.index, message.sequence, *replica))
+        way = self.replication or self
         with self.autocast(), offloading(self.device) if self.offload else nullcontext():
-            output, loss = self.train_forward(message) if replicas is None else replicas.forward(message, update)
+            output, loss = way.train_forward(message, update)
         output = self._outgoing(output.detach(), message)
         if self.on_output is not None:
             self.on_output()
         share = loss if weight == 1 else loss * weight
-        (self.train_backward if replicas is None else replicas.backward)(share)
-        if not update:
-            norm = loss.new_full((), float("nan"))
-        else:
-            norm = self.train_update() if replicas is None else replicas.update()
+        way.train_backward(share)
+        norm = way.train_update() if update else loss.new_full((), float("nan"))
         self.next_sequence += 1
         return output, Report(self.index, loss.detach(), norm, self.skipped)
 
@@ -305,8 +302,8 @@ class Block(nn.Module):
             key = self.task.key_features(self.chain, output)
         return replace(output, bank=message.bank.add(self.index, key))
 
-    def train_forward(self, message: Message) -> tuple[Message, Tensor]:
-        """Output and loss."""
+    def train_forward(self, message: Message, update: bool = True) -> tuple[Message, Tensor]:
+        """Output and loss. (That the optimizer steps after this micro-batch matters to replicas alone.)"""
         output, prediction = self._predict(message)
         return output, self.task.loss(prediction, message.targets)
 

@@ -23,6 +23,7 @@ from engine.block import Block
 from engine.files import flush, write_text
 
 FORMAT = 1
+LAST_SECONDS = 5.0
 
 
 @dataclass
@@ -105,17 +106,16 @@ class Checkpoint:
             }
             write_text(self._note(snapshot.index), json.dumps(note))
 
-    def commit(self, timeout: float = 0.0) -> Path:
+    def commit(self, late: Callable[[], bool] = lambda: True) -> Path:
         """Make the files of all blocks a checkpoint, once all ranks have written theirs; old ones go.
 
         Raises:
-            ValueError: a block's files have not come within ``timeout`` seconds.
+            ValueError: it is too ``late`` for a block's files to come.
         """
-        deadline = time.monotonic() + timeout
         for index in range(self.blocks):
             while not self._note(index).is_file():
-                if time.monotonic() >= deadline:
-                    raise ValueError(f"block {index} was not saved within {timeout:.0f} s at step {self.position.step}")
+                if late():
+                    raise ValueError(f"block {index} was not saved in time at step {self.position.step}")
                 time.sleep(0.05)
         notes = [json.loads(self._note(index).read_text()) for index in range(self.blocks)]
         state = {
@@ -166,6 +166,7 @@ class CheckpointWriter:
 
     def __init__(self, *, writes: bool, commits: bool, timeout: float) -> None:
         self.writes, self.commits, self.timeout = writes, commits, timeout
+        self._deadline = float("inf")
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -175,20 +176,35 @@ class CheckpointWriter:
         Raises:
             ValueError: as ``save_checkpoint``; or what went wrong with the checkpoint before.
         """
-        snapshots = [Snapshot.of(block, checkpoint.position.step) for block in blocks]
+        snapshots = []
+        for block in blocks:
+            if self.writes:
+                snapshots.append(Snapshot.of(block, checkpoint.position.step))
+            else:
+                block.state()  # where replicas share it, all must be at this
         self.wait()
+        self._deadline = time.monotonic() + self.timeout
 
         def write() -> None:
             try:
                 if self.writes:
                     checkpoint.write(snapshots)
                 if self.commits:
-                    checkpoint.commit(self.timeout)
+                    checkpoint.commit(lambda: time.monotonic() > self._deadline)
             except Exception as error:
                 self._error = error
 
         self._thread = threading.Thread(target=write)
         self._thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong in writing, as soon as it is known."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def hurry(self) -> None:
+        """The job is ending for a failure: ranks that still write get a moment, one that is gone is not waited for."""
+        self._deadline = min(self._deadline, time.monotonic() + LAST_SECONDS)
 
     def wait(self) -> None:
         """Until everything is written.
@@ -221,6 +237,12 @@ def find_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
             continue
         return path
     return None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder``, not looked into."""
+    steps = _steps(folder)
+    return folder / f"step_{steps[-1]}" if steps else None
 
 
 def read_state(path: Path, *, verify: bool = True) -> dict[str, Any]:

@@ -180,6 +180,12 @@ class Config:
         special = [key for key in ("compile", "checkpoint", "offload") if getattr(self.local, key)]
         if len(special) > 1:
             raise ValueError(f"local.{special[0]}: cannot be combined with local.{special[1]}; set one of them false")
+        placement = self.placement
+        if placement.replicas == 1 and (placement.replication != "ddp" or placement.offload_optimizer):
+            key = "offload_optimizer" if placement.replication == "ddp" else "replication"
+            raise ValueError(f"placement.{key}: shares a block among replicas; set placement.replicas to 2 or more")
+        if placement.memory and placement.stages:
+            raise ValueError("placement.memory: has no say where placement.stages is given; leave one of them out")
         if optimizer.lr <= 0:
             raise ValueError(f"optimizer.lr: {optimizer.lr} must be above 0")
         if optimizer.schedule == "step" and not optimizer.milestones:

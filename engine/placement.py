@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -12,6 +13,8 @@ from engine.balance import Sizes, balance, even_out, time_blocks, time_units
 from engine.config import Config
 from engine.task import Task
 from engine.world import World
+
+REMEDY = "give one stage a block, or [] to have blocks timed"
 
 
 @dataclass(frozen=True)
@@ -48,24 +51,26 @@ def place(config: Config, task: Task, world: World, blocks: int) -> Placement:
         )
     if wish:
         return Placement(_named(wish, stages, blocks))
-    if stages == 1:
+    budget = config.placement.memory
+    if stages == 1 and not budget:
         return Placement([0, blocks])
     seconds = time_blocks(config, task, world)
-    budget = config.placement.memory
     return Placement(balance(seconds, stages, Sizes(config, task) if budget else None, budget), seconds)
 
 
 def _named(wish: Sequence[int], stages: int, blocks: int) -> list[int]:
     if len(wish) != blocks:
-        raise ValueError(f"placement.stages: {len(wish)} stages for {blocks} blocks; give one stage a block")
+        raise ValueError(f"placement.stages: {len(wish)} stages for {blocks} blocks; {REMEDY}")
     for block, (before, stage) in enumerate(pairwise([0, *wish])):
         if not 0 <= stage < stages:
-            raise ValueError(f"placement.stages: block {block} is on stage {stage}, there are stages 0 to {stages - 1}")
+            raise ValueError(
+                f"placement.stages: block {block} is on stage {stage}, there are stages 0 to {stages - 1}; {REMEDY}"
+            )
         if stage < before:
             raise ValueError(f"placement.stages: block {block} is on stage {stage}, before the block before it")
     empty = sorted(set(range(stages)) - set(wish))
     if empty:
-        raise ValueError(f"placement.stages: stage {empty[0]} of {stages} has no block; start fewer ranks")
+        raise ValueError(f"placement.stages: stage {empty[0]} of {stages} has no block; start fewer ranks, or {REMEDY}")
     return [*(list(wish).index(stage) for stage in range(stages)), blocks]
 
 
@@ -77,22 +82,43 @@ class RankPlan:
     placement: Placement
     units: list[str]
 
+    def rows(self) -> list[list[str]]:
+        """Each block's number, units, rank, ms a step, and how busy its rank is."""
+        busy, seconds = self.placement.utilisation, self.placement.block_seconds
+        assert busy is not None
+        assert seconds is not None
+        stages = self.config.placement.stages
+        return [
+            [str(block), units, str(stages[block]), f"{1000 * seconds[block]:.0f}", f"{busy[stages[block]]:.0%}"]
+            for block, units in enumerate(self.units)
+        ]
 
-def plan_ranks(config: Config, task: Task, ranks: int, device: torch.device) -> RankPlan:
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "cut": self.config.local.cut,
+            "stages": self.config.placement.stages,
+            "block_seconds": self.placement.block_seconds,
+            "predicted_busy": self.placement.utilisation,
+        }
+
+
+def plan_ranks(config: Config, task: Task, ranks: int, device: torch.device, blocks_per_rank: int = 1) -> RankPlan:
     """Cut a network for ``ranks`` stages that take equally long.
 
     A first cut comes from the time of each unit and auxiliary network on its own; then bounds move as long as
-    the slowest block, timed whole, gets faster. One block a stage: every further block costs the time of an
-    auxiliary network. With ``placement.memory`` stages get 2, 3, ... blocks until they keep it.
+    the slowest block, timed whole, gets faster. One block a stage is fastest, since every further one costs the time of
+    an auxiliary network, but more take less memory. With ``placement.memory`` stages get another block until they
+    keep it.
 
     Raises:
         ValueError: fewer units than ranks, or a budget that no cut keeps.
     """
     times, chain = time_units(config, task, device), task.build_chain(initial=False)
-    if ranks > len(chain):
-        raise ValueError(f"--ranks: {ranks} stages asked for, the network has {len(chain)} units; take fewer")
+    least = ranks * blocks_per_rank
+    if least > len(chain):
+        raise ValueError(f"--ranks: {least} blocks for {ranks} stages, the network has {len(chain)} units; take fewer")
     trouble: ValueError | None = None
-    for blocks in range(ranks, len(chain) + 1, ranks):
+    for blocks in range(least, len(chain) + 1, ranks):
 
         def cut_at(bounds: list[int], blocks: int = blocks) -> Config:
             cut = [chain.units[start].name for start in bounds[1:-1]]
@@ -109,7 +135,7 @@ def plan_ranks(config: Config, task: Task, ranks: int, device: torch.device) -> 
             continue
         placement = Placement(bounds, seconds)
         stages = [stage for stage in range(ranks) for _ in placement.blocks_of(stage)]
-        tried = replace(tried, placement=replace(tried.placement, stages=stages))
+        tried = replace(tried, placement=replace(tried.placement, stages=stages, memory=""))
         units = [f"{chain.units[i].name} ... {chain.units[j - 1].name}" for i, j in pairwise(cut)]
         return RankPlan(tried, placement, units)
     assert trouble is not None

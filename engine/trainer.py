@@ -8,18 +8,16 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from engine.account import RankAccount, report_ranks, stage_lines
+from engine.account import RankAccount, busy_shares, report_ranks, stage_lines
 from engine.balance import keep_only
-from engine.block import Block, Report
+from engine.block import Block
 from engine.build import batch_norm_name, build_blocks, prepare
 from engine.checkpoint import (
     Checkpoint,
@@ -27,26 +25,25 @@ from engine.checkpoint import (
     Position,
     Saved,
     clean,
-    find_checkpoint,
-    read_state,
+    newest_checkpoint,
     set_aside,
 )
 from engine.config import Config, PlacementConfig, save
-from engine.device import deterministic, resident_bytes
+from engine.device import deterministic, reset_peak, resident_bytes
 from engine.files import write_text
 from engine.log import Progress, RunLog, block_table, console
+from engine.losses import Losses
 from engine.message import Message
 from engine.optimizer import rate_factor, set_rate
 from engine.order import Order
 from engine.placement import place
+from engine.run_folder import JOB, find_start, run_folder
 from engine.schedules import SCHEDULES, Pipeline
 from engine.shapes import evaluating
 from engine.task import Metrics, Part, Task
 from engine.timeline import Recorder
 from engine.transport import LinkError
-from engine.world import World, job, join, restarted
-
-GRACE_SECONDS = 25
+from engine.world import World, join
 
 
 class Trainer:
@@ -66,13 +63,14 @@ class Trainer:
         self.config, self.task = config, task
         self.world = world = world or join(config.placement, config.train.device)
         self.device = world.device
-        self.chain = task.build_chain()
-        self.all_blocks = build_blocks(self.chain, config, task)
-        _check_batch(self.all_blocks, task, config.placement)
-        self.steps_per_epoch = task.steps_per_epoch()
+        with world.one_of_a_host_first():
+            self.chain = task.build_chain()
+            self.all_blocks = build_blocks(self.chain, config, task)
+            _check_batch(self.all_blocks, task, config.placement)
+            self.steps_per_epoch = task.steps_per_epoch()
         if self.steps_per_epoch == 0:
             raise ValueError("data.batch: larger than the training set, and data.drop_last leaves nothing")
-        self.folder = world.from_main(run_folder(config) if world.main else Path())
+        self.folder = world.from_main(run_folder(config, world.job) if world.main else Path())
         saved = self._saved()
         self.placement = place(config, task, world, len(self.all_blocks))
         self.blocks = [self.all_blocks[index] for index in self.placement.blocks_of(world.stage)]
@@ -88,12 +86,11 @@ class Trainer:
         if saved is not None:
             self._resume(saved)
         self._first_step = self.position.step
-        self._micro_batches: list[tuple[float, tuple[Report, ...]]] = []
-        self._pending: list[tuple[int, list[tuple[float, tuple[Report, ...]]]]] = []
+        self._losses = Losses()
         self._metrics: Metrics | None = None
         self._evaluation_mode: ExitStack | None = None
         self._values: dict[str, float] = {}
-        self._stop = False
+        self._asked = self._stop = False
         self._started = self._epoch_started = time.monotonic()
 
     @property
@@ -114,6 +111,7 @@ class Trainer:
         self._started = time.monotonic() - self.position.seconds
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak()
         try:
             with self._stop_on_signal(), deterministic(self.config.train.deterministic, self.device):
                 with Progress(self.config.train.epochs, self.steps_per_epoch, shown=self.world.main) as progress:
@@ -121,21 +119,26 @@ class Trainer:
                         self._follow(order, log, progress)
                 self.writer.wait()
                 self.pipeline.close()
-        except LinkError as error:
-            raise LinkError(f"{error}; this rank is at step {self.position.step}") from error
-        finally:
-            with suppress(Exception):  # it is another error that matters now, or none
+        except Exception as error:
+            if isinstance(error, LinkError):
+                error.args = (f"{error}; this rank is at step {self.position.step}",)
+            self.world.tell(error)
+            self.writer.hurry()
+            with suppress(Exception):  # it is another error that matters now
                 self.writer.wait()
+            raise
+        finally:
             if log is not None:
                 log.close()
         seconds = time.monotonic() - self._started
         ranks = self.world.gather(self._account())
-        busy = report_ranks(self.folder, ranks, self.placement) if self.world.main and len(ranks) > 1 else {}
-        summary = self._summary(seconds, ranks, busy)
+        summary = self._summary(seconds, ranks)
         if self.world.main:
+            write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             if self.interrupted:
                 console.print(f"stopped and saved at step {self.position.step}; go on with --train.resume auto")
-            write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            if len(ranks) > 1:
+                report_ranks(self.folder, ranks, self.placement)
         return summary
 
     def _begin(self) -> None:
@@ -145,8 +148,8 @@ class Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             clean(folder / "checkpoints")
             save(self.config, folder / "config.yaml")
-            if job():
-                write_text(folder / ".job", job())
+            if self.world.job:
+                write_text(folder / JOB, self.world.job)
             console.print(block_table(self.all_blocks, self.placement.bounds))
             where = f"{self.world.size} ranks" if self.world.size > 1 else str(self.device)
             for line in stage_lines(self.placement) if self.world.stages > 1 else ():
@@ -175,6 +178,8 @@ class Trainer:
             epoch = position.epoch
             for micro_batches in self.task.batches(epoch, position.step_in_epoch, part):
                 yield from self._train_orders(micro_batches)
+                if self.world.replicas == 1:
+                    self._stop = self._asked
                 done, ended = position.step >= self.last_step, position.epoch > epoch
                 if ended or done or self._stop or (train.save_every and position.step % train.save_every == 0):
                     yield Order("save")
@@ -192,7 +197,8 @@ class Trainer:
         """One optimizer step. A part's share of the whole counts ``replicas``-fold: replicas average gradients."""
         world, position = self.world, self.position
         own = sum(message.batch for message in micro_batches)
-        samples, stops = world.sum_over_replicas(own, int(self._stop))
+        samples, asked = world.sum_over_replicas(own, int(self._asked))
+        self._stop = asked > 0  # replicas end with the same step
         for number, message in enumerate(micro_batches):
             yield Order(
                 "train",
@@ -200,8 +206,6 @@ class Trainer:
                 update=number == len(micro_batches) - 1,
                 weight=message.batch * world.replicas / samples,
             )
-        if world.replicas > 1:
-            self._stop = stops > 0  # all replicas end with the same step
 
     def _evaluation(self) -> Iterator[Order]:
         for message in self.task.test_batches():
@@ -260,16 +264,16 @@ class Trainer:
         position = self.position
         position.sequence += 1
         if self.pipeline.outbox is None:
-            self._micro_batches.append((order.weight / self.world.replicas, order.reports))
+            self._losses.add(order, order.weight / self.world.replicas)
         if position.step_in_epoch == 0:
             self._epoch_started = time.monotonic()
         if not order.update:
             return
+        self.writer.check()
         position.step += 1
         position.step_in_epoch += 1
-        if self._micro_batches:
-            self._pending.append((position.step, self._micro_batches))
-            self._micro_batches = []
+        if self.pipeline.outbox is None:
+            self._losses.end_step(position.step)
         progress.show(position.epoch, position.step_in_epoch)
         if position.step_in_epoch == self.steps_per_epoch:
             position.epoch, position.step_in_epoch = position.epoch + 1, 0
@@ -278,17 +282,15 @@ class Trainer:
 
     def _write_losses(self, log: RunLog | None) -> None:
         """Log the newest step; refuse any loss since the last call that is not a number. Of the last stage."""
-        if not self._pending:
+        if not self._losses:
             return
         self.pipeline.schedule.settle()
-        steps, reports = [step for step, _ in self._pending], self._pending[-1][1][-1][1]
-        own = torch.stack([_whole_losses(micro_batches) for _, micro_batches in self._pending])
+        steps, own, reports = self._losses.take()
         losses = self.world.add_over_replicas(own).tolist()
         for step, of_step in zip(steps, losses, strict=True):
             for report, loss in zip(reports, of_step, strict=True):
                 if not math.isfinite(loss):
                     raise ValueError(self._remedy(f"block {report.block}: loss is {loss} at step {step}"))
-        self._pending.clear()
         if log is None:
             return
         assert self.blocks[0].optimizer is not None
@@ -318,13 +320,14 @@ class Trainer:
         )
         self.pipeline.schedule.settle()
         try:
-            self.writer.save(checkpoint, self.blocks)
+            with self.recorder.span(-1, "save", -1) if self.recorder else nullcontext():
+                self.writer.save(checkpoint, self.blocks)
         except ValueError as error:
             raise ValueError(self._remedy(str(error))) from error
 
     def _remedy(self, trouble: str) -> str:
         self.writer.wait()
-        kept = find_checkpoint(self.folder / "checkpoints", console.print)
+        kept = newest_checkpoint(self.folder / "checkpoints")
         return (
             f"{trouble}; lower optimizer.lr (now {self.config.optimizer.lr}) or set optimizer.clip_norm; "
             f"last good checkpoint: {kept or 'none'}"
@@ -333,7 +336,7 @@ class Trainer:
     def _saved(self) -> Saved | None:
         """What to go on from; every rank opens what the main rank has found."""
         world, log = self.world, console.print if self.world.main else _silent
-        found = world.from_main(self._found() if world.main else None)
+        found = world.from_main(find_start(self.config, self.folder, world.job) if world.main else None)
         if found is None:
             return None
         saved = Saved(found, self.all_blocks, self.config.local.auxiliary, log, verify=False)
@@ -353,35 +356,17 @@ class Trainer:
                 console.print(f"{name} is later than that and of another course: now superseded_{name}")
             console.print(f"resumed {saved.path} at step {self.position.step}")
 
-    def _found(self) -> Path | None:
-        """The checkpoint to go on from, seen to be whole; after a restart the run's own newest, if there is one."""
-        wish, folder = self.config.train.resume, self.folder / "checkpoints"
-        if restarted() and (own := find_checkpoint(folder, console.print)):
-            return own
-        if not wish:
-            return None
-        path = find_checkpoint(folder, console.print) if wish == "auto" else Path(wish)
-        if path is not None and not path.is_dir():
-            raise ValueError(f"train.resume: {path} is no checkpoint; give `auto` or a folder checkpoints/step_N")
-        if path is None:
-            console.print(f"train.resume: no checkpoint in {folder}; starting at step 0")
-        elif wish != "auto":
-            read_state(path)
-        return path
-
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
         """SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once.
 
-        Of several ranks the first stage decides, the others follow its order to stop. One that hangs and so
-        cannot is ended by an alarm: torchrun waits 30 s for its ranks.
+        Of several ranks the first stage decides, the others follow its order to stop. One that hangs, and so
+        cannot, is torchrun's to end: it waits 30 s for its ranks.
         """
 
         def stop(number: int, frame: Any) -> None:
-            self._stop = True
+            self._asked = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            if self.world.size > 1:
-                signal.alarm(GRACE_SECONDS)
 
         before = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, signal.SIGTERM)]
         try:
@@ -389,8 +374,6 @@ class Trainer:
         finally:
             for number, handler in before:
                 signal.signal(number, handler)
-            if self.world.size > 1:
-                signal.alarm(0)
 
     def _account(self) -> RankAccount:
         cuda, outbox = self.device.type == "cuda", self.pipeline.outbox
@@ -407,8 +390,9 @@ class Trainer:
             entries=self.recorder.entries if self.recorder else [],
         )
 
-    def _summary(self, seconds: float, ranks: Sequence[RankAccount], busy: dict[int, float]) -> dict[str, Any]:
+    def _summary(self, seconds: float, ranks: Sequence[RankAccount]) -> dict[str, Any]:
         local, cuda = self.config.local, self.device.type == "cuda"
+        busy = busy_shares(ranks)
         several = (
             {"ranks": [{**rank.to_json(), "busy": busy.get(rank.rank)} for rank in ranks]} if len(ranks) > 1 else {}
         )
@@ -433,24 +417,6 @@ class Trainer:
         }
 
 
-def run_folder(config: Config) -> Path:
-    """Of ``root/name``, ``name-2``, ...: the first that is free for a new run, the last that is not to go on.
-
-    A run goes on in its folder, also after torchrun has restarted it; one that starts from another run's
-    checkpoint is new.
-    """
-    folder, resume = Path(config.output.root) / (config.output.name or config.task), config.train.resume
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
-    last, free = folder, folder
-    while free.exists():
-        last, free = free, next(numbered)
-        if resume and last.resolve() in Path(resume).resolve().parents:
-            return last
-    if restarted() and (last / ".job").is_file() and (last / ".job").read_text() == job():
-        return last
-    return last if resume == "auto" else free
-
-
 def _check_batch(blocks: Sequence[Block], task: Task, placement: PlacementConfig) -> None:
     samples, replicas = task.smallest_batch(), placement.replicas
     if samples < replicas:
@@ -465,12 +431,6 @@ def _check_batch(blocks: Sequence[Block], task: Task, placement: PlacementConfig
             f"data.batch: the smallest micro-batch has 1 sample and BatchNorm {name!r} needs at least 2; "
             "choose another data.batch or train.accumulate, or data.drop_last true"
         )
-
-
-def _whole_losses(micro_batches: Sequence[tuple[float, tuple[Report, ...]]]) -> Tensor:
-    """Each block's loss over a whole batch."""
-    losses = [torch.stack([report.loss for report in reports]) * weight for weight, reports in micro_batches]
-    return torch.stack(losses).sum(0)
 
 
 def _silent(text: str) -> None:

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import pickle
 import queue
-import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.block import Report
-from engine.message import Message, flatten, specs, unflatten
 from engine.order import KINDS, Order
+from engine.ticket import FORM, TICKET_BYTES, Ticket, pack, transfer_sizes, unpack
 
-TICKET_BYTES = 1024
 TICKETS, TENSORS = 1, 2  # tags
-SMALL_BYTES = 16 * 1024  # tensors up to this size travel joined in one transfer
-ALIGNMENT = 16
 POLL_SECONDS = 0.2  # between looks at an error or a signal while waiting
 
 
@@ -89,24 +84,6 @@ class _Done:
         return self.finish()
 
 
-class Ticket(NamedTuple):
-    """The first, small transfer of every order; ``header`` is the length of a new structure, 0 if it is the last one's.
-
-    ``bytes`` are those of the tensors that follow; -1 if no message does.
-    """
-
-    number: int
-    kind: int
-    sequence: int
-    update: int
-    weight: float
-    header: int
-    bytes: int
-
-
-_FORM = struct.Struct("<qqqqdqq")
-
-
 class Outbox:
     """The sending end of a link.
 
@@ -125,7 +102,7 @@ class Outbox:
     """
 
     def __init__(self, wire: Wire, names: tuple[int, int], *, depth: int = 2, timeout: float = 300.0) -> None:
-        self.sent_bytes, self.waited = 0, 0.0
+        self.sent_bytes = 0
         self._wire, self._names, self._depth, self._timeout = wire, names, depth, timeout
         self._room = threading.Semaphore(depth)
         self._number, self._header = 0, b""
@@ -142,7 +119,7 @@ class Outbox:
             LinkError: the link broke, or there was no room within ``timeout``.
         """
         self._wait_for_room()
-        tensors, size, header, repeated = _pack(order, self._wire.device, self._header)
+        tensors, size, header, repeated = pack(order, self._wire.device, self._header)
         if size >= 0:
             self._header = header
         content = b"" if repeated or size < 0 else header
@@ -157,7 +134,7 @@ class Outbox:
             size,
         )
         room = torch.zeros(TICKET_BYTES, dtype=torch.uint8)
-        start = _FORM.pack(*ticket)
+        start = FORM.pack(*ticket)
         if len(start) + len(content) <= TICKET_BYTES:
             start += content
         else:
@@ -192,7 +169,6 @@ class Outbox:
                     f"rank {self._names[0]} waited {self._timeout:.0f} s for rank {self._names[1]} to take order "
                     f"{self._number - self._depth}; if it was only slow, raise placement.timeout"
                 )
-        self.waited += time.monotonic() - began
         self._raise()
 
     def _raise(self) -> None:
@@ -246,7 +222,6 @@ class Inbox:
     def __init__(
         self, wire: Wire, names: tuple[int, int], device: torch.device, *, depth: int = 2, timeout: float = 300.0
     ) -> None:
-        self.waited = 0.0
         self._wire, self._names, self._device, self._depth, self._timeout = wire, names, device, depth, timeout
         self._room = threading.Semaphore(depth)
         self._number = 0
@@ -279,10 +254,10 @@ class Inbox:
             raise LinkError(f"rank {self._names[0]}: the link from rank {self._names[1]} {cause}") from order
         self._number += 1
         self._room.release()
-        self.waited += time.monotonic() - began
         if self._stream is not None and order.message is not None:
             # Else the allocator would give the memory out again while this rank's stream still reads it.
-            for tensor in order.message.tensors():
+            read = [tensor for report in order.reports for tensor in (report.loss, report.gradient_norm)]
+            for tensor in [*order.message.tensors(), *read]:
                 tensor.record_stream(torch.cuda.current_stream(self._device))
         return order
 
@@ -294,7 +269,7 @@ class Inbox:
                 room, work = posted.popleft()
                 work.wait()
                 content = bytes(room.numpy())
-                ticket = Ticket(*_FORM.unpack_from(content))
+                ticket = Ticket(*FORM.unpack_from(content))
                 if ticket.number != number or not 0 <= ticket.kind < len(KINDS):
                     raise LinkError(f"brought order {ticket.number} of kind {ticket.kind}, order {number} expected")
                 number += 1
@@ -315,8 +290,8 @@ class Inbox:
 
     def _ask_tensors(self, ticket: Ticket, content: bytes) -> tuple[Ticket, Any, list[Tensor], list[Work]]:
         if ticket.header:
-            if _FORM.size + ticket.header <= TICKET_BYTES:
-                header = content[_FORM.size : _FORM.size + ticket.header]
+            if FORM.size + ticket.header <= TICKET_BYTES:
+                header = content[FORM.size : FORM.size + ticket.header]
             else:
                 room = torch.empty(ticket.header, dtype=torch.uint8, device=self._wire.device)
                 self._wire.receive(room, TENSORS).wait()
@@ -324,7 +299,7 @@ class Inbox:
             self._structure = pickle.loads(header)
         if ticket.bytes < 0:
             return ticket, self._structure, [], []
-        sizes, total = _sizes(self._structure)
+        sizes, total = transfer_sizes(self._structure)
         if total != ticket.bytes:
             raise LinkError(f"brought {ticket.bytes} bytes for order {ticket.number}, its structure has {total}")
         rooms = [torch.empty(size, dtype=torch.uint8, device=self._wire.device) for size in sizes]
@@ -336,7 +311,7 @@ class Inbox:
                 ticket, structure, rooms, works = item
                 for work in works:
                     work.wait()
-                order = _unpack(ticket, structure, rooms, self._device)
+                order = unpack(ticket, structure, rooms, self._device)
                 if self._stream is not None:
                     self._stream.synchronize()
                 del item, rooms, works  # the thread keeps nothing alive while it waits
@@ -375,54 +350,3 @@ def _now_on(device: torch.device) -> Any:
 
 def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _pack(order: Order, device: torch.device, last: bytes) -> tuple[list[Tensor], int, bytes, bool]:
-    """Tensors to send, their bytes (-1 without a message), the structure's header, and whether it is the last one's."""
-    if order.message is None:
-        return [], -1, b"", True
-    reports = [(r.block, r.loss, r.gradient_norm, r.skipped) for r in order.reports]
-    tensors, structure = flatten((order.message.parts(), reports))
-    header = pickle.dumps(structure)
-    small, large = [], []
-    for tensor, spec in zip(tensors, specs(structure), strict=True):
-        raw = spec.to_bytes(tensor).to(device)
-        if raw.numel() > SMALL_BYTES:
-            large.append(raw)
-        elif raw.numel():
-            small += [raw, raw.new_zeros(-raw.numel() % ALIGNMENT)]
-    # What is in line with a live tensor must not be changed before it is sent: the joined ones are copies.
-    sent = [*([torch.cat(small)] if small else []), *large]
-    return sent, sum(tensor.numel() for tensor in sent), header, header == last
-
-
-def _sizes(structure: Any) -> tuple[list[int], int]:
-    """Bytes of each transfer: small tensors joined, then each large one."""
-    sizes = [spec.nbytes for spec in specs(structure)]
-    small = sum(size + -size % ALIGNMENT for size in sizes if size <= SMALL_BYTES)
-    large = [size for size in sizes if size > SMALL_BYTES]
-    transfers = [*([small] if small else []), *large]
-    return transfers, sum(transfers)
-
-
-def _unpack(ticket: Ticket, structure: Any, rooms: list[Tensor], device: torch.device) -> Order:
-    kind = KINDS[ticket.kind]
-    if ticket.bytes < 0:
-        return Order(kind, update=bool(ticket.update), weight=ticket.weight)
-    arrived = [room.to(device) for room in rooms]
-    expected = specs(structure)
-    joined = arrived.pop(0) if any(0 < spec.nbytes <= SMALL_BYTES for spec in expected) else None
-    large, at, tensors = iter(arrived), 0, []
-    for spec in expected:
-        if spec.nbytes > SMALL_BYTES:
-            raw = next(large)
-        elif spec.nbytes:
-            assert joined is not None
-            raw = joined[at : at + spec.nbytes]
-            at += spec.nbytes + -spec.nbytes % ALIGNMENT
-        else:
-            raw = torch.empty(0, dtype=torch.uint8, device=device)
-        tensors.append(spec.from_bytes(raw))
-    parts, reports = unflatten(tensors, structure)
-    message = Message.of(parts, ticket.sequence)
-    return Order(kind, message, tuple(Report(*report) for report in reports), bool(ticket.update), ticket.weight)

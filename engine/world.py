@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from engine.block import BlockError
 from engine.config import PlacementConfig
 from engine.device import choose_device
 from engine.transport import GroupWire, Inbox, LinkError, Outbox
@@ -29,14 +32,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this job anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def _job() -> str:
+    """A name that no other launch of torchrun has, kept over its restarts; empty without torchrun.
 
-
-def job() -> str:
-    """torchrun's name of the job, the same after a restart; empty without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+    Its agent's store outlives the ranks. (Its counter of restarts does not tell: each host counts its own.)
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return ""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]
+    return str(store.compare_set("local_learning_job", "", uuid.uuid4().hex).decode())
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ class World:
     stage_group: dist.ProcessGroup | None = None
     """The replicas of this rank's stage; None if there is but one."""
     timeout: float = 300.0
+    job: str = ""
+    """Names this launch of torchrun, restarts included."""
+    attempt: str = ""
+    """Names this start of the ranks."""
     wire_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -146,28 +155,55 @@ class World:
         except Exception as error:
             if self.size == 1:
                 raise
-            if self._first(str(error)):
-                if isinstance(error, ValueError | LinkError):
-                    print(f"error: {error}", file=sys.stderr)
-                else:
-                    print(f"error: rank {self.rank}: {error}\n{traceback.format_exc()}", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
+            self.tell(error)
             # Threads and groups that wait for other ranks would hold up an orderly end.
             os._exit(2 if isinstance(error, ValueError) else 1)
+
+    def tell(self, error: Exception) -> None:
+        """Note this rank's failure and, if it is the job's first, say it; once. torchrun's SIGTERM is too late then."""
+        if self.size == 1 or getattr(error, "told", False):
+            return
+        error.told = True  # type: ignore[attr-defined]
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self._first(str(error)):
+            if isinstance(error, ValueError | LinkError):
+                print(f"error: {error}", file=sys.stderr)
+            elif isinstance(error, BlockError) and _lost(error.cause):
+                print(f"error: rank {self.rank}: a replica of block {error.block} is gone: {error}", file=sys.stderr)
+            else:
+                print(f"error: rank {self.rank}: {error}", file=sys.stderr)
+                traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
 
     def _first(self, text: str) -> bool:
         try:
             store, mine = dist.distributed_c10d._get_default_store(), f"rank {self.rank}: {text}"
-            return bool(store.compare_set("first_failure", "", mine).decode() == mine)
+            # torchrun's store keeps what was said before a restart.
+            return bool(store.compare_set(f"first_failure/{self.attempt}", "", mine).decode() == mine)
         except Exception:
             return True  # nobody is left to ask
+
+    @contextmanager
+    def one_of_a_host_first(self) -> Iterator[None]:
+        """The first rank of each host goes ahead (and unpacks or downloads what the others then find)."""
+        ahead = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        if self.size > 1 and not ahead:
+            dist.barrier()
+        yield
+        if self.size > 1 and ahead:
+            dist.barrier()
 
     def leave(self) -> None:
         """Part from the other ranks."""
         if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()
+
+
+def _lost(cause: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(cause, dist.DistError) or "by peer" in str(cause)
 
 
 def join(config: PlacementConfig, device: str) -> World:
@@ -180,7 +216,7 @@ def join(config: PlacementConfig, device: str) -> World:
     if size == 1:
         if config.replicas > 1:
             raise ValueError(f"placement.replicas: {config.replicas} replicas need as many ranks, there is 1")
-        return World(device=choose_device(device))
+        return World(device=choose_device(device), job=_job())
     if size % config.replicas:
         raise ValueError(f"placement.replicas: {config.replicas} does not divide the {size} ranks torchrun started")
     mine, own = choose_device(device), False
@@ -189,18 +225,22 @@ def join(config: PlacementConfig, device: str) -> World:
         own = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= count and mine.index is None
         mine = torch.device("cuda", local % count if mine.index is None else mine.index)
         torch.cuda.set_device(mine)
-    if config.backend == "nccl" and not own:
-        raise ValueError("placement.backend: nccl needs a GPU for each rank of a host; use gloo")
-    nccl = own and config.backend != "gloo"
     timeout = timedelta(seconds=config.timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timeout)
+    dist.init_process_group("gloo", timeout=timeout)
     rank = dist.get_rank()
-    links = dist.new_group(list(range(size)), timeout=FOREVER)
+    every: list[Any] = [None] * size
+    dist.all_gather_object(every, (own, uuid.uuid4().hex))
+    if config.backend == "nccl" and not all(each for each, _ in every):
+        raise ValueError("placement.backend: nccl needs a GPU for each rank of every host; use gloo")
+    nccl = all(each for each, _ in every) and config.backend != "gloo"
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    links = dist.new_group(list(range(size)), timeout=FOREVER, backend=backend)
     stage_group = None
     for start in range(0, size, config.replicas) if config.replicas > 1 else ():
         members = list(range(start, start + config.replicas))
-        group = dist.new_group(members, timeout=timeout)
+        group = dist.new_group(members, timeout=timeout, backend=backend)
         if rank in members:
             stage_group = group
     wire_device = mine if nccl else torch.device("cpu")
-    return World(rank, size, config.replicas, mine, links, stage_group, config.timeout, wire_device)
+    about = {"timeout": config.timeout, "job": _job(), "attempt": every[0][1]}
+    return World(rank, size, config.replicas, mine, links, stage_group, wire_device=wire_device, **about)

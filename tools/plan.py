@@ -12,15 +12,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.block import DTYPES
-from engine.config import Config, ToolParser, at_least, config_file, run_tool
+from engine.config import ToolParser, at_least, config_file, run_tool
 from engine.device import device_at_hand
 from engine.files import check_writable, write_named
 from engine.log import console
 from engine.memory.plan import check_free, free_name, make_plan, parse_size, write_plan, write_planned
 from engine.memory.report import Sheet, block_sheet, header, plan_notes, plan_row, plan_sheet
 from engine.memory.work import Speed
-from engine.placement import plan_ranks
-from engine.task import Task
+from engine.placement import RankPlan, plan_ranks
 from tasks import find_task, load
 
 ABOUT = """
@@ -38,13 +37,18 @@ def main(argv: Sequence[str]) -> None:
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--memory", help="for tensors; leave a GPU some 0.5 GiB for CUDA: 4GiB, 900MiB")
     aim.add_argument("--ranks", type=int, help="stages of a pipeline, one a rank")
+    parser.add_argument("--blocks-per-rank", type=int, default=1, help="more take less memory and more time")
     parser.add_argument(
         "--out", type=Path, help="the config to write; else CONFIG_plan_MEMORY.yaml or CONFIG_plan_Nranks.yaml"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads a process")
     parser.add_argument("--json", type=Path, help="write the plan to this file")
     known, rest = parser.parse_known_args(list(argv))
-    at_least(("--threads", known.threads, 1), ("--ranks", known.ranks or 2, 2))
+    at_least(
+        ("--threads", known.threads, 1),
+        ("--ranks", known.ranks or 2, 2),
+        ("--blocks-per-rank", known.blocks_per_rank, 1),
+    )
     budget = parse_size(known.memory) if known.memory else 0
     config, task = load(rest)
     file = config_file(rest)
@@ -55,7 +59,13 @@ def main(argv: Sequence[str]) -> None:
     check_writable(out, known.json)
     torch.set_num_threads(known.threads)
     if known.ranks:
-        for_ranks(config, task, known.ranks, out, known.json, argv, known.threads)
+        with console.status("timing units and auxiliary networks"):
+            device = device_at_hand(config.train.device)
+            ranks_plan = plan_ranks(config, task, known.ranks, device, known.blocks_per_rank)
+        show_ranks(ranks_plan, known.ranks, out)
+        if known.json:
+            found = {"header": header("Plan", argv, known.threads, config.train.device), **ranks_plan.to_json()}
+            write_named(known.json, json.dumps(found, indent=1) + "\n")
         return
     speed = Speed.measure_apart(device_at_hand(config.train.device), DTYPES[config.local.precision])
     with console.status("planning"):
@@ -74,37 +84,12 @@ def main(argv: Sequence[str]) -> None:
         )
 
 
-def for_ranks(
-    config: Config, task: Task, ranks: int, out: Path, json_file: Path | None, argv: Sequence[str], threads: int
-) -> None:
-    """Plan for so many ranks; show and write the plan."""
-    with console.status("timing units and auxiliary networks"):
-        plan = plan_ranks(config, task, ranks, device_at_hand(config.train.device))
-    placement = plan.placement
-    assert placement.block_seconds is not None
-    assert placement.utilisation is not None
-    stages = [stage for stage in range(ranks) for _ in placement.blocks_of(stage)]
-    Sheet(
-        f"Blocks on {ranks} ranks",
-        ["block", "units", "rank", "ms a step", "rank is busy"],
-        [
-            [str(block), units, str(stage), f"{1000 * seconds:.0f}", f"{placement.utilisation[stage]:.0%}"]
-            for block, (units, stage, seconds) in enumerate(
-                zip(plan.units, stages, placement.block_seconds, strict=True)
-            )
-        ],
-    ).show()
-    write_planned(out, f"{ranks} ranks", f"{len(stages)} blocks", plan.config)
-    print(f"wrote {out}: torchrun --standalone --nproc-per-node {ranks} tools/train.py --config {out}")
-    if json_file:
-        found = {
-            "header": header("Plan", argv, threads, config.train.device),
-            "cut": plan.config.local.cut,
-            "stages": stages,
-            "block_seconds": placement.block_seconds,
-            "predicted_busy": placement.utilisation,
-        }
-        write_named(json_file, json.dumps(found, indent=1) + "\n")
+def show_ranks(plan: RankPlan, ranks: int, out: Path) -> None:
+    """Show and write a plan for ranks."""
+    Sheet(f"Blocks on {ranks} ranks", ["block", "units", "rank", "ms a step", "rank is busy"], plan.rows()).show()
+    processes = ranks * plan.config.placement.replicas
+    write_planned(out, f"{ranks} ranks", f"{len(plan.units)} blocks", plan.config)
+    print(f"wrote {out}: torchrun --standalone --nproc-per-node {processes} tools/train.py --config {out}")
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def main(argv: Sequence[str]) -> None:
     with world.failing_together():
         trainer = Trainer(config, entry.build(config), world)
         summary = trainer.fit()
+        world.leave()
     if world.main and not summary["interrupted"]:
         value = f"{summary['metric']} {summary['value']:.4f}"
         print(f"{value} after {summary['steps']} steps, {summary['seconds']:.0f} s: {trainer.folder}")
-    world.leave()
 
 
 if __name__ == "__main__":

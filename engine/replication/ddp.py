@@ -34,7 +34,7 @@ class DDP(Replication):
             )
         block.attach(make_optimizer)
 
-    def forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
+    def train_forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
         self.wrapped.require_backward_grad_sync = update
         result: tuple[Message, Tensor] = self.wrapped(message)
         return result

@@ -43,13 +43,13 @@ class FSDP(Replication):
         self._follow()
         block.attach(make_optimizer)
 
-    def forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
+    def train_forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
         self.wrapped.set_requires_gradient_sync(update)
         result: tuple[Message, Tensor] = self.whole(message)
         return result
 
-    def update(self) -> Tensor:
-        return _full(super().update())
+    def train_update(self) -> Tensor:
+        return _full(super().train_update())
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

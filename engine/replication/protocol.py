@@ -52,13 +52,13 @@ class Replication(ABC):
         self.block, self.group, self.rank = block, group, dist.get_rank(group)
 
     @abstractmethod
-    def forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
+    def train_forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
         """Output and loss. ``update``: the optimizer steps after this micro-batch, so gradients must be averaged."""
 
-    def backward(self, loss: Tensor) -> None:
+    def train_backward(self, loss: Tensor) -> None:
         self.block.train_backward(loss)
 
-    def update(self) -> Tensor:
+    def train_update(self) -> Tensor:
         """Clip, step, free the gradients; the gradient norm of the whole block (nan without clipping)."""
         return self.block.train_update()
 

@@ -77,18 +77,18 @@ class Zero(Replication):
         self.sharded = self.engine.optimizer
         block.optimizer = self.sharded
 
-    def forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
+    def train_forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
         self.engine.set_gradient_accumulation_boundary(update)
         result: tuple[Message, Tensor] = self.engine(message)
         return result
 
-    def backward(self, loss: Tensor) -> None:
+    def train_backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
-        # Counts micro-batches; at a boundary, where it would step, ``update`` calls it.
+        # Counts micro-batches; at a boundary, where it would step, ``train_update`` calls it.
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
-    def update(self) -> Tensor:
+    def train_update(self) -> Tensor:
         """As elsewhere.
 
         Raises:

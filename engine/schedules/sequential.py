@@ -63,6 +63,7 @@ class Sequential:
     @torch.no_grad()
     def predict(self, message: Message) -> Any:
         *before, last = self.blocks
-        for block in before:
-            message = block(message)
-        return last.predict(message) if last.span.last else last(message)
+        with self.recorder.span(-1, "evaluate", message.sequence) if self.recorder else nullcontext():
+            for block in before:
+                message = block(message)
+            return last.predict(message) if last.span.last else last(message)

@@ -26,8 +26,6 @@ class Stream(Protocol):
 
     def record_event(self) -> Any: ...
 
-    def synchronize(self) -> None: ...
-
 
 class HostStream:
     """A stand-in on a CPU, where work is done by the time it is queued."""
@@ -37,9 +35,6 @@ class HostStream:
 
     def record_event(self) -> Any:
         return None
-
-    def synchronize(self) -> None:
-        """All is done already."""
 
 
 class Streams(Sequential):
@@ -89,7 +84,14 @@ class Streams(Sequential):
                 self._keep(message)
                 noted: list[Any] = []
                 block.on_output = self._noting(stream, noted)
-                message, report = block.local_step(message, update=update, weight=weight)
+                arrived, version = message.x, message.x._version
+                with self.recorder.span(block.index, "train", message.sequence) if self.recorder else nullcontext():
+                    message, report = block.local_step(message, update=update, weight=weight)
+                if arrived._version != version and block is not self.blocks[0]:
+                    raise ValueError(
+                        f"local.schedule: block {block.index} changes its input in place, which the block before may "
+                        "still read on its stream; use sequential, or another local.cut"
+                    )
                 ready = noted[0]
             reports.append(report)
         return message, reports

@@ -72,12 +72,19 @@ class Images(Dataset[tuple[Tensor, int]]):
             lots.pop()
         lots = lots[start:]
         wanted = [[item for share in shares(len(lot)) for item in lot[share]] for lot in lots]
-        loader = DataLoader(self, batch_sampler=wanted, num_workers=workers, generator=torch.Generator())  # type: ignore[arg-type]
+        loader = DataLoader(
+            self, batch_sampler=wanted, num_workers=workers, generator=torch.Generator(), worker_init_fn=_own_session
+        )  # type: ignore[arg-type]
         try:
             yield from zip(map(len, lots), loader, strict=True)
         except ValueError as error:
             # A worker process wraps its traceback around the message; the last line is the cause.
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
+def _own_session(worker: int) -> None:
+    """torchrun signals a rank's whole session, but it is the rank that ends its workers, after the step."""
+    os.setsid()
 
 
 def load_images(config: DataConfig, seed: int) -> tuple[Images, Images]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from engine.config import Config
 from engine.device import resident_bytes
@@ -146,7 +145,11 @@ def test_a_peer_that_sends_what_it_should_not(trouble: str, cause: str, tmp_path
     ("ranks", "changes", "cause"),
     [
         (4, {"local__blocks": 3}, "4 ranks make 4 stages, there are 3 blocks; start fewer ranks"),
-        (2, {"placement__stages": [0, 0, 1, 2]}, "block 3 is on stage 2, there are stages 0 to 1"),
+        (
+            2,
+            {"placement__stages": [0, 0, 1, 2]},
+            "block 3 is on stage 2, there are stages 0 to 1; give",
+        ),
         (2, {"placement__stages": [0, 1, 0, 1]}, "block 2 is on stage 0, before the block before it"),
         (2, {"placement__stages": [0, 0, 0, 0]}, "stage 1 of 2 has no block; start fewer ranks"),
         (2, {"placement__stages": [0, 1]}, "2 stages for 4 blocks; give one stage a block"),
@@ -181,11 +184,11 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_weights(tmp_path: Path) ->
 
 def test_a_checkpoint_holds_nobody_up_longer_than_copying(tmp_path: Path) -> None:
     """Files are written while training goes on, and one that is never finished is never taken for one."""
-    (settled,) = {tuple(value) for value in values(run_ranks(2, _slow_disk, spread(tmp_path, train__save_every=4)))}
-    assert settled[0] >= 3, "steps done while the first checkpoint was being written"
+    for steps in values(run_ranks(2, _slow_disk, spread(tmp_path, train__save_every=4))):
+        assert steps >= 3, "done while the first checkpoint was being written"
 
 
-def _slow_disk(settings: Config) -> list[int]:
+def _slow_disk(settings: Config) -> int:
     import engine.checkpoint as module
 
     world = join(settings.placement, "cpu")
@@ -203,14 +206,14 @@ def _slow_disk(settings: Config) -> list[int]:
     made.fit()
     module.save_file = real
     world.leave()
-    return [steps[0] - 4]
+    return steps[0] - 4
 
 
 class Varying(Toy):
     """Batches of 3 to 9 samples in no order."""
 
     def __init__(self, steps: int) -> None:
-        super().__init__(width=16, norm=True, dropout=0.1)
+        super().__init__(width=512, norm=True, dropout=0.1)
         self.steps = steps
 
     def steps_per_epoch(self) -> int:
@@ -226,7 +229,7 @@ def test_nothing_grows_over_2000_steps_of_varying_shapes(tmp_path: Path) -> None
     settings = changed(config(local__blocks=4, train__epochs=1, train__log_every=100), tmp_path)
     settings.placement.stages = [0, 0, 1, 1]
     for middle, after in values(run_ranks(2, _long, settings, 2000, timeout=300)):
-        assert after - middle < 6 * 2**20, f"{middle} bytes after 500 steps, {after} at the end"
+        assert after - middle < 8 * 2**20, f"{middle} bytes after 500 steps, {after} at the end"
 
 
 def _long(settings: Config, steps: int) -> tuple[int, int]:
@@ -256,6 +259,73 @@ def test_ctrl_c_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:
     assert_equal(dict(sorted(joined(parts).items())), dict(sorted(joined(whole).items())))
 
 
+def test_ctrl_c_stops_replicas_at_the_same_step(tmp_path: Path) -> None:
+    """It was forgotten if it came during a step, as nearly always; or one replica left and the other waited."""
+    settings = toy(tmp_path, placement__replicas=2, placement__stages=[0, 0, 0, 0], train__epochs=50)
+    ended = values(run_ranks(2, _one_interrupted, settings))
+    assert ended[0] == ended[1]
+    step, interrupted = ended[0]
+    assert interrupted
+    assert (tmp_path / f"run/checkpoints/step_{step}/state.json").is_file()
+
+
+def _one_interrupted(settings: Config) -> tuple[int, bool]:
+    world = join(settings.placement, "cpu")
+    made = Trainer(settings, Toy(dropout=0.3, norm=True, width=8), world)
+    real = made.blocks[0].local_step
+
+    def local_step(message: Message, **options: Any) -> Any:
+        if made.position.step == 5 and world.replica == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(message, **options)
+
+    made.blocks[0].local_step = local_step  # type: ignore[method-assign]
+    summary = made.fit()
+    world.leave()
+    return summary["steps"], summary["interrupted"]
+
+
+def test_a_replica_that_is_gone_is_not_its_partners_fault(tmp_path: Path) -> None:
+    settings = toy(tmp_path, placement__replicas=2, placement__stages=[0, 0, 0, 0])
+    ended = run_ranks(2, _one_killed, settings)
+    assert ended[0].code == -signal.SIGKILL
+    rank, said = one_cause(ended)
+    assert rank == 1
+    assert "error: rank 1: a replica of block" in said
+    assert "Traceback" not in said
+
+
+def _one_killed(settings: Config) -> None:
+    world = join(settings.placement, "cpu")
+    with world.failing_together():
+        made = Trainer(settings, Toy(dropout=0.3, norm=True, width=8), world)
+        if world.replica == 0:
+            _spoil(made, made.blocks[2], "kill", 5)
+        made.fit()
+
+
+def test_a_disk_that_is_full_is_heard_before_the_next_checkpoint(tmp_path: Path) -> None:
+    rank, said = one_cause(run_ranks(2, _full_disk, spread(tmp_path, train__save_every=4, train__epochs=50)))
+    assert rank == 0
+    assert "No space left on device" in said
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
+
+
+def _full_disk(settings: Config) -> None:
+    import engine.checkpoint as module
+
+    world = join(settings.placement, "cpu")
+    with world.failing_together():
+        made = Trainer(settings, Toy(dropout=0.3, norm=True, width=8), world)
+
+        def save_file(tensors: Any, path: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+        if world.first:
+            module.save_file = save_file
+        made.fit()
+
+
 def _interrupted(settings: Config) -> tuple[int, bool]:
     """torchrun passes a signal on to every rank; they hear it at different steps."""
     world = join(settings.placement, "cpu")
@@ -270,5 +340,4 @@ def _interrupted(settings: Config) -> tuple[int, bool]:
     made._set_rate = set_rate  # type: ignore[method-assign]
     summary = made.fit()
     world.leave()
-    assert torch.utils.data is not None
     return summary["steps"], summary["interrupted"]

@@ -15,7 +15,8 @@ from engine.block import Report
 from engine.device import resident_bytes
 from engine.message import Message
 from engine.order import Order
-from engine.transport import TENSORS, TICKET_BYTES, TICKETS, GroupWire, Inbox, LinkError, Loopback, Outbox
+from engine.ticket import TICKET_BYTES
+from engine.transport import TENSORS, TICKETS, GroupWire, Inbox, LinkError, Loopback, Outbox
 from tests.ranks import run_ranks, values
 
 CPU = torch.device("cpu")
@@ -100,6 +101,25 @@ def test_a_structure_is_sent_once_while_it_repeats() -> None:
     assert transfers == 3
 
 
+def test_what_shares_memory_shares_it_on_the_other_side() -> None:
+    """A unit may change its input in place, and a skip that is the same tensor then changes too."""
+    out, into, wire = link()
+    x = torch.randn(2, 3, 40, 40)
+    out.send(Order("train", Message({"x": x, "skip": [x], "empty": [torch.empty(0), torch.empty(0)]})))
+    arrived = into.receive().message
+    assert arrived is not None
+    arrived.x.zero_()
+    assert not arrived.features["skip"][0].any()
+    assert [size for tag, size in wire.sent if tag == TENSORS] == [x.nbytes], "and it travels once"
+
+
+def test_a_report_keeps_nothing_alive_of_what_it_came_with() -> None:
+    out, into, _ = link()
+    out.send(Order("train", message(0), (report(0),)))
+    (kept,) = into.receive().reports
+    assert kept.loss.untyped_storage().nbytes() == 4
+
+
 def test_a_long_header_travels_on_its_own() -> None:
     out, into, wire = link()
     names = {"x": torch.ones(2), "names": [f"image {n} of a long list" for n in range(200)]}
@@ -171,13 +191,13 @@ def test_what_is_not_as_long_as_it_says_is_refused(monkeypatch: pytest.MonkeyPat
     import engine.transport as module
 
     out, into, _ = link()
-    real = module._pack
+    real = module.pack
 
     def lie(order: Order, device: torch.device, last: bytes) -> Any:
         tensors, size, header, repeated = real(order, device, last)
         return tensors, size + 8, header, repeated
 
-    monkeypatch.setattr(module, "_pack", lie)
+    monkeypatch.setattr(module, "pack", lie)
     out.send(Order("train", message(0)))
     with pytest.raises(LinkError, match=r"rank 1: the link from rank 0 brought \d+ bytes for order 0, its structure"):
         into.receive()

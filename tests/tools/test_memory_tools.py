@@ -118,7 +118,9 @@ def test_a_plan_trains_as_it_is(tmp_path: Path) -> None:
         ("memory", ["measure", "--figure", "f.png"], "--figure: f.png does not end in .svg"),
         ("memory", ["estimate", "--blocks", "4"], "--blocks, --auxiliaries: only for compare; here --local.blocks"),
         ("memory", ["guess"], "argument what: invalid choice: 'guess'"),
-        ("plan", [], "the following arguments are required: --memory"),
+        ("plan", [], "one of the arguments --memory --ranks is required"),
+        ("plan", ["--ranks", "9"], "--ranks: 9 blocks for 9 stages, the network has 4 units; take fewer"),
+        ("plan", ["--ranks", "1"], "--ranks: 1 is too small; the least is 2"),
         ("memory", ["estimate", "--local.blks", "3"], "unknown key 'local.blks', did you mean 'local.blocks'?"),
     ],
 )
@@ -137,3 +139,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, tool: str, words:
     assert message in lines[0]
     assert (tmp_path / "mine.yaml").read_text() == "task: classification\n"
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_plan_for_ranks_trains_as_it_is(tmp_path: Path) -> None:
+    plan = [sys.executable, str(ROOT / "tools/plan.py"), *SMOKE, "--ranks", "2", "--out", "p.yaml", "--json", "p.json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(plan, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert found["stages"] == [0, 1]
+    assert len(found["cut"]) == 1
+    assert max(found["predicted_busy"]) == 1
+    command = said[said.rindex("torchrun") :].split()
+    assert command[3] == "2"
+    train = [sys.executable, "-m", "torch.distributed.run", *command[1:4], str(ROOT / "tools/train.py"), *command[5:]]
+    subprocess.run(train, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
+    summary = json.loads((tmp_path / "runs/p/summary.json").read_text())
+    assert [rank["blocks"] for rank in summary["ranks"]] == [[0], [1]]
