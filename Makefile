@@ -31,7 +31,7 @@ train: install  ## train the default config, then show what it cost in memory an
 test: install-all  ## the whole test suite
 	@for part in data weights wheels; do \
 	  test -d $(SHARED)/$$part || echo "left out: tests that need $(SHARED)/$$part, which is not here"; done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 smoke: install  ## a few steps of every task's smoke.yaml, on a GPU where there is one
 	@for config in tasks/*/configs/smoke.yaml tasks/*/*/configs/smoke.yaml; do \

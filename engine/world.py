@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Iterator
@@ -39,9 +41,53 @@ def _job() -> str:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return ""
+    return str(_store(False, timedelta(seconds=60)).compare_set("local_learning_job", "", uuid.uuid4().hex).decode())
+
+
+def _store(serving: bool, timeout: timedelta) -> Any:
+    """The store at which the ranks meet; torchrun's agent serves it, without one rank 0 does."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]
-    return str(store.compare_set("local_learning_job", "", uuid.uuid4().hex).decode())
+    return dist.TCPStore(host, port, None, serving, timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
+def _meet(rank: int, size: int, seconds: float) -> Any:
+    """A store of this start of the ranks alone, in which nothing of an earlier start can be taken for its own.
+
+    torchrun's store keeps what ranks wrote before a restart, addresses of processes that are gone included. So every
+    rank calls out a fresh number, rank 0 posts the list of all it hears, each rank confirms a list with its own
+    number, and when all have confirmed the same one, its digest is the store's name::
+
+        rank r: call/r    rank 0: list    rank r: seen/r    rank 0: go
+
+    Raises:
+        ValueError: some rank did not come within ``seconds``.
+    """
+    store = _store(rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", timedelta(seconds=seconds))
+    own, deadline = uuid.uuid4().hex, time.monotonic() + seconds
+
+    def read(key: str) -> str:
+        return str(store.get(key).decode()) if store.check([key]) else ""
+
+    store.set(f"call/{rank}", own)
+    while True:
+        if rank == 0:
+            calls = [read(f"call/{other}") for other in range(size)]
+            posted = " ".join(calls) if all(calls) else ""
+            store.set("list", posted)
+            if posted and all(read(f"seen/{other}") == posted for other in range(1, size)):
+                store.set("go", posted)
+                break
+        else:
+            posted = read("list")
+            if own in posted:
+                store.set(f"seen/{rank}", posted)
+                if read("go") == posted:
+                    break
+        if time.monotonic() > deadline:
+            raise ValueError(f"rank {rank}: not all of {size} ranks came within {seconds:.0f} s; see placement.timeout")
+        time.sleep(0.02)
+    name = hashlib.sha256(posted.encode()).hexdigest()
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -70,8 +116,6 @@ class World:
     timeout: float = 300.0
     job: str = ""
     """Names this launch of torchrun, restarts included."""
-    attempt: str = ""
-    """Names this start of the ranks."""
     wire_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -179,8 +223,7 @@ class World:
     def _first(self, text: str) -> bool:
         try:
             store, mine = dist.distributed_c10d._get_default_store(), f"rank {self.rank}: {text}"
-            # torchrun's store keeps what was said before a restart.
-            return bool(store.compare_set(f"first_failure/{self.attempt}", "", mine).decode() == mine)
+            return bool(store.compare_set("first_failure", "", mine).decode() == mine)
         except Exception:
             return True  # nobody is left to ask
 
@@ -225,14 +268,14 @@ def join(config: PlacementConfig, device: str) -> World:
         own = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= count and mine.index is None
         mine = torch.device("cuda", local % count if mine.index is None else mine.index)
         torch.cuda.set_device(mine)
-    timeout = timedelta(seconds=config.timeout)
-    dist.init_process_group("gloo", timeout=timeout)
-    rank = dist.get_rank()
+    rank, timeout = int(os.environ["RANK"]), timedelta(seconds=config.timeout)
+    store = _meet(rank, size, config.timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     every: list[Any] = [None] * size
-    dist.all_gather_object(every, (own, uuid.uuid4().hex))
-    if config.backend == "nccl" and not all(each for each, _ in every):
+    dist.all_gather_object(every, own)
+    if config.backend == "nccl" and not all(every):
         raise ValueError("placement.backend: nccl needs a GPU for each rank of every host; use gloo")
-    nccl = all(each for each, _ in every) and config.backend != "gloo"
+    nccl = all(every) and config.backend != "gloo"
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     links = dist.new_group(list(range(size)), timeout=FOREVER, backend=backend)
     stage_group = None
@@ -242,5 +285,4 @@ def join(config: PlacementConfig, device: str) -> World:
         if rank in members:
             stage_group = group
     wire_device = mine if nccl else torch.device("cpu")
-    about = {"timeout": config.timeout, "job": _job(), "attempt": every[0][1]}
-    return World(rank, size, config.replicas, mine, links, stage_group, wire_device=wire_device, **about)
+    return World(rank, size, config.replicas, mine, links, stage_group, config.timeout, _job(), wire_device)

@@ -31,9 +31,8 @@ def test_latency(tmp_path: Path) -> None:
 
 def test_simulated(tmp_path: Path) -> None:
     file = tmp_path / "s.json"
-    simulated.main(
-        [*WORDS, "--ranks", "2", "--micro-batches", "2", "--json", str(file), "--html", str(tmp_path / "s.html")]
-    )
+    page = tmp_path / "s.html"
+    simulated.main([*WORDS, "--ranks", "2", "--micro-batches", "2", "--json", str(file), "--html", str(page)])
     rows = json.loads(file.read_text())["rows"]
     assert {(row["variant"], row["micro_batches"]) for row in rows} == {
         ("local pipeline", 1),

@@ -226,7 +226,7 @@ class Varying(Toy):
 
 
 def test_nothing_grows_over_2000_steps_of_varying_shapes(tmp_path: Path) -> None:
-    settings = changed(config(local__blocks=4, train__epochs=1, train__log_every=100), tmp_path)
+    settings = changed(config(local__blocks=4, train__epochs=1, train__log_every=100, optimizer__lr=1e-5), tmp_path)
     settings.placement.stages = [0, 0, 1, 1]
     for middle, after in values(run_ranks(2, _long, settings, 2000, timeout=300)):
         assert after - middle < 8 * 2**20, f"{middle} bytes after 500 steps, {after} at the end"

@@ -47,8 +47,8 @@ def workers(mark: str) -> dict[str, int]:
             )
         except OSError:
             continue
-        if mark in words and "RANK" in environment:
-            found[environment["RANK"]] = int(entry.name)
+        if mark in words and "RANK" in environment:  # the oldest: a loader's workers look like their rank
+            found[environment["RANK"]] = min(int(entry.name), found.get(environment["RANK"], sys.maxsize))
     return found
 
 
