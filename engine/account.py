@@ -13,10 +13,12 @@ from engine.log import MIB, console
 from engine.placement import Placement
 from engine.timeline import Entry, action_grid, newest, svg, to_json, utilisation
 
+TIMELINE, PAGE = "timeline.json", "pipeline.html"
+
 
 @dataclass(frozen=True)
 class RankAccount:
-    """One rank's figures of a run: bytes at the peak and sent, and the newest of what it did when.
+    """One rank's figures of a run: bytes at the peak, bytes of messages sent in training, what it did of late.
 
     ``skipped`` counts, for each of its blocks, the updates its loss scaler left out.
     """
@@ -75,15 +77,24 @@ def report_ranks(folder: Path, ranks: Sequence[RankAccount], placement: Placemen
         ]
         for rank in ranks
     ]
-    columns = ["rank", "host", "blocks", "predicted busy", "measured busy", "peak MiB", "sent MiB a step"]
+    columns = [
+        "rank",
+        "host",
+        "blocks",
+        "predicted busy",
+        "measured busy",
+        "resident MiB",
+        "MiB to the next rank a step",
+    ]
     sheet = Sheet("Ranks", columns, rows)
     sheet.show()
     if not entries:
         return
     console.print(action_grid(newest(entries), width=max(20, min(100, console.width - 40))))
-    write_text(folder / "timeline.json", to_json(entries) + "\n")
+    console.print("the last steps: block that works (10 is a, 11 b, ...), * evaluation and saving, . waiting")
+    write_text(folder / TIMELINE, to_json(entries) + "\n")
     about = {"title": f"Pipeline: {folder.name}", "date": time.strftime("%Y-%m-%d")}
-    write_tables(folder / "pipeline.html", about, [sheet], [], [("Who did what when", svg(entries))])
+    write_tables(folder / PAGE, about, [sheet], [], [("Who did what when", svg(entries))])
 
 
 def _range(blocks: Sequence[int]) -> str:

@@ -44,6 +44,11 @@ def place(config: Config, task: Task, world: World, blocks: int) -> Placement:
             memory that no placement keeps.
     """
     stages, wish = world.stages, config.placement.stages
+    if config.local.schedule == "end_to_end" and stages > 1:
+        raise ValueError(
+            f"local.schedule: end_to_end is one block, which {world.size} ranks can only share; set "
+            f"placement.replicas {world.size}, or another schedule"
+        )
     if stages > blocks:
         raise ValueError(
             f"placement: {world.size} ranks make {stages} stages, there are {blocks} blocks; start fewer ranks, "
@@ -136,7 +141,8 @@ def plan_ranks(config: Config, task: Task, ranks: int, device: torch.device, blo
         placement = Placement(bounds, seconds)
         stages = [stage for stage in range(ranks) for _ in placement.blocks_of(stage)]
         tried = replace(tried, placement=replace(tried.placement, stages=stages, memory=""))
-        units = [f"{chain.units[i].name} ... {chain.units[j - 1].name}" for i, j in pairwise(cut)]
+        names = [list(dict.fromkeys((chain.units[i].name, chain.units[j - 1].name))) for i, j in pairwise(cut)]
+        units = [" ... ".join(ends) for ends in names]
         return RankPlan(tried, placement, units)
     assert trouble is not None
     raise trouble

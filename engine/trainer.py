@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine.account import RankAccount, busy_shares, report_ranks, stage_lines
+from engine.account import PAGE, TIMELINE, RankAccount, busy_shares, report_ranks, stage_lines
 from engine.balance import keep_only
 from engine.block import Block
 from engine.build import batch_norm_name, build_blocks, prepare
@@ -147,6 +147,8 @@ class Trainer:
         if self.world.main:
             folder.mkdir(parents=True, exist_ok=True)
             clean(folder / "checkpoints")
+            for name in (TIMELINE, PAGE):  # of the ranks before an interrupt
+                (folder / name).unlink(missing_ok=True)
             save(self.config, folder / "config.yaml")
             if self.world.job:
                 write_text(folder / JOB, self.world.job)
@@ -385,7 +387,7 @@ class Trainer:
             steps=self.position.step - self._first_step,
             blocks=[block.index for block in self.blocks],
             peak_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else resident_bytes()[1],
-            sent_bytes=outbox.sent_bytes if outbox else 0,
+            sent_bytes=outbox.train_bytes if outbox else 0,
             skipped=[block.skipped for block in self.blocks],
             entries=self.recorder.entries if self.recorder else [],
         )

@@ -102,7 +102,7 @@ class Outbox:
     """
 
     def __init__(self, wire: Wire, names: tuple[int, int], *, depth: int = 2, timeout: float = 300.0) -> None:
-        self.sent_bytes = 0
+        self.train_bytes = 0  # sent so far for training
         self._wire, self._names, self._depth, self._timeout = wire, names, depth, timeout
         self._room = threading.Semaphore(depth)
         self._number, self._header = 0, b""
@@ -141,7 +141,8 @@ class Outbox:
             tensors.insert(0, torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self._wire.device))
         room[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
         self._number += 1
-        self.sent_bytes += TICKET_BYTES + sum(tensor.nbytes for tensor in tensors)
+        if order.kind == "train":
+            self.train_bytes += TICKET_BYTES + sum(tensor.nbytes for tensor in tensors)
         self._waiting.put((room, tensors, _now_on(self._wire.device)))
 
     def close(self) -> None:

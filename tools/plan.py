@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     parser = ToolParser(ABOUT)
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--memory", help="for tensors; leave a GPU some 0.5 GiB for CUDA: 4GiB, 900MiB")
-    aim.add_argument("--ranks", type=int, help="stages of a pipeline, one a rank")
+    aim.add_argument("--ranks", type=int, help="stages of a pipeline, one a rank (with replicas, that many)")
     parser.add_argument("--blocks-per-rank", type=int, default=1, help="more take less memory and more time")
     parser.add_argument(
         "--out", type=Path, help="the config to write; else CONFIG_plan_MEMORY.yaml or CONFIG_plan_Nranks.yaml"
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
 
 def show_ranks(plan: RankPlan, ranks: int, out: Path) -> None:
     """Show and write a plan for ranks."""
-    Sheet(f"Blocks on {ranks} ranks", ["block", "units", "rank", "ms a step", "rank is busy"], plan.rows()).show()
+    Sheet(f"Blocks on {ranks} stages", ["block", "units", "stage", "ms a step", "stage is busy"], plan.rows()).show()
     processes = ranks * plan.config.placement.replicas
     write_planned(out, f"{ranks} ranks", f"{len(plan.units)} blocks", plan.config)
     print(f"wrote {out}: torchrun --standalone --nproc-per-node {processes} tools/train.py --config {out}")

@@ -155,6 +155,7 @@ def test_a_peer_that_sends_what_it_should_not(trouble: str, cause: str, tmp_path
         (2, {"placement__stages": [0, 1]}, "2 stages for 4 blocks; give one stage a block"),
         (3, {"placement__replicas": 2}, "2 does not divide the 3 ranks"),
         (4, {"placement__replicas": 4, "local__blocks": 1}, "the smallest micro-batch has 2 samples for 4 replicas"),
+        (2, {"local__schedule": "end_to_end"}, "end_to_end is one block, which 2 ranks can only share; set"),
         (2, {"placement__memory": "1KiB"}, "no placement on 2 stages keeps 1KiB; the least is"),
     ],
 )
