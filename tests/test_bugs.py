@@ -16,7 +16,7 @@ from engine.config import Config
 from engine.memory.measure import measure
 from engine.memory.variant import Variant
 from engine.message import Message
-from engine.task import Task
+from engine.task import Task, evaluate
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.task import Classification
 from tasks.classification.timm_chain import timm_chain
@@ -126,7 +126,7 @@ def test_evaluation_takes_no_more_images_at_a_time_than_training() -> None:
         sizes.add(message.batch)
         return torch.zeros(message.batch, 10)
 
-    task.evaluate(predict)
+    evaluate(task, predict)
     assert max(sizes) == 15
 
 

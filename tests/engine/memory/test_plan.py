@@ -24,6 +24,7 @@ from engine.memory.profile import Profile
 from engine.memory.tracker import MemoryTracker
 from engine.memory.variant import END_TO_END, Variant, estimate_variant
 from engine.memory.work import Speed
+from engine.task import evaluate
 from tasks import find_task, load
 from tests.toy import Toy, config
 
@@ -189,7 +190,7 @@ def test_what_trains_in_a_budget_evaluates_in_it() -> None:
         tracker.add((v for s in block.optimizer.state.values() for v in s.values() if v is not None), "optimizer")
     with tracker:
         task = find_task("classification").build(chosen.config)
-        task.evaluate(stepper.schedule.predict)
+        evaluate(task, stepper.schedule.predict)
     assert tracker.peak.bytes <= plan.budget_bytes
 
 
