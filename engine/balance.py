@@ -121,6 +121,7 @@ def even_out(bounds: Sequence[int], measure: Callable[[list[int]], list[float]])
         The bounds, and what was measured with them.
 
     Example:
+        >>> from itertools import pairwise
         >>> even_out([0, 3, 4], lambda bounds: [float(stop - start) for start, stop in pairwise(bounds)])
         ([0, 2, 4], [2.0, 2.0])
     """
