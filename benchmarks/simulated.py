@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.fresh import in_fresh_process
 from benchmarks.parallel import LOCAL, WHOLE, check
 from benchmarks.rivals.balance import unit_seconds
 from benchmarks.rivals.entries import local_pipelines, rivals
@@ -80,7 +79,8 @@ def rows_for(
             raise ValueError(f"{entry.name} on {ranks} ranks: {taken.failure}")
         computing = taken.computing_seconds
         if entry in torch_rivals:
-            run = _one_f_one_b(entry, computing, _forward_shares([*argv, *WHOLE], load, entry, threads))
+            shares = in_fresh_process(_forward_shares, [*argv, *WHOLE], load, entry, threads)
+            run = _one_f_one_b(entry, computing, shares)
             step = run.step_seconds
         else:
             seconds: list[dict[Kind, float]] = [{"L": each / entry.micro_batches} for each in computing]
@@ -97,8 +97,7 @@ def _local_entries(
     argv: Sequence[str], load: Load, ranks: int, parts: Sequence[int], blocks: int, threads: int
 ) -> list[Entry]:
     """The local pipeline cut for so many ranks, with ``blocks`` blocks each."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        cut = pool.submit(_balanced, list(argv), load, ranks, blocks, threads).result()
+    cut = in_fresh_process(_balanced, list(argv), load, ranks, blocks, threads)
     words = "--local.cut", json.dumps(cut), "--local.blocks", str(ranks * blocks)
     even = {count: [1.0] * (ranks * blocks) for count in sorted({1, 2, 4, *parts})}  # the cut is balanced
     more = f" of {blocks} blocks a rank" if blocks > 1 else ""
@@ -125,12 +124,7 @@ def _one_f_one_b(entry: Entry, computing: Sequence[float], forward_shares: Seque
     return simulate(one_f_one_b(entry.ranks, entry.micro_batches), seconds)
 
 
-def _forward_shares(argv: Sequence[str], load: Load, entry: Entry, threads: int) -> list[float]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure_shares, list(argv), load, entry, threads).result()
-
-
-def _measure_shares(argv: list[str], load: Load, entry: Entry, threads: int) -> list[float]:
+def _forward_shares(argv: list[str], load: Load, entry: Entry, threads: int) -> list[float]:
     """Forward's share of the time of each stage's passes."""
     torch.set_num_threads(threads)
     _, task = load(argv)

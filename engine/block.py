@@ -185,7 +185,6 @@ class Block(nn.Module):
         model: Mapping[str, Tensor],
         auxiliary: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
-        drop_auxiliary: bool = False,
     ) -> None:
         """Inverse of ``state``; replicas call this together, with the same tensors.
 
@@ -193,18 +192,17 @@ class Block(nn.Module):
             model: may hold other blocks' tensors too; what it has not stays as it is.
             auxiliary: likewise.
             optimizer: parameters without saved state start fresh.
-            drop_auxiliary: leave out the optimizer state saved for auxiliary networks.
         """
         tensors = {**model, **auxiliary}
         if self.replication is not None:
             self.replication.load_tensors(tensors)
-            self.replication.load_optimizer_state(optimizer, drop_auxiliary)
+            self.replication.load_optimizer_state(optimizer)
             return
         for name, tensor in self.named_state().items():
             if name in tensors:
                 tensor.copy_(tensors[name])
         if self.optimizer is not None:
-            load_state_by_name(self.optimizer, self.parameters_by_name(), optimizer, drop_auxiliary)
+            load_state_by_name(self.optimizer, self.parameters_by_name(), optimizer)
 
     def gathered(self) -> AbstractContextManager[None]:
         """A context for evaluation and export, in which the parameters are whole and may be read.

@@ -176,13 +176,13 @@ class CheckpointWriter:
         Raises:
             ValueError: as ``save_checkpoint``; or what went wrong with the checkpoint before.
         """
+        self.wait()  # first, so that no two copies are alive
         snapshots = []
         for block in blocks:
             if self.writes:
                 snapshots.append(Snapshot.of(block, checkpoint.position.step))
             else:
                 block.state()  # where replicas share it, all must be at this
-        self.wait()
         self._deadline = time.monotonic() + self.timeout
 
         def write() -> None:

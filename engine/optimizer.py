@@ -65,18 +65,13 @@ def state_by_name(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, T
     return state
 
 
-def load_state_by_name(
-    optimizer: torch.optim.Optimizer, named: Named, state: Mapping[str, Tensor], drop_auxiliary: bool = False
-) -> None:
-    """Inverse of ``state_by_name``; parameters without saved state start fresh.
-
-    ``drop_auxiliary`` leaves out what was saved for auxiliary networks that are no longer the same.
-    """
+def load_state_by_name(optimizer: torch.optim.Optimizer, named: Named, state: Mapping[str, Tensor]) -> None:
+    """Inverse of ``state_by_name``; parameters without saved state start fresh."""
     parameters = dict(named)
     optimizer.state.clear()
     for full, value in state.items():
         name, key = full.rsplit(":", 1)
-        if name in parameters and not (drop_auxiliary and name.startswith("auxiliary.")):
+        if name in parameters:
             parameter = parameters[name]
             # Step counters stay on the CPU, as the optimizers themselves keep them.
             target = parameter.device if value.shape == parameter.shape else value.device

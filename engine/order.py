@@ -26,7 +26,7 @@ class Order:
         message: of ``train`` and ``evaluate``.
         reports: of the blocks that a ``train`` order has passed.
         update: whether optimizers step after this micro-batch.
-        weight: the micro-batch's share of its batch.
+        weight: the micro-batch's share of its batch, times the number of replicas (which average gradients).
     """
 
     kind: Kind

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +83,11 @@ class Recorder:
             return float(self._epoch + moment)
         moment.synchronize()
         return float(self._epoch + self._first.elapsed_time(moment) / 1000)
+
+
+def recording(recorder: Recorder | None, block: int, kind: str, message: int) -> AbstractContextManager[None]:
+    """``recorder.span``; nothing where nothing is recorded."""
+    return nullcontext() if recorder is None else recorder.span(block, kind, message)
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,8 @@ def svg(entries: Sequence[Entry]) -> str:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    from engine.memory.page import svg_text
+
     def colour(block: int) -> Any:
         return matplotlib.colormaps["tab20"](block % 20) if block >= 0 else "0.6"
 
@@ -220,10 +226,7 @@ def svg(entries: Sequence[Entry]) -> str:
     blocks = sorted({entry.block for entry in drawn})
     patches = [Patch(color=colour(block), label=f"block {block}" if block >= 0 else "no block") for block in blocks]
     axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "timeline", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return buffer.getvalue()
+    return svg_text(figure)
 
 
 def to_json(entries: Sequence[Entry]) -> str:

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from engine.run_folder import JOB, find_start, run_folder
 from engine.schedules import SCHEDULES, Pipeline
 from engine.shapes import evaluating
 from engine.task import Metrics, Part, Task
-from engine.timeline import Recorder
+from engine.timeline import Recorder, recording
 from engine.transport import LinkError
 from engine.world import World, join
 
@@ -322,7 +322,7 @@ class Trainer:
         )
         self.pipeline.schedule.settle()
         try:
-            with self.recorder.span(-1, "save", -1) if self.recorder else nullcontext():
+            with recording(self.recorder, -1, "save", -1):
                 self.writer.save(checkpoint, self.blocks)
         except ValueError as error:
             raise ValueError(self._remedy(str(error))) from error

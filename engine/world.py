@@ -173,11 +173,7 @@ class World:
 
     def sum_over_replicas(self, *numbers: int) -> list[int]:
         """The sums of ``numbers`` over this stage's replicas."""
-        if self.stage_group is None:
-            return list(numbers)
-        total = torch.tensor(numbers)
-        dist.all_reduce(total, group=self.stage_group)
-        return [int(number) for number in total]
+        return [int(number) for number in self.add_over_replicas(torch.tensor(numbers))]
 
     def add_over_replicas(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of ``values`` over this stage's replicas."""

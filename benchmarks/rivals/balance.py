@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 
-from engine.balance import time_blocks
-from engine.cut import best_bounds
+from benchmarks.fresh import in_fresh_process
+from engine.balance import balance, time_blocks
 from engine.memory.variant import Load
 from engine.optimizer import build_optimizer
 from engine.world import World
@@ -27,14 +24,12 @@ def unit_seconds(argv: Sequence[str], load: Load, micro_batches: Sequence[int], 
     A step is forward and backward of every micro-batch and one update. The head and the loss count with the last
     unit.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return {parts: pool.submit(_measure, list(argv), load, parts, threads).result() for parts in micro_batches}
+    return {parts: in_fresh_process(_measure, list(argv), load, parts, threads) for parts in micro_batches}
 
 
 def block_seconds(argv: Sequence[str], load: Load, threads: int) -> list[float]:
     """Seconds of each block's local step on one micro-batch, as ``placement`` times it; in a fresh process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure_blocks, list(argv), load, threads).result()
+    return in_fresh_process(_measure_blocks, list(argv), load, threads)
 
 
 def cut(seconds: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -49,13 +44,7 @@ def cut(seconds: Sequence[float], stages: int) -> tuple[int, ...]:
     """
     if stages > len(seconds):
         raise ValueError(f"--ranks: {stages} stages asked for, there are {len(seconds)} to cut into; take fewer")
-    sums = [0.0, *accumulate(seconds)]
-
-    def cost(start: int, stop: int) -> tuple[float, float]:
-        weight = sums[stop] - sums[start]
-        return weight, weight**2
-
-    return tuple(best_bounds(len(seconds), stages, cost)[-1][1])
+    return tuple(balance(seconds, stages))
 
 
 def _measure(argv: list[str], load: Load, micro_batches: int, threads: int) -> list[float]:

@@ -77,7 +77,7 @@ def write_figure(path: Path, rows: Sequence[Row]) -> None:
     timed = with_time(rows)
     if not timed:
         raise ValueError(f"{path}: no variant has a time to draw; give --steps 1 or more")
-    write_named(path, _svg(front_figure(timed)))
+    write_named(path, svg_text(front_figure(timed)))
 
 
 def with_time(rows: Sequence[Row]) -> list[Row]:
@@ -207,14 +207,15 @@ def _timelines(rows: Sequence[Row]) -> str:
 
 def _picture(figure: Figure) -> str:
     """The figure as a data address, so that the page needs no other file."""
-    return _embedded(_svg(figure))
+    return _embedded(svg_text(figure))
 
 
 def _embedded(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
+    """The figure as SVG; equal figures give equal text."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "page", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})

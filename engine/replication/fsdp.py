@@ -79,10 +79,10 @@ class FSDP(Replication):
     def optimizer_state(self) -> dict[str, Tensor]:
         return {name: _full(tensor) for name, tensor in super().optimizer_state().items()}
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor], drop_auxiliary: bool) -> None:
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         assert self.block.optimizer is not None
         named = self.block.parameters_by_name()
-        load_state_by_name(self.block.optimizer, named, state, drop_auxiliary)
+        load_state_by_name(self.block.optimizer, named, state)
         for _, parameter in named:
             own = self.block.optimizer.state.get(parameter, {})
             for key, value in own.items():

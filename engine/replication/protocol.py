@@ -81,7 +81,7 @@ class Replication(ABC):
         assert self.block.optimizer is not None
         return state_by_name(self.block.optimizer, self.block.parameters_by_name())
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor], drop_auxiliary: bool) -> None:
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """As ``engine.optimizer.load_state_by_name``."""
         assert self.block.optimizer is not None
-        load_state_by_name(self.block.optimizer, self.block.parameters_by_name(), state, drop_auxiliary)
+        load_state_by_name(self.block.optimizer, self.block.parameters_by_name(), state)

@@ -136,13 +136,13 @@ class Zero(Replication):
                     state[f"{name}:{key}"] = torch.as_tensor(value) if key in COUNTERS else get(parameter, key)
         return state
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor], drop_auxiliary: bool) -> None:
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         self.inner.state.clear()
         shares = self._shares()
         saved: dict[str, dict[str, Tensor]] = {name: {} for name, _, _ in shares}
         for full, value in state.items():
             name, key = full.rsplit(":", 1)
-            if name in saved and not (drop_auxiliary and name.startswith("auxiliary.")):
+            if name in saved:
                 saved[name][key] = value
         for name, _, flat in shares:
             for key, value in saved[name].items():

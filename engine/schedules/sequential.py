@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 
 from engine.block import Block, Report
 from engine.message import Message
-from engine.timeline import Recorder
+from engine.timeline import Recorder, recording
 
 
 class Schedule(Protocol):
@@ -52,7 +51,7 @@ class Sequential:
     def step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> tuple[Message, list[Report]]:
         reports = []
         for block in self.blocks:
-            with self.recorder.span(block.index, "train", message.sequence) if self.recorder else nullcontext():
+            with recording(self.recorder, block.index, "train", message.sequence):
                 message, report = block.local_step(message, update=update, weight=weight)
             reports.append(report)
         return message, reports
@@ -63,7 +62,7 @@ class Sequential:
     @torch.no_grad()
     def predict(self, message: Message) -> Any:
         *before, last = self.blocks
-        with self.recorder.span(-1, "evaluate", message.sequence) if self.recorder else nullcontext():
+        with recording(self.recorder, -1, "evaluate", message.sequence):
             for block in before:
                 message = block(message)
             return last.predict(message) if last.span.last else last(message)

@@ -13,7 +13,7 @@ from engine.block import Block, Report
 from engine.log import console
 from engine.message import Message
 from engine.schedules.sequential import Sequential
-from engine.timeline import Recorder
+from engine.timeline import Recorder, recording
 
 TRIAL_STEPS = 5
 """Steps timed with streams, then as many without, to tell what streams gain."""
@@ -85,7 +85,7 @@ class Streams(Sequential):
                 noted: list[Any] = []
                 block.on_output = self._noting(stream, noted)
                 arrived, version = message.x, message.x._version
-                with self.recorder.span(block.index, "train", message.sequence) if self.recorder else nullcontext():
+                with recording(self.recorder, block.index, "train", message.sequence):
                     message, report = block.local_step(message, update=update, weight=weight)
                 if arrived._version != version and block is not self.blocks[0]:
                     raise ValueError(

@@ -142,13 +142,13 @@ def states(blocks: list[Block]) -> dict[str, Tensor]:
     }
 
 
-def load(blocks: list[Block], state: dict[str, Tensor], **options: bool) -> None:
+def load(blocks: list[Block], state: dict[str, Tensor]) -> None:
     kinds = {kind: {} for kind in ("model", "auxiliary", "optimizer")}
     for full, tensor in state.items():
         kind, name = full.split(" ", 1)
         kinds[kind][name] = tensor
     for block in blocks:
-        block.load(**kinds, **options)
+        block.load(**kinds)
 
 
 def evaluated(blocks: list[Block], count: int) -> list[Tensor]:
@@ -177,7 +177,8 @@ def whole_course(blocks: list[Block], rank: int | None, settings: Config, group:
     result["loaded"] = states(again)
     train(again, rank, range(3, 6))
     result["resumed"] = states(again)
-    load(blocks, result["given"], drop_auxiliary=True)  # over the state of training
+    kept = {name: value for name, value in result["given"].items() if not name.startswith("optimizer auxiliary.")}
+    load(blocks, kept)  # over the state of training
     result["dropped"] = states(blocks)
     return result
 

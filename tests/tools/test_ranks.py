@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def start(job: list[str], folder: Path, **environment: str) -> subprocess.Popen[
     return subprocess.Popen(
         job, cwd=folder, env={**ALONE, **environment}, stdout=pipe, stderr=subprocess.STDOUT, text=True
     )
+
+
+@contextmanager
+def running(job: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A job that does not outlive the test."""
+    process = start(job, folder)
+    try:
+        yield process
+    finally:
+        process.kill()
 
 
 def workers(mark: str) -> dict[str, int]:
@@ -71,15 +82,10 @@ def test_torchrun_starts_again_from_the_newest_checkpoint(tmp_path: Path) -> Non
     runs = tmp_path / "runs"
     words = [*LONG, "--train.save_every", "3", "--output.root", str(runs)]
     job = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", str(ROOT / "tools/train.py"), *words)
-    process = subprocess.Popen(
-        job, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
+    with running(job, tmp_path) as process:
         wait_for(runs / "smoke", 9)
         os.kill(workers(str(runs))["1"], signal.SIGKILL)
         said, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
     assert process.returncode == 0, said
     assert said.count("error: ") == 1, said
     assert "error: rank 0: the link to rank 1 broke" in said
@@ -97,17 +103,12 @@ def test_a_second_failure_is_said_as_the_first_was(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     words = [*LONG, "--train.epochs", "60", "--train.save_every", "3", "--output.root", str(runs)]
     job = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", str(ROOT / "tools/train.py"), *words)
-    process = subprocess.Popen(
-        job, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
+    with running(job, tmp_path) as process:
         wait_for(runs / "smoke", 3)
         os.kill(workers(str(runs))["1"], signal.SIGKILL)
         wait_for(runs / "smoke", 40)
         os.kill(workers(str(runs))["0"], signal.SIGKILL)
         said, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
     assert process.returncode == 1
     assert said.count("error: ") == 2, said
     assert "error: rank 0: the link to rank 1 broke" in said
@@ -119,15 +120,10 @@ def test_sigterm_saves_though_loaders_have_workers(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     words = [*LONG, "--train.epochs", "60", "--data.workers", "1", "--output.root", str(runs)]
     job = torchrun("--standalone", "--nproc-per-node", "2", str(ROOT / "tools/train.py"), *words)
-    process = subprocess.Popen(
-        job, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
+    with running(job, tmp_path) as process:
         wait_for(runs / "smoke", 7)
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert "error: " not in said, said
     assert "stopped and saved at step" in said
     assert json.loads((runs / "smoke/summary.json").read_text())["interrupted"]
@@ -137,16 +133,11 @@ def test_a_job_without_restarts_ends_with_one_cause_and_no_orphan(tmp_path: Path
     runs = tmp_path / "runs"
     words = [*LONG, "--output.root", str(runs), "--train.save_every", "3", "--data.workers", "1"]
     job = torchrun("--standalone", "--nproc-per-node", "2", str(ROOT / "tools/train.py"), *words)
-    process = subprocess.Popen(
-        job, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
+    with running(job, tmp_path) as process:
         wait_for(runs / "smoke", 3)
         os.kill(workers(str(runs))["0"], signal.SIGKILL)
         began = time.monotonic()
         said, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert time.monotonic() - began < 30
     assert process.returncode == 1
     assert said.count("error: ") == 1, said
@@ -162,15 +153,10 @@ def test_a_rank_that_hangs_is_ended_with_the_job(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     words = [*LONG, "--output.root", str(runs), "--train.save_every", "3", "--placement.timeout", "3"]
     job = torchrun("--standalone", "--nproc-per-node", "2", str(ROOT / "tools/train.py"), *words)
-    process = subprocess.Popen(
-        job, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
+    with running(job, tmp_path) as process:
         wait_for(runs / "smoke", 3)
         os.kill(workers(str(runs))["0"], signal.SIGSTOP)
         said, _ = process.communicate(timeout=90)
-    finally:
-        process.kill()
     assert process.returncode == 1
     assert "error: rank 1 waited 3 s for order" in said
     assert "this rank is at step" in said
