@@ -31,7 +31,7 @@ class Unit:
         forward: ``forward(module, message) -> message``. The module is an argument, so that the same
             forward runs a copy of the unit inside an auxiliary network.
         stage: units of equal stage work at one resolution and width; GLCAN takes its local part from
-            each stage still to come.
+            each stage still to come. If any unit has one, those without (a neck) are in no local part.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Unit:
             values = parameter.detach().flatten()
             order = torch.randperm(len(values), device=values.device)
             memo[id(parameter)] = nn.Parameter(values[order].view_as(parameter))
-        module = copy.deepcopy(self.module, memo)
+        module = copy.deepcopy(self.module, memo).train()  # a frozen normalisation has no statistics now
         for child in module.modules():
             if isinstance(child, nn.modules.batchnorm._NormBase):
                 child.reset_running_stats()

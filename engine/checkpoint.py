@@ -371,10 +371,15 @@ def set_aside(folder: Path, step: int) -> list[str]:
     return later
 
 
-def export_model(model: nn.Module, target: Path) -> None:
+def export_model(
+    model: nn.Module, target: Path, form: Callable[[Mapping[str, Tensor], Path], Any] = lambda state, target: state
+) -> None:
     """Write the plain network's weights under its own names: safetensors, or a torch file for other suffixes.
 
     Nothing auxiliary is in it; ``model.load_state_dict(..., strict=True)`` takes it.
+
+    Args:
+        form: what a torch file holds, made of the weights: a task's ``export``.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     room = target.with_name(f".{target.name}.writing")
@@ -382,7 +387,7 @@ def export_model(model: nn.Module, target: Path) -> None:
     if target.suffix == ".safetensors":
         save_file(state, room)
     else:
-        torch.save(state, room)
+        torch.save(form(state, target), room)
     flush(room)
     os.replace(room, target)
 

@@ -25,6 +25,8 @@ class Span:
     count: int
     start: int
     stop: int
+    frozen: tuple[str, ...] = ()
+    """Units that were to be a block of their own, but had nothing to train there, so that this one has them too."""
 
     @property
     def last(self) -> bool:
@@ -125,17 +127,30 @@ def _weights(chain: Chain, balance: Balance) -> list[float]:
 
 
 def spans(chain: Chain, bounds: Sequence[int]) -> list[Span]:
-    """The blocks between ``bounds``.
+    """The blocks between ``bounds``; one with nothing to train (frozen layers) is merged with the next.
+
+    The last, without a next, is merged with the one before.
 
     Raises:
-        ValueError: a block would have no trainable parameter.
+        ValueError: nothing at all can be trained.
     """
-    made = [Span(k, len(bounds) - 1, start, stop) for k, (start, stop) in enumerate(pairwise(bounds))]
-    for span in made:
-        modules = [unit.module for unit in span.units(chain)] + ([chain.head.module] if span.last else [])
-        if not any(p.requires_grad for module in modules for p in module.parameters()):
-            names = ", ".join(unit.name for unit in span.units(chain))
-            raise ValueError(
-                f"block {span.index} ({names}) has no trainable parameter; choose another local.cut or local.blocks"
-            )
-    return made
+
+    def trainable(start: int, stop: int) -> bool:
+        modules = [unit.module for unit in chain.units[start:stop]]
+        modules += [chain.head.module] if stop == len(chain) else []
+        return any(p.requires_grad for module in modules for p in module.parameters())
+
+    kept: list[tuple[int, int, tuple[str, ...]]] = []
+    start = bounds[0]
+    frozen: tuple[str, ...] = ()
+    for before, stop in pairwise(bounds):
+        if trainable(before, stop):
+            kept.append((start, stop, frozen))
+            start, frozen = stop, ()
+        else:
+            frozen = (*frozen, *(unit.name for unit in chain.units[before:stop]))
+    if not kept:
+        raise ValueError("the network has no trainable parameter; unfreeze some of it")
+    if frozen:
+        kept[-1] = (kept[-1][0], bounds[-1], (*kept[-1][2], *frozen))
+    return [Span(k, len(kept), *block) for k, block in enumerate(kept)]

@@ -34,7 +34,9 @@ class TensorSpec:
 
     def to_bytes(self, tensor: Tensor) -> Tensor:
         """The tensor's bytes in order of its strides; of a dense tensor nothing is copied."""
-        return tensor.detach().permute(self.order).contiguous().reshape(-1).view(torch.uint8)
+        laid = tensor.detach().permute(self.order).contiguous()
+        # A single element is contiguous whatever its stride, but only one of stride 1 can be viewed as bytes.
+        return laid.as_strided((laid.numel(),), (1,)).view(torch.uint8)
 
     def from_bytes(self, raw: Tensor) -> Tensor:
         """Inverse of ``to_bytes``; shares memory with ``raw``, whose start must be aligned."""

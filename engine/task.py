@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -35,11 +37,26 @@ class Part:
 WHOLE = Part(0, 1)
 
 
+def micro_batches(samples: int, most: int) -> list[int]:
+    """``samples`` in as few micro-batches of at most ``most`` as will do; they differ by at most one.
+
+    Example:
+        >>> micro_batches(7, 3)
+        [3, 2, 2]
+    """
+    parts = math.ceil(samples / most)
+    return [samples // parts + (number < samples % parts) for number in range(parts)]
+
+
 class Metrics(Protocol):
     """Collects predictions and says how good they are."""
 
     def update(self, prediction: Any, targets: Any) -> None:
         """Add a micro-batch's."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what is better looked at than counted (pictures) into ``folder``, which is made only then."""
         ...
 
     def compute(self) -> dict[str, float]:
@@ -53,6 +70,10 @@ class Task(Protocol):
     name: str
     metric: str
     """Name of the first figure of its metrics, as written to ``summary.json``."""
+    auxiliary_options: Mapping[str, Mapping[str, Any]]
+    """Options of families of auxiliary networks, by name, where this kind of task wants other defaults."""
+    single_sample: bool
+    """Whether BatchNorm can learn from one sample: it sees more than one value a channel, as in a detector's maps."""
 
     def build_chain(self, initial: bool = True) -> Chain:
         """Build the network; its weights depend on ``train.seed`` alone.
@@ -109,10 +130,19 @@ class Task(Protocol):
         """An empty collection of the task's figures."""
         ...
 
+    def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
+        """What a torch file ``target`` of the network's weights is to hold, as the task's framework reads it.
 
-def evaluate(task: Task, predict: Callable[[Message], Any]) -> dict[str, float]:
-    """The task's figures of ``predict`` on its test data."""
+        Writes beside it what that framework needs too, if anything.
+        """
+        ...
+
+
+def evaluate(task: Task, predict: Callable[[Message], Any], folder: Path | None = None) -> dict[str, float]:
+    """The task's figures of ``predict`` on its test data; pictures, if it makes any, go into ``folder``."""
     metrics = task.metrics()
     for message in task.test_batches():
         metrics.update(predict(message), message.targets)
+    if folder is not None:
+        metrics.save(folder)
     return metrics.compute()

@@ -153,6 +153,10 @@ class Trainer:
             if self.world.job:
                 write_text(folder / JOB, self.world.job)
             console.print(block_table(self.all_blocks, self.placement.bounds))
+            for block in self.all_blocks:
+                if block.span.frozen:
+                    names = ", ".join(block.span.frozen)
+                    console.print(f"{names}: frozen, so no block of its own; merged into block {block.index}")
             where = f"{self.world.size} ranks" if self.world.size > 1 else str(self.device)
             for line in stage_lines(self.placement) if self.world.stages > 1 else ():
                 console.print(line)
@@ -248,6 +252,7 @@ class Trainer:
         if log is None:
             return
         assert self._metrics is not None
+        self._metrics.save(self.folder / "evaluation" / f"step_{self.position.step}")
         self._values, self._metrics = self._metrics.compute(), None
         log.write(self.position.step, {"epoch": self.position.epoch, **self._values})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self._values.items())
@@ -427,7 +432,7 @@ def _check_batch(blocks: Sequence[Block], task: Task, placement: PlacementConfig
             "another data.batch or train.accumulate, or data.drop_last true"
         )
     seen = samples if placement.sync_batch_norm else samples // replicas
-    name = batch_norm_name(blocks) if seen == 1 else None
+    name = batch_norm_name(blocks) if seen == 1 and not task.single_sample else None
     if name:
         raise ValueError(
             f"data.batch: the smallest micro-batch has 1 sample and BatchNorm {name!r} needs at least 2; "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import run_tool
+from engine.config import run_tool, task_name
 from engine.device import choose_device
 from tools import evaluate, export, memory, plan, train
 
@@ -16,7 +16,6 @@ VARIANTS = {
     "end-to-end": ["--local.schedule", "end_to_end"],
     "end-to-end, checkpointing": ["--local.schedule", "end_to_end", "--local.checkpoint", "true"],
     "glcan": [],
-    "dgl": ["--local.auxiliary", "dgl"],
     "greedy": ["--local.auxiliary", "greedy"],
     "glcan, checkpointing": ["--local.checkpoint", "true"],
     "glcan, offload": ["--local.offload", "true"],
@@ -27,9 +26,16 @@ VARIANTS = {
 }
 
 
+OF_TASK = {
+    "classification": {"dgl": ["--local.auxiliary", "dgl"]},
+    "detection": {"levels": ["--local.auxiliary", "levels"]},
+}
+
+
 def main(argv: Sequence[str]) -> None:
+    variants = {**VARIANTS, **OF_TASK[task_name(argv)]}
     with tempfile.TemporaryDirectory() as room:
-        for number, (name, overrides) in enumerate(VARIANTS.items()):
+        for number, (name, overrides) in enumerate(variants.items()):
             print(f"-- {name}", flush=True)
             output = ["--output.root", room, "--output.name", str(number)]
             train.main([*argv, *overrides, *output])
@@ -37,11 +43,11 @@ def main(argv: Sequence[str]) -> None:
             train.main([*argv, *overrides, *output, "--train.resume", "auto"])
             run = Path(room) / str(number)
             evaluate.main(["--run", str(run)])
-            export.main(["--run", str(run), "--out", str(run / "model.safetensors")])
+            export.main(["--run", str(run), "--out", str(run / "model.pth")])
         print("-- memory: measured, planned for", flush=True)
         memory.main(["measure", *argv, "--steps", "1", "--html", str(Path(room) / "memory.html")])
         plan.main([*argv, "--memory", "1GiB", "--out", str(Path(room) / "plan.yaml")])
-    print(f"{len(VARIANTS) + 2} passed, 0 failed, on {choose_device('auto')}, torch {torch.__version__}")
+    print(f"{len(variants) + 2} passed, 0 failed, on {choose_device('auto')}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

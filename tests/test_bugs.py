@@ -15,7 +15,7 @@ from engine.chain import Unit
 from engine.config import Config
 from engine.memory.measure import measure
 from engine.memory.variant import Variant
-from engine.message import Message
+from engine.message import Message, TensorSpec
 from engine.task import Task, evaluate
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.task import Classification
@@ -141,3 +141,11 @@ def test_a_worker_that_could_not_start_is_heard() -> None:
     """It had ended before it was asked anything, and that was reported as a lack of memory."""
     with pytest.raises(ValueError, match=r"x: data.root: gone meanwhile"):
         measure([Variant("x", ())], [], refuse, steps=1)
+
+
+def test_a_single_element_of_any_stride_becomes_bytes() -> None:
+    """The label of an image's only box came expanded out of a data set, and no rank could send it."""
+    label = torch.tensor(7).expand(1)
+    assert label.stride() == (0,)
+    spec = TensorSpec.of(label)
+    assert spec.from_bytes(spec.to_bytes(label)).equal(label)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class Toy:
     """Regression of noise on noise; enough to tell bits apart."""
 
     name, metric = "toy", "error"
+    auxiliary_options: Mapping[str, Any] = {}
+    single_sample = False
 
     def __init__(self, depth: int = 4, width: int = 6, dropout: float = 0.0, norm: bool = False, samples: int = 26):
         self.depth, self.width, self.dropout, self.norm = depth, width, dropout, norm
@@ -101,6 +104,9 @@ class Toy:
     def metrics(self) -> Error:
         return Error(self)
 
+    def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
+        return state
+
 
 class Error:
     """The loss over all that it is given."""
@@ -110,6 +116,9 @@ class Error:
 
     def update(self, prediction: Tensor, targets: Tensor) -> None:
         self.given.append((prediction, targets))
+
+    def save(self, folder: Path) -> None:
+        pass
 
     def compute(self) -> dict[str, float]:
         predictions, targets = (torch.cat(parts) for parts in zip(*self.given, strict=True))

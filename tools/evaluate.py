@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     parser = ToolParser("Evaluate the newest complete checkpoint of a run.")
     parser.add_argument("--run", required=True, type=Path, help="folder that tools/train.py wrote")
     run = open_run(parser.parse_args(list(argv)).run)
-    values = evaluate(run.task, run.predict)
+    values = evaluate(run.task, run.predict, run.folder / "evaluation" / f"step_{run.step}")
     result = {"run": str(run.folder), "step": run.step, "metric": run.task.metric, **values}
     write_text(run.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())

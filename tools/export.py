@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, type=Path, help="FILE.safetensors, or FILE.pth for torch.load")
     arguments = parser.parse_args(list(argv))
     run = open_run(arguments.run)
-    export_model(run.chain.model, arguments.out)
+    export_model(run.chain.model, arguments.out, run.task.export)
     print(f"step {run.step}: {sum(1 for _ in run.chain.model.state_dict())} tensors in {arguments.out}")
 
 

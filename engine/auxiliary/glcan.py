@@ -108,7 +108,9 @@ class GLCAN(AuxiliaryNetwork):
 
 def remaining_units(chain: Chain, span: Span, depth: int) -> list[Unit]:
     """The first ``depth`` units (or as many as the block has) of each remaining stage, in order."""
-    stage, after = chain.units[span.stop - 1].stage, chain.units[span.stop :]
+    staged = any(unit.stage for unit in chain.units)  # units of no stage (a neck) are then not the backbone's
+    stage = chain.units[span.stop - 1].stage
+    after = [unit for unit in chain.units[span.stop :] if unit.stage or not staged]
     later = [unit for unit in after if unit.stage != stage]
     chosen: list[Unit] = []
     for unit in later or after:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,12 @@ class Greedy(AuxiliaryNetwork):
 
     @classmethod
     def build(cls, chain: Chain, span: Span, bank: FeatureBank, task: Task) -> Greedy:
-        return cls(task.auxiliary_head(chain, chain.shapes()[span.stop - 1], FeatureBank()))
+        return cls(task.auxiliary_head(chain, _x_alone(chain.shapes()[span.stop - 1]), FeatureBank()))
 
     def forward(self, message: Message, bank: FeatureBank) -> Any:
-        return self.head(message, FeatureBank())
+        return self.head(_x_alone(message), FeatureBank())
+
+
+def _x_alone(message: Message) -> Message:
+    """Without the maps of earlier stages that travel along."""
+    return replace(message, features={"x": message.x})

@@ -84,7 +84,7 @@ def build_auxiliary(
         raise ValueError(f"local.auxiliary: options {', '.join(options)} without `type`, which is one of {known}")
     if not isinstance(name, str) or name not in _families:
         raise ValueError(f"local.auxiliary: {name!r} is unknown{_nearest(str(name), _families)}; known: {known}")
-    family = _families[name]
+    family, options = _families[name], {**task.auxiliary_options.get(name, {}), **options}
     takes = list(inspect.signature(family.build).parameters)[4:]
     for option in options:
         if option not in takes:

@@ -144,7 +144,15 @@ def followed(tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> 
         stack.callback(optimizer.register_step_post_hook(count_state).remove)
         if auxiliary is not None:
             stack.callback(auxiliary.register_forward_pre_hook(made_in("auxiliary")).remove)
-            stack.callback(auxiliary.register_forward_hook(made_in("activations"), always_call=True).remove)
+            way = block.replication or block
+            plain_backward = way.train_backward
+
+            def train_backward(loss: Tensor) -> None:
+                made_in("activations")()  # what is computed again from here on is the units'
+                plain_backward(loss)
+
+            way.train_backward = train_backward  # type: ignore[method-assign]
+            stack.callback(lambda: delattr(way, "train_backward"))
         block.local_step = local_step  # type: ignore[method-assign]
         stack.callback(lambda: delattr(block, "local_step"))
         yield

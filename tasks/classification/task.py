@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from engine.bank import FeatureBank
 from engine.chain import Chain
 from engine.message import Message
 from engine.seed import seeded
-from engine.task import WHOLE, Part
+from engine.task import WHOLE, Part, micro_batches
 from tasks.classification.chain import build_model_chain
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.data import Images, load_images
@@ -53,6 +55,8 @@ class Classification:
 
     name = "classification"
     metric = "accuracy"
+    auxiliary_options: Mapping[str, Mapping[str, Any]] = {}
+    single_sample = False
 
     def __init__(self, config: ClassificationConfig) -> None:
         self.config = config
@@ -115,7 +119,7 @@ class Classification:
     def smallest_batch(self) -> int:
         data = self.config.data
         rest = 0 if data.drop_last else len(self.images[0]) % data.batch
-        return min(part for full in (data.batch, rest) if full for part in _shares(full, self.micro_batch))
+        return min(part for full in (data.batch, rest) if full for part in micro_batches(full, self.micro_batch))
 
     def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
         data = self.config.data
@@ -123,7 +127,7 @@ class Classification:
         def shares(samples: int) -> list[slice]:
             """Where the part of each micro-batch lies in a batch."""
             at, found = 0, []
-            for size in _shares(samples, self.micro_batch):
+            for size in micro_batches(samples, self.micro_batch):
                 own = part.of(size)
                 found.append(slice(at + own.start, at + own.stop))
                 at += size
@@ -144,6 +148,9 @@ class Classification:
     def metrics(self) -> Accuracy:
         return Accuracy()
 
+    def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
+        return state
+
 
 class Accuracy:
     """Share of images whose class is right, and the mean cross-entropy."""
@@ -157,11 +164,8 @@ class Accuracy:
         self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         self.count += len(labels)
 
+    def save(self, folder: Path) -> None:
+        """There is nothing to look at."""
+
     def compute(self) -> dict[str, float]:
         return {"accuracy": self.right / self.count, "loss": self.loss / self.count}
-
-
-def _shares(count: int, most: int) -> list[int]:
-    """``count`` samples in as few micro-batches of at most ``most`` as will do; they differ by at most one."""
-    parts = math.ceil(count / most)
-    return [count // parts + (number < count % parts) for number in range(parts)]

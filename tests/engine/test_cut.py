@@ -3,7 +3,7 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from engine.cut import cut_by_count, cut_by_names
+from engine.cut import Span, cut_by_count, cut_by_names
 from tests.toy import Toy
 
 
@@ -64,12 +64,23 @@ def test_bad_cuts_name_the_culprit() -> None:
         cut_by_count(chain, 2, [1.0, 2.0])
 
 
-def test_a_block_with_nothing_to_train_is_refused() -> None:
+def test_a_block_with_nothing_to_train_is_merged_with_its_neighbour() -> None:
     chain = Toy(depth=3).build_chain()
     chain.units[0].module.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"block 0 \(layer0\) has no trainable parameter"):
-        cut_by_count(chain, 3)
-    assert len(cut_by_names(chain, ["layer2"])) == 2, "its neighbour trains"
+    assert cut_by_count(chain, 3) == [Span(0, 2, 0, 2, ("layer0",)), Span(1, 2, 2, 3)]
+    assert cut_by_names(chain, ["layer2"]) == [Span(0, 2, 0, 2), Span(1, 2, 2, 3)], "its neighbour trains"
+    chain.units[1].module.requires_grad_(False)
+    assert cut_by_count(chain, 3) == [Span(0, 1, 0, 3, ("layer0", "layer1"))]
+    chain.head.module.requires_grad_(False)
     chain.units[0].module.requires_grad_(True)
     chain.units[2].module.requires_grad_(False)
-    assert len(cut_by_count(chain, 3)) == 3, "the last block still has the head to train"
+    assert cut_by_count(chain, 3) == [Span(0, 1, 0, 3, ("layer1", "layer2"))], "the last has no next"
+    chain.units[0].module.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter; unfreeze"):
+        cut_by_count(chain, 3)
+
+
+def test_the_last_block_has_the_head_to_train() -> None:
+    chain = Toy(depth=3).build_chain()
+    chain.units[2].module.requires_grad_(False)
+    assert len(cut_by_count(chain, 3)) == 3

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.task import micro_batches
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.data import load_images
-from tasks.classification.task import Classification, _shares
+from tasks.classification.task import Classification
 from tests.shared import CIFAR10, needs_shared
 
 
@@ -83,9 +84,9 @@ def test_a_subset_is_even_over_classes() -> None:
 
 
 def test_micro_batches_share_a_batch_without_losing_a_sample() -> None:
-    assert _shares(10, 4) == [4, 3, 3]
-    assert _shares(8, 4) == [4, 4]
-    assert _shares(2, 4) == [2], "no smaller than need be"
+    assert micro_batches(10, 4) == [4, 3, 3]
+    assert micro_batches(8, 4) == [4, 4]
+    assert micro_batches(2, 4) == [2], "no smaller than need be"
     config = settings(size=8, batch=60, subset=100)
     config.train.accumulate = 4
     task = Classification(config)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine.message import Message
-from tasks.classification.chain import load_weights
 from tasks.classification.resnet import ResNet, resnet_chain
+from tasks.weights import load_weights
 from tests.shared import CIFAR10, SHARED, needs_shared
 
 
@@ -46,7 +46,7 @@ def test_given_weights_load_and_classify_real_images() -> None:
     config.data.name, config.data.root = "folder", str(CIFAR10())
     task = Classification(config)
     chain = resnet_chain(20, 10, 32)
-    load_weights(chain, SHARED / "weights/resnet20-12fca82f.th")
+    load_weights(chain.model, SHARED / "weights/resnet20-12fca82f.th")
     chain.model.eval()
     with torch.no_grad():
         assert evaluate(task, chain)["accuracy"] == pytest.approx(0.81, abs=0.03)
@@ -57,16 +57,16 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in chain.model.state_dict().items()}
     torch.save(ResNet(14, 10).state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other.pth does not fit: 'layer1.1.conv1.weight' is torch.Size.*nothing"):
-        load_weights(chain, tmp_path / "other.pth")
+        load_weights(chain.model, tmp_path / "other.pth")
     (tmp_path / "torn.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"torn.pth cannot be read"):
-        load_weights(chain, tmp_path / "torn.pth")
+        load_weights(chain.model, tmp_path / "torn.pth")
     with pytest.raises(ValueError, match="no such file"):
-        load_weights(chain, tmp_path / "none.pth")
+        load_weights(chain.model, tmp_path / "none.pth")
     torch.save(torch.zeros(3), tmp_path / "bare.pth")
     with pytest.raises(ValueError, match=r"bare.pth holds Tensor, not tensors by name"):
-        load_weights(chain, tmp_path / "bare.pth")
+        load_weights(chain.model, tmp_path / "bare.pth")
     torch.save({"weights": print}, tmp_path / "pickle.pth")
     with pytest.raises(ValueError, match=r"pickle.pth cannot be read"):
-        load_weights(chain, tmp_path / "pickle.pth")
+        load_weights(chain.model, tmp_path / "pickle.pth")
     assert all(torch.equal(tensor, before[name]) for name, tensor in chain.model.state_dict().items())
