@@ -33,7 +33,7 @@ test: install-all  ## the whole test suite
 	  test -d $(SHARED)/$$part || echo "left out: tests that need $(SHARED)/$$part, which is not here"; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-smoke: install  ## a few steps of every task's smoke.yaml, on a GPU where there is one
+smoke: install-all  ## a few steps of every task's smoke.yaml, on a GPU where there is one
 	@for config in tasks/*/configs/smoke.yaml tasks/*/*/configs/smoke.yaml; do \
 	  test -f $$config || continue; \
 	  echo "== $$config"; $(BIN)/python -m tests.smoke --config $$config || exit 1; done

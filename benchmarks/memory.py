@@ -1,10 +1,13 @@
-"""The memory tables of GLCAN's field: python -m benchmarks.memory [--json FILE]
+"""The memory tables of GLCAN's field: python -m benchmarks.memory [--detectors] [--json FILE]
 
 ResNet-32 and ResNet-110 at batch 1024 (CIFAR-10), ResNet-101, ResNet-152 and ResNeXt-101 32x8d at batch 256
 (ImageNet, 224 px), on fake tensors: no GPU and no data are needed. GLCAN's blocks have equal numbers of units,
 or the cut with the smallest peak ("cut for memory"). Where a figure for the same network is
 published it stands beside ours, as a share of its own end-to-end training: published bytes are what a GPU
 took, workspaces included, and not always at this batch.
+
+With --detectors: RetinaNet R50-FPN and R101-FPN at 800 x 1333 px, batch 2 and 16, beside the checkpointing that
+MMDetection itself offers (``with_cp``, which recomputes the backbone's blocks alone).
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ from engine.memory.estimate import UNSEEN
 from engine.memory.page import write_tables
 from engine.memory.plan import smallest_cut
 from engine.memory.report import Sheet, header, write_json
-from engine.memory.variant import CHECKPOINTED, END_TO_END, Variant, estimate_variant, local_variant
+from engine.memory.variant import CHECKPOINTED, END_TO_END, Variant, estimate_variant, four_variants, local_variant
 from engine.memory.work import Speed
 from tasks import find_task, load
 
-CONFIGS = Path("tasks/classification/configs")
+CONFIGS = Path("tasks")
 INFOPRO = "Wang et al., ICLR 2021"
 GIGABYTE = 1e9
 
@@ -37,6 +40,7 @@ GIGABYTE = 1e9
 class Network:
     """One network of the field, and what is published of its memory.
 
+    ``variants`` are auxiliary networks and numbers of blocks; without any it is the config's own cut.
     ``published`` maps a variant's name to (gigabytes, what it is, source); that of end-to-end is the base.
     """
 
@@ -52,13 +56,13 @@ IMAGENET = ("--data.batch", "256", "--train.accumulate", "1")
 NETWORKS = [
     Network(
         "ResNet-32, CIFAR-10, batch 1024",
-        "cifar10_resnet32_k16_glcan.yaml",
+        "classification/configs/cifar10_resnet32_k16_glcan.yaml",
         (),
         [("glcan", 4), ("glcan", 16), ("dgl", 4), ("dgl", 16)],
     ),
     Network(
         "ResNet-110, CIFAR-10, batch 1024",
-        "cifar10_resnet110_k55_glcan.yaml",
+        "classification/configs/cifar10_resnet110_k55_glcan.yaml",
         (),
         [("glcan", blocks) for blocks in (2, 3, 4, 16, 55)] + [("dgl", 55)],
         {
@@ -71,7 +75,7 @@ NETWORKS = [
     ),
     Network(
         "ResNet-101, ImageNet, 224 px, batch 256",
-        "imagenet_resnet101_k2_glcan.yaml",
+        "classification/configs/imagenet_resnet101_k2_glcan.yaml",
         IMAGENET,
         TWO_AND_FOUR,
         {
@@ -81,21 +85,37 @@ NETWORKS = [
     ),
     Network(
         "ResNet-152, ImageNet, 224 px, batch 256",
-        "imagenet_resnet152_k2_glcan.yaml",
+        "classification/configs/imagenet_resnet152_k2_glcan.yaml",
         IMAGENET,
         TWO_AND_FOUR,
     ),
     Network(
         "ResNeXt-101 32x8d, ImageNet, 224 px, batch 256",
-        "imagenet_resnet101_k2_glcan.yaml",
+        "classification/configs/imagenet_resnet101_k2_glcan.yaml",
         (*IMAGENET, "--model.name", "timm:resnext101_32x8d"),
         TWO_AND_FOUR,
     ),
 ]
 
 
+WITH_CP = Variant(
+    "end-to-end + with_cp", (*END_TO_END.overrides, "--model.options", '{"model.backbone.with_cp": true}')
+)
+DETECTORS = [
+    Network(
+        f"RetinaNet {name.upper()}-FPN, COCO, 800 x 1333 px, batch {batch}",
+        f"detection/configs/coco_retinanet_{name}_k4_glcan.yaml",
+        ("--data.batch", str(batch)),
+        [],
+    )
+    for name in ("r50", "r101")
+    for batch in (2, 16)
+]
+
+
 def main(argv: Sequence[str]) -> None:
     parser = ToolParser(__doc__)
+    parser.add_argument("--detectors", action="store_true", help="RetinaNets instead of classifiers")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--html", type=Path, help="write a page with the tables to this file")
     known = parser.parse_args(list(argv))
@@ -103,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)
     speed, rows, sheets = Speed.measure_apart(choose_device("auto")), list[dict[str, object]](), list[Sheet]()
     with progress_bar() as bar:
-        for network in bar.track(NETWORKS, description="networks"):
+        for network in bar.track(DETECTORS if known.detectors else NETWORKS, description="networks"):
             found, sheet = _network(network, speed)
             sheet.show()
             rows += found
@@ -120,14 +140,18 @@ def main(argv: Sequence[str]) -> None:
 
 def _network(network: Network, speed: Speed) -> tuple[list[dict[str, object]], Sheet]:
     words = ["--config", str(CONFIGS / network.config), *network.overrides]
-    (config, _), largest = load(words), max(blocks for _, blocks in network.variants)
+    config, _ = load(words)
     variants: list[Variant] = [END_TO_END, CHECKPOINTED]
+    if not network.variants:
+        variants = [END_TO_END, WITH_CP, *four_variants(config)[1:]]
     for name, blocks in network.variants:
         variants.append(local_variant(config, name, blocks))
         if name == "glcan" and blocks < 16:
             cut = smallest_cut(config, find_task(config.task).build, blocks, speed)
             variants.append(Variant(f"glcan K={blocks}, cut for memory", ("--local.cut", json.dumps(cut))))
-    variants.append(local_variant(config, "glcan", min(largest, 16), checkpointing=True))
+    if network.variants:
+        largest = max(blocks for _, blocks in network.variants)
+        variants.append(local_variant(config, "glcan", min(largest, 16), checkpointing=True))
     estimates = [estimate_variant(variant, words, load, speed) for variant in variants]
     base, rows, lines = estimates[0], list[dict[str, object]](), list[list[str]]()
     for variant, estimate in zip(variants, estimates, strict=True):

@@ -1,0 +1,128 @@
+"""An MMDetection detector as a chain: stem, residual blocks, neck, head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from mmdet.models.backbones import ResNet
+from mmdet.models.detectors.base import BaseDetector
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from engine.chain import Chain, Unit, apply_to_x
+from engine.message import Message
+
+EXAMPLE_SIDE = 256
+"""Pixels; every stage's map divides it."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The maps a head works on, and a detector that has this head and takes them as its backbone's output.
+
+    MMDetection's heads predict differently in training, where the loss wants what they make of the ground truth too, so
+    the head runs when it is known which of the two is wanted.
+    """
+
+    detector: BaseDetector
+    levels: tuple[Tensor, ...]
+    """(N, C, H_l, W_l), the finest first."""
+
+    def losses(self, samples: list[DetDataSample]) -> dict[str, Any]:
+        """MMDetection's own losses by name, from the samples' ground truth."""
+        losses: dict[str, Any] = self.detector.loss(self.levels, samples)
+        return losses
+
+    def predict(self, samples: list[DetDataSample]) -> list[DetDataSample]:
+        """The samples with ``pred_instances``: boxes in pixels of the original images, scores and labels.
+
+        The head works in fp32 here, whatever the levels were made in.
+        """
+        levels = tuple(level.float() for level in self.levels)
+        predicted: list[DetDataSample] = self.detector.predict(levels, samples, rescale=True)
+        return predicted
+
+
+def given_levels(detector: BaseDetector) -> BaseDetector:
+    """``detector`` sharing all its heads, but with maps in an image's place: it has no backbone and no neck."""
+    bare = copy.copy(detector)
+    bare._modules = {
+        name: module
+        for name, module in detector._modules.items()
+        if name not in ("backbone", "neck", "data_preprocessor")
+    }
+    bare._modules["backbone"] = nn.Identity()
+    return bare
+
+
+@contextmanager
+def recomputed(detector: BaseDetector) -> Iterator[None]:
+    """Meanwhile the dense head forgets what it makes of each level, and backward makes it again (local.checkpoint).
+
+    Known limitation: a head with BatchNorm of its own keeps everything, as it would count a batch twice.
+    """
+    head = detector.bbox_head if hasattr(detector, "bbox_head") else detector.rpn_head
+    plain = head.forward_single
+    if not any(isinstance(module, _BatchNorm) for module in head.modules()):
+        head.forward_single = partial(checkpoint, plain, use_reentrant=False)
+    try:
+        yield
+    finally:
+        vars(head).pop("forward_single", None)
+
+
+def detector_chain(detector: BaseDetector) -> Chain:
+    """Stem, each residual block, neck, head; C2..C5 travel in the message, under their stages' names, to the neck.
+
+    The head is a unit, so that it can be a block apart from the neck; what is computed in it counts with the loss.
+
+    Raises:
+        ValueError: a kind of detector that is not known to be such a chain.
+    """
+    backbone, kind = getattr(detector, "backbone", None), type(detector).__name__
+    if not isinstance(backbone, ResNet) or type(backbone).forward is not ResNet.forward:
+        raise ValueError(
+            f"model.config: the backbone of {kind} is {type(backbone).__name__}, not one of MMDetection's ResNets"
+        )
+    if not detector.with_neck or not (hasattr(detector, "bbox_head") or hasattr(detector, "rpn_head")):
+        raise ValueError(
+            f"model.config: {kind} is no detector of backbone, neck and bbox_head (or rpn_head and roi_head)"
+        )
+    if detector.with_mask:
+        raise ValueError(f"model.config: {kind} predicts masks; only boxes are supported")
+    first = [backbone.stem] if backbone.deep_stem else [backbone.conv1, backbone.norm1, backbone.relu]
+    units = [Unit("stem", nn.Sequential(*first, backbone.maxpool), stage="stem")]
+    stages = [name for number, name in enumerate(backbone.res_layers) if number in backbone.out_indices]
+    unread = getattr(detector.neck, "start_level", 0)  # an FPN takes these maps, and leaves them
+    for stage in backbone.res_layers:
+        forward = partial(_residual, stage=stage) if stage in stages[unread:] else apply_to_x
+        for number, layer in enumerate(getattr(backbone, stage)):
+            units.append(Unit(f"{stage}.{number}", layer, forward, stage))
+    heads = [getattr(detector, name) for name in ("bbox_head", "rpn_head", "roi_head") if hasattr(detector, name)]
+    units.append(Unit("neck", detector.neck, partial(_neck, stages=stages)))
+    units.append(Unit("head", nn.ModuleList(heads), lambda _, message: message))
+    prediction = Unit(
+        "prediction",
+        nn.Identity(),
+        lambda _, message: message.with_x(Prediction(given_levels(detector), tuple(message.features["levels"]))),  # type: ignore[arg-type]
+    )
+    return Chain(detector, units, prediction, Message({"x": torch.zeros(2, 3, EXAMPLE_SIDE, EXAMPLE_SIDE)}))
+
+
+def _residual(layer: nn.Module, message: Message, *, stage: str) -> Message:
+    """A residual block; the last one's output stays in the message as its stage's map."""
+    x = layer(message.x)
+    return replace(message, features={**message.features, "x": x, stage: x})
+
+
+def _neck(neck: nn.Module, message: Message, *, stages: Sequence[str]) -> Message:
+    levels = list(neck(tuple(message.features.get(stage) for stage in stages)))
+    return replace(message, features={"x": levels[0], "levels": levels})

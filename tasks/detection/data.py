@@ -1,0 +1,224 @@
+"""Images and boxes through MMDetection's data sets and pipelines, the same bits whatever loads them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmdet.datasets import XMLDataset
+from mmengine.config import Config as PlainConfig
+from mmengine.dataset import BaseDataset, pseudo_collate
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from engine.message import Message
+from engine.seed import derive
+from tasks.detection.config import DataConfig
+from tasks.detection.datasets import build_dataset, dataset_configs, metric_configs
+from tasks.detection.targets import targets_of
+
+Items = list[dict[str, Any]]
+"""A batch as MMDetection's pipelines pack it: ``inputs`` uint8 (3, h, w) and ``data_samples`` of each image."""
+
+TRIES = 10
+"""How often an image is given to a random pipeline that may drop it."""
+
+
+class Samples(Dataset[dict[str, Any]]):
+    """An MMDetection data set whose randomness depends on (seed, epoch, index) alone.
+
+    Items are asked for as (epoch, index). MMDetection replaces an image that its pipeline drops (a crop without
+    boxes, say) by another one at random; here the same image is tried again with other random numbers.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        meta = dataset.metainfo
+        self.metainfo: dict[str, Any] = meta[0] if isinstance(meta, list) else meta
+        self.classes = list(self.metainfo["classes"])
+        self.indices = list(range(len(dataset)))
+        for source in _sources(dataset):
+            source._rand_another = _drop
+        # OpenMP's and OpenCV's threads spin beside each other, and OpenCV's are lost in a forked process.
+        cv2.setNumThreads(0)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def info(self, index: int) -> dict[str, Any]:
+        """MMDetection's annotation of an image: ``img_id``, ``img_path``, ``width``, ``height``, ``instances``."""
+        info: dict[str, Any] = self.dataset.get_data_info(self.indices[index])
+        return info
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = item
+        with _random_states_kept():
+            for attempt in range(TRIES):
+                _seed(derive(self.seed, "sample", epoch, index, *([attempt] if attempt else [])))
+                try:
+                    packed: dict[str, Any] = self.dataset[self.indices[index]]
+                    return packed
+                except _DroppedError:
+                    continue
+                except Exception as error:
+                    cause = " ".join(str(error).split())[:300] or type(error).__name__
+                    raise ValueError(f"cannot load image {self.info(index).get('img_path')}: {cause}") from error
+        raise ValueError(
+            f"{self.info(index).get('img_path')}: the config's training pipeline dropped it {TRIES} times in a row; "
+            "set keep_empty=False in its FilterAnnotations, or allow_negative_crop=True in its crop"
+        )
+
+    def subset(self, count: int) -> None:
+        """Keep ``count`` images, spread evenly.
+
+        Raises:
+            ValueError: there are not as many.
+        """
+        if count > len(self):
+            raise ValueError(f"data.subset: {count} images asked for, there are {len(self)}")
+        self.indices = [self.indices[number * len(self) // count] for number in range(count)]
+        self.__dict__.pop("upright", None)
+
+    @cached_property
+    def upright(self) -> list[bool]:
+        """Which images are higher than wide."""
+        infos = (self.info(index) for index in range(len(self)))
+        return [info.get("width", 0) < info.get("height", 0) for info in infos]
+
+    def batches(
+        self, epoch: int, start: int, batch: int, workers: int, shuffle: bool, drop_last: bool
+    ) -> Iterator[Items]:
+        """Batches ``start`` and on of an epoch.
+
+        Shuffled ones are of one orientation, as MMDetection's are, so that little is padded; what then remains of
+        either comes last, together.
+        """
+        lots = [lot for lot in self._lots(epoch, batch, shuffle) if len(lot) == batch or not drop_last]
+        wanted = [[(epoch, index) for index in lot] for lot in lots[start:]]
+        loader = DataLoader(
+            self,
+            batch_sampler=wanted,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
+            worker_init_fn=_own_session,
+        )
+        try:
+            yield from loader
+        except ValueError as error:
+            # A worker process wraps its traceback around the message; the last line is the cause.
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+
+    def _lots(self, epoch: int, batch: int, shuffle: bool) -> list[list[int]]:
+        order, full = list(range(len(self))), []
+        if shuffle:
+            generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
+            alike: tuple[list[int], list[int]] = [], []
+            for index in torch.randperm(len(self), generator=generator).tolist():
+                lot = alike[self.upright[index]]
+                lot.append(index)
+                if len(lot) == batch:
+                    full.append(lot[:])
+                    lot.clear()
+            order = alike[0] + alike[1]
+        return full + [order[at : at + batch] for at in range(0, len(order), batch)]
+
+
+class _DroppedError(Exception):
+    """A pipeline wants no sample of an image."""
+
+
+def _drop() -> int:
+    raise _DroppedError
+
+
+def _as_it_is(items: Items) -> Items:
+    return items
+
+
+def _own_session(worker: int) -> None:
+    """torchrun signals a rank's whole session, but it is the rank that ends its workers, after the step."""
+    os.setsid()
+    cv2.setNumThreads(0)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def data_preprocess(preprocessor: nn.Module, items: Items, training: bool) -> Message:
+    """``items`` normalised and padded by the detector's own data preprocessor.
+
+    ``x`` is (N, 3, H, W) float32; the targets are as ``targets_of`` says, and have the labels of what is to be
+    ignored as ``ignored_labels``. Boxes are in pixels of the input for training; for testing in pixels of the
+    original image, as MMDetection's metrics want them.
+    """
+    with torch.no_grad():
+        done = preprocessor(pseudo_collate(items), training)
+    samples = done["data_samples"]
+    targets = targets_of(samples)
+    targets["ignored_labels"] = [sample.ignored_instances.labels for sample in samples]
+    return Message({"x": done["inputs"]}, targets)
+
+
+def load_samples(data: DataConfig, plain: PlainConfig | None, seed: int) -> tuple[Samples, Samples]:
+    """Training and test samples; ``plain`` is the MMDetection config where ``data.name`` is ``config``.
+
+    Boxes without area, or outside their image, are dropped: of COCO files MMDetection does it, of VOC files we do,
+    for testing too, where no detection could match them.
+
+    Raises:
+        ValueError: a folder, file or image is missing or damaged, classes do not match, or there are no images.
+    """
+    configs = dataset_configs(data, plain)
+    metric_configs(data, plain)  # what evaluation will need is there
+    built = {split: build_dataset(config, plain) for split, config in configs.items()}
+    if data.name == "voc":
+        for split, dataset in built.items():
+            _drop_degenerate(dataset, data.keep_empty or split == "test")
+    for split, dataset in built.items():
+        if not len(dataset):
+            raise ValueError(f"data.{split}: no image is left; data.keep_empty=true keeps those without boxes")
+    return Samples(built["train"], seed), Samples(built["test"], seed)
+
+
+def _drop_degenerate(dataset: XMLDataset, keep_empty: bool) -> None:
+    for info in dataset.data_list:
+        inside = []
+        for instance in info["instances"]:
+            x1, y1, x2, y2 = instance["bbox"]
+            # Some tools write a size of 0.
+            right, bottom = info["width"] or x2, info["height"] or y2
+            if min(x2, right) > max(x1, 0) and min(y2, bottom) > max(y1, 0):
+                inside.append(instance)
+        info["instances"] = inside
+    dataset.data_list = [info for info in dataset.data_list if info["instances"] or keep_empty]
+
+
+def _sources(dataset: Any) -> Iterator[BaseDataset]:
+    """The data sets that a wrapper (a repetition, a concatenation) reads."""
+    if isinstance(dataset, BaseDataset):
+        yield dataset
+    for inner in getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]:
+        if inner is not None:
+            yield from _sources(inner)

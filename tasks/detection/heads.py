@@ -1,0 +1,157 @@
+"""Heads of auxiliary networks: light copies of the detector's own, on a pyramid built of the maps a block has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from mmdet.models.detectors.base import BaseDetector
+from mmdet.registry import MODELS
+from torch import nn
+from torch.nn import functional as F
+
+from engine.bank import FeatureBank
+from engine.message import Message
+from tasks.detection.chain import EXAMPLE_SIDE, Prediction, given_levels
+
+GROUP = 32
+"""Channels come in multiples of this: group normalisation in heads has 32 groups."""
+
+
+@MODELS.register_module()
+class GivenMaps(nn.Identity):
+    """Stands where MMDetection wants a backbone: the image is a pyramid already."""
+
+
+class PyramidHead(nn.Module):
+    """A local FPN over the maps a block has, and a light copy of the detector's own head on its levels.
+
+    Args:
+        names: of the maps in the message, the finest first; ``shrink`` is by how much that one is too fine for the
+            head (it is pooled).
+        fpn: maps to levels; none where the message has the levels already.
+        detector: the light copy, which takes levels in an image's place.
+    """
+
+    def __init__(self, names: Sequence[str], shrink: int, fpn: nn.Module | None, detector: BaseDetector) -> None:
+        super().__init__()
+        self.names, self.shrink, self.fpn, self.detector = list(names), shrink, fpn, detector
+
+    def forward(self, message: Message, bank: FeatureBank) -> Prediction:
+        if self.fpn is None:
+            return Prediction(self.detector, tuple(message.features["levels"]))
+        maps = [message.features[name] for name in self.names]
+        if self.shrink > 1:
+            maps[0] = F.avg_pool2d(maps[0], self.shrink)
+        return Prediction(self.detector, tuple(self.fpn(tuple(maps))))
+
+
+def pyramid_head(
+    detector: BaseDetector, config: Any, message: Message, *, width: float = 0.5, only_seen: bool = False
+) -> PyramidHead:
+    """A head for features like those of ``message``, which has shapes as of an image of ``EXAMPLE_SIDE`` pixels.
+
+    Levels are those of the detector's own head that can be made: a map gives the level of its stride, the levels
+    beyond the coarsest map come by the detector's own extra convolutions after the backbone's last stage, else by
+    subsampling. The head has one convolution where its model has several, ``width`` of its channels, and one anchor
+    scale an octave (our choice).
+
+    Args:
+        detector: the whole one, for what its head knows of levels.
+        config: its MMDetection config (``model``).
+        only_seen: no level beyond the coarsest map.
+    """
+    dense = detector.bbox_head if hasattr(detector, "bbox_head") else detector.rpn_head
+    own = [int(stride[0]) for stride in dense.prior_generator.strides]
+    if "levels" in message.features:
+        light = _light_detector(detector, config, range(len(own)), own, int(config.neck.out_channels), width)
+        return PyramidHead([], 1, None, light)
+    strides = {EXAMPLE_SIDE // message.features[name].shape[-1]: name for name in ("x", *message.features)}
+    usable = sorted(set(strides) & set(own))
+    shrink = 1
+    if not usable:
+        finest = max(stride for stride in strides if stride < own[0])
+        usable, shrink = [own[0]], own[0] // finest
+        strides[own[0]] = strides[finest]
+    names = [strides[stride] for stride in usable]
+    last = usable[-1] == EXAMPLE_SIDE // _last_side(detector)
+    beyond = [] if only_seen else [stride for stride in own if stride > usable[-1]]
+    levels = [own.index(stride) for stride in [*usable, *beyond]]
+    channels = _scaled(int(config.neck.out_channels), width)
+    fpn_config = {
+        **(copy.deepcopy(config.neck) if config.neck.type == "FPN" and last else {"type": "FPN"}),
+        "in_channels": [message.features[name].shape[1] for name in names],
+        "out_channels": channels,
+        "start_level": 0,
+        "end_level": -1,
+        "num_outs": len(levels),
+    }
+    fpn = MODELS.build(fpn_config)
+    fpn.init_weights()
+    return PyramidHead(names, shrink, fpn, _light_detector(detector, config, levels, own, channels, width))
+
+
+def _last_side(detector: BaseDetector) -> int:
+    """Side of the backbone's last map, of an image of ``EXAMPLE_SIDE``."""
+    backbone = detector.backbone
+    stride = 4
+    for number in backbone.strides[: backbone.num_stages]:
+        stride *= number
+    return EXAMPLE_SIDE // stride
+
+
+def _light_detector(
+    detector: BaseDetector, config: Any, levels: Sequence[int], own: Sequence[int], channels: int, width: float
+) -> BaseDetector:
+    """The detector of ``config`` without backbone and neck, a lighter head on some of its own ``levels``."""
+    light = copy.deepcopy(dict(config))
+    light.update(backbone={"type": "GivenMaps"}, neck=None, data_preprocessor=None, init_cfg=None)
+    whole = int(config.neck.out_channels)
+    for part in ("bbox_head", "rpn_head", "roi_head"):
+        if part in light:
+            light[part] = _lighter(light[part], whole, channels, width)
+    strides = [own[level] for level in levels]
+    dense = light["bbox_head"] if "bbox_head" in light else light["rpn_head"]
+    if "anchor_generator" in dense:
+        anchors = dense["anchor_generator"]
+        anchors["strides"] = strides
+        octave = anchors.get("scales_per_octave", 1)
+        if octave > 1:  # the middle one: scores, the largest of a head's tensors, are a third of RetinaNet's
+            anchors["octave_base_scale"] *= 2 ** ((octave - 1) / 2 / octave)
+            anchors["scales_per_octave"] = 1
+    if "strides" in dense:
+        dense["strides"] = strides
+    if hasattr(detector, "bbox_head") and hasattr(detector.bbox_head, "regress_ranges"):
+        dense["regress_ranges"] = [detector.bbox_head.regress_ranges[level] for level in levels]
+    if "roi_head" in light:
+        extractor = light["roi_head"]["bbox_roi_extractor"]
+        finest = extractor["featmap_strides"][0]
+        extractor["featmap_strides"] = [s for s in strides if s in extractor["featmap_strides"]] or strides[:1]
+        extractor["finest_scale"] = extractor.get("finest_scale", 56) * extractor["featmap_strides"][0] / finest
+    built = MODELS.build(light)
+    built.init_weights()
+    built.train()
+    return given_levels(built)
+
+
+def _lighter(config: Any, whole: int, channels: int, width: float) -> Any:
+    """A head's config with ``channels`` in place of the ``whole`` that its neck gives, and less inside."""
+    if isinstance(config, list | tuple):
+        return [_lighter(item, whole, channels, width) for item in config]
+    if not isinstance(config, dict):
+        return config
+    light = {key: _lighter(value, whole, channels, width) for key, value in config.items()}
+    for key in ("in_channels", "out_channels"):
+        if light.get(key) == whole:
+            light[key] = channels
+    for key in ("feat_channels", "conv_out_channels", "fc_out_channels"):
+        if key in light:
+            light[key] = _scaled(light[key], width)
+    if "stacked_convs" in light:
+        light["stacked_convs"] = 1
+    return light
+
+
+def _scaled(channels: int, width: float) -> int:
+    return max(GROUP, round(channels * width / GROUP) * GROUP)

@@ -1,0 +1,74 @@
+"""The plain MMDetection config of a detector: found, overridden, and given the classes of the data."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mmdet
+from mmengine.config import Config, ConfigDict
+
+from tasks.detection.config import ModelConfig
+
+OWN = Path(mmdet.__file__).parent / ".mim" / "configs"
+"""The configs that MMDetection comes with."""
+
+
+def plain_config(model: ModelConfig) -> Config:
+    """The MMDetection config that ``model.config`` names, with ``model.options`` merged in.
+
+    Raises:
+        ValueError: no such file (has the nearest name), not a config of a detector, or an option that does not fit.
+    """
+    path = Path(model.config)
+    if not path.is_file():
+        path = OWN / model.config
+    if not path.is_file():
+        known = [str(file.relative_to(OWN)) for file in OWN.glob("*/*.py")]
+        close = difflib.get_close_matches(model.config, known, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"model.config: {model.config!r} is neither a file nor in MMDetection's configs{hint}")
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:
+        raise ValueError(f"model.config: {path}: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(config.get("model"), dict):
+        raise ValueError(f"model.config: {path} has no `model`")
+    for key, value in model.options.items():
+        _check_option(config, key)
+        config.merge_from_dict({key: value})
+    return config
+
+
+def _check_option(config: Config, key: str) -> None:
+    """The section an option is in must be there: merging would make an empty one for a misspelt name."""
+    at: Any = config
+    *sections, _ = key.split(".")
+    for section in sections:
+        known: Mapping[str, Any] = at if isinstance(at, Mapping | Config) else dict(enumerate(at))
+        if section not in known and not (section.isdigit() and int(section) in known):
+            close = difflib.get_close_matches(section, [str(name) for name in known], n=1)
+            raise ValueError(
+                f"model.options: {key!r}: the config has no {section!r}"
+                + (f", did you mean {close[0]!r}?" if close else "")
+            )
+        at = at[int(section)] if isinstance(at, list | tuple) else at[section]
+
+
+def set_classes(model: ConfigDict, count: int) -> None:
+    """Set ``num_classes`` of every head in an MMDetection model config; a region proposal network has none."""
+    for key, value in model.items():
+        if key in ("bbox_head", "mask_head"):
+            for head in value if isinstance(value, list) else [value]:
+                head.num_classes = count
+        elif key == "roi_head":
+            set_classes(value, count)
+
+
+def class_count(model: ConfigDict) -> int:
+    """``num_classes`` of the head that an MMDetection model config has."""
+    head = model.get("bbox_head") or model.get("roi_head", {}).get("bbox_head", {})
+    head = head[0] if isinstance(head, list) else head
+    return int(head.get("num_classes", 80))

@@ -1,0 +1,206 @@
+"""MMDetection's own runner, training by local learning: for configs that have ``local``.
+
+A user keeps an MMDetection config and adds::
+
+    custom_imports = dict(imports=['tasks.detection'])
+    local = dict(blocks=4, auxiliary=dict(type='glcan'))
+    runner_type = 'LocalRunner'
+
+and trains it with MMDetection's own tools. Importing this module changes MMEngine in two places, so that no config
+with ``local`` trains end to end for want of the last line: ``Runner.from_cfg`` makes a ``LocalRunner`` of it, and
+``train`` of any other runner refuses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jsonargparse
+from mmengine.optim import OptimWrapperDict
+from mmengine.registry import RUNNERS
+from mmengine.runner import FlexibleRunner, Runner
+from torch import Tensor
+
+from engine.config import Config, LocalConfig, TrainConfig
+from engine.optimizer import load_state_by_name
+from tasks.detection.hook import LocalHook
+from tasks.detection.wrapper import LocalModel
+
+KEYS = ("blocks", "cut", "balance", "auxiliary", "checkpoint", "offload")
+"""Of ``engine.config.LocalConfig``, those that ``local`` has here too."""
+
+ELSEWHERE = {
+    "schedule": "blocks run one after another here; for streams, pipelines and end_to_end use this project's "
+    "tools/train.py, or leave `local` out to train end to end",
+    "precision": "MMDetection's own key is optim_wrapper.type='AmpOptimWrapper', or --amp",
+    "compile": "use this project's tools/train.py with local.compile",
+}
+"""The others, and what to use instead."""
+
+REFUSED = {
+    "model_wrapper_cfg": "blocks are wrapped already; leave it out",
+    "activation_checkpointing": "it wraps modules that blocks do not call; use local.checkpoint, or with_cp",
+    "efficient_conv_bn_eval": "it replaces modules that blocks share; leave it out",
+    "compile": "backward is part of a local step; use this project's tools/train.py with local.compile",
+}
+"""Keys of a config that cannot be combined with ``local``, and why."""
+
+
+@RUNNERS.register_module()
+class LocalRunner(Runner):
+    """MMEngine's runner for a config with ``local``: loops, hooks, logs, schedules and evaluation are its own.
+
+    When training starts, the detector is wrapped in a ``LocalModel``, and every block gets an optimizer wrapper of its
+    own, built from ``optim_wrapper``: its clipping is of the block's own gradient norm, its loss scaler the block's.
+    Validation, test and checkpoints see the plain detector.
+
+    Raises:
+        ValueError: ``local`` is missing, or has a key or value that will not do. When training starts also:
+
+            ======================================= ==================================================
+            several ranks                           use this project's tools/train.py
+            ``model_wrapper_cfg``, ``compile``,     ``REFUSED`` says what to use instead
+            ``activation_checkpointing``,
+            ``efficient_conv_bn_eval``
+            ``optim_wrapper`` that is built, or     every block's is made from one config
+            made of several
+            a detector that is no chain             see ``tasks.detection.chain``
+            ======================================= ==================================================
+    """
+
+    def __init__(self, *args: Any, cfg: Any = None, **kwargs: Any) -> None:
+        self.settings = settings_of(cfg or {})
+        self.optimizer_before: dict[str, Tensor] | None = None
+        """State by parameter name from a checkpoint of other blocks."""
+        super().__init__(*args, cfg=cfg, **kwargs)
+
+    def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
+        super().register_hooks(default_hooks, custom_hooks)
+        self.register_hook(LocalHook())
+
+    def train(self) -> Any:
+        self._check()
+        return super().train()
+
+    def _check(self) -> None:
+        if self.world_size > 1:
+            raise ValueError(
+                "local: this runner trains on one rank; on several use this project's tools/train.py "
+                "(torchrun tools/train.py --config ... --placement.replicas N)"
+            )
+        for key, remedy in REFUSED.items():
+            if self.cfg.get(key):
+                raise ValueError(f"{key}: cannot be combined with `local`: {remedy}")
+        built = isinstance(self.optim_wrapper, OptimWrapperDict) and isinstance(self.model, LocalModel)
+        if not built and not (
+            isinstance(self.optim_wrapper, Mapping) and isinstance(self.optim_wrapper.get("optimizer"), Mapping)
+        ):
+            raise ValueError(
+                "optim_wrapper: `local` makes one for every block from a config such as "
+                "dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))"
+            )
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """Cut the detector into blocks, and give each its wrapper."""
+        if isinstance(optim_wrapper, OptimWrapperDict):
+            return optim_wrapper
+        self.model = LocalModel(self.model, self.cfg.model, self.settings)
+        return self.model.build_optim_wrapper(optim_wrapper)
+
+    def _init_model_weights(self) -> None:
+        super()._init_model_weights()
+        self.model.draw()
+
+    def load_or_resume(self) -> None:
+        before = self._has_loaded
+        super().load_or_resume()
+        if isinstance(self.model, LocalModel) and self._has_loaded and not before and not self._resume:
+            self.model.draw()
+
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        """As MMEngine's. From a checkpoint of other blocks the detector's weights and their momentum go on, and so do
+        learning rates."""
+        self._resume = True
+        super().resume(*args, **kwargs)
+        if self.optimizer_before is None or not isinstance(self.model, LocalModel):
+            return
+        for block in self.model.blocks:
+            assert block.optimizer is not None
+            load_state_by_name(block.optimizer, block.parameters_by_name(), self.optimizer_before)
+        self._advance_schedulers()
+
+    def _advance_schedulers(self) -> None:
+        """Bring fresh schedulers to where training is, as if they had seen all of it."""
+        schedulers = [one for each in (self.param_schedulers or {}).values() for one in each]
+        if any(getattr(scheduler, "need_val_args", False) for scheduler in schedulers):
+            raise ValueError(
+                "param_scheduler: one that goes by metrics cannot go on with other blocks; start from the checkpoint's "
+                "weights with load_from instead of --resume"
+            )
+        length = len(self.train_dataloader)
+        for done in range(1, self.iter + 1):
+            ended = done % length == 0 and done // length <= self.epoch
+            for scheduler in schedulers:
+                if ended or not scheduler.by_epoch:
+                    scheduler.step()
+
+
+def settings_of(cfg: Mapping[str, Any]) -> Config:
+    """The engine's config that an MMDetection config asks for by ``local`` and ``randomness.seed``.
+
+    Raises:
+        ValueError: no ``local``, an unknown key (with the nearest known one), one that has its place elsewhere, or a
+            value that will not do.
+    """
+    local = cfg.get("local")
+    if not isinstance(local, Mapping):
+        raise ValueError(f"local: {local!r}; give a mapping such as local = dict(blocks=4, auxiliary='glcan')")
+    local = local.to_dict() if hasattr(local, "to_dict") else dict(local)
+    for key in local:
+        if key in ELSEWHERE:
+            raise ValueError(f"local.{key}: {ELSEWHERE[key]}")
+        if key not in KEYS:
+            close = difflib.get_close_matches(str(key), KEYS, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(KEYS)}"
+            raise ValueError(f"local: unknown key {key!r}{hint}")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(LocalConfig, "local")
+    try:
+        parsed = parser.instantiate(parser.parse_object({"local": local})).local
+    except (argparse.ArgumentError, TypeError) as error:
+        text = " ".join(str(error).split()).replace("<class '", "").replace("'>", "")
+        raise ValueError(re.sub(r'^Parser key "([\w.]+)":', r"\1:", text)) from error
+    settings = Config(local=parsed, train=TrainConfig(seed=(cfg.get("randomness") or {}).get("seed") or 0))
+    settings.check()
+    return settings
+
+
+def _dispatching(plain: Callable[..., Any]) -> Any:
+    @functools.wraps(plain)
+    def from_cfg(cls: type[Runner], cfg: Any) -> Runner:
+        return plain(LocalRunner if cls is Runner and cfg.get("local") is not None else cls, cfg)  # type: ignore[no-any-return]
+
+    return classmethod(from_cfg)
+
+
+def _refusing(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def train(self: Any) -> Any:
+        if self.cfg.get("local") is not None and not isinstance(self, LocalRunner):
+            raise ValueError(
+                f"local: {type(self).__name__} would train end to end; set runner_type = 'LocalRunner', or leave "
+                "`local` out"
+            )
+        return plain(self)
+
+    return train
+
+
+Runner.from_cfg = _dispatching(Runner.from_cfg.__func__)
+Runner.train = _refusing(Runner.train)
+FlexibleRunner.train = _refusing(FlexibleRunner.train)

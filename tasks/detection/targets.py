@@ -1,0 +1,55 @@
+"""Ground truth as plain containers, which a message can carry to other ranks, and back as MMDetection has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+Targets = dict[str, Any]
+"""Lists by image: ``boxes`` (n, 4) as x1 y1 x2 y2 in input pixels, ``labels`` (n,), ``ignored`` (m, 4), ``meta``."""
+
+
+def targets_of(samples: Sequence[DetDataSample]) -> Targets:
+    """The ground truth and meta information of ``samples``, without what only masks or proposals would need."""
+    return {
+        "boxes": [_tensor(sample.gt_instances.bboxes) for sample in samples],
+        "labels": [sample.gt_instances.labels for sample in samples],
+        "ignored": [
+            _tensor(sample.ignored_instances.bboxes)
+            if "ignored_instances" in sample and "bboxes" in sample.ignored_instances
+            else torch.zeros(0, 4)
+            for sample in samples
+        ],
+        "meta": [{key: _plain(value) for key, value in sample.metainfo.items()} for sample in samples],
+    }
+
+
+def samples_of(targets: Targets) -> list[DetDataSample]:
+    """Inverse of ``targets_of``."""
+    samples = []
+    for boxes, labels, ignored, meta in zip(
+        *(targets[key] for key in ("boxes", "labels", "ignored", "meta")), strict=True
+    ):
+        sample = DetDataSample(metainfo=meta)
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+        sample.ignored_instances = InstanceData(bboxes=ignored)
+        samples.append(sample)
+    return samples
+
+
+def _tensor(boxes: Any) -> Tensor:
+    """Boxes as a plain tensor: pipelines wrap them in a class of MMDetection's."""
+    tensor: Tensor = getattr(boxes, "tensor", boxes)
+    return tensor
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value

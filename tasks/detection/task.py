@@ -1,0 +1,259 @@
+"""Detection as the engine sees it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mmdet.utils.dist_utils
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config as PlainConfig
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from engine.bank import FeatureBank
+from engine.chain import Chain
+from engine.memory.estimate import make_fake
+from engine.message import Message
+from engine.seed import seeded
+from engine.task import WHOLE, Part, micro_batches
+from tasks.detection import auxiliary as auxiliary  # registers what it has
+from tasks.detection.chain import Prediction, detector_chain, recomputed
+from tasks.detection.config import DetectionConfig
+from tasks.detection.data import Samples, data_preprocess, load_samples
+from tasks.detection.evaluate import DetectionMetrics
+from tasks.detection.fake import keeping_values, made_up_boxes
+from tasks.detection.heads import PyramidHead, pyramid_head
+from tasks.detection.plain_config import class_count, plain_config, set_classes
+from tasks.detection.targets import Targets, samples_of
+from tasks.weights import load_weights
+
+EXAMPLE_BOXES = 8
+"""Objects in each image of a made-up micro-batch."""
+
+
+class Detection:
+    """Images to boxes and classes; MMDetection's own detectors, losses, data sets and metrics."""
+
+    name = "detection"
+    metric = "mAP"
+    # A detector's head wants maps at their own resolution; half the channels and one unit a stage keep the local part
+    # below the rest of the backbone, which it stands for.
+    auxiliary_options: Mapping[str, Mapping[str, Any]] = {"glcan": {"depth": 1, "width": 0.5, "reduce": 1}}
+    single_sample = True
+
+    def __init__(self, config: DetectionConfig) -> None:
+        register_all_modules(init_default_scope=True)
+        MMLogger.get_instance("mmengine").setLevel("WARNING")  # it tells of every tensor how it was initialised
+        _ours_alone()
+        self.config = config
+        self._samples: tuple[Samples, Samples] | None = None
+
+    @cached_property
+    def plain(self) -> PlainConfig:
+        """The MMDetection config, its heads for as many classes as the data has."""
+        plain = plain_config(self.config.model)
+        if self.config.data.name != "config":
+            set_classes(plain.model, len(self.classes))
+        for augment in (plain.model.get("data_preprocessor") or {}).get("batch_augments") or []:
+            if augment.type == "BatchSyncRandomResize":
+                raise ValueError(
+                    "model.config: BatchSyncRandomResize draws sizes over all ranks; give data.sizes instead"
+                )
+        return plain
+
+    @property
+    def samples(self) -> tuple[Samples, Samples]:
+        """Training and test data, opened when first asked for."""
+        if self._samples is None:
+            data = self.config.data
+            # Of the plain config the data need nothing that depends on them.
+            plain = plain_config(self.config.model) if data.name == "config" else None
+            train, test = load_samples(data, plain, self.config.train.seed)
+            if data.subset:
+                train.subset(data.subset)
+            self._samples = train, test
+        return self._samples
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Names of the classes; they are read from the annotations only where nothing else tells them."""
+        data = self.config.data
+        if data.classes:
+            return data.classes
+        return [str(digit) for digit in range(10)] if data.name == "digits" else self.samples[0].classes
+
+    @cached_property
+    def preprocessor(self) -> nn.Module:
+        """The detector's own: normalises and pads a batch."""
+        return MODELS.build(self.plain.model.data_preprocessor)  # type: ignore[no-any-return]
+
+    @property
+    def micro_batch(self) -> int:
+        """Images in a micro-batch, the last ones of an epoch apart."""
+        return self.config.data.batch // self.config.train.accumulate
+
+    def build_chain(self, initial: bool = True) -> Chain:
+        model, config = copy.deepcopy(self.plain.model), self.config.model
+        if not (initial and config.pretrained):
+            model.backbone.init_cfg = None
+        with seeded(self.config.train.seed, "model"):
+            detector = MODELS.build(model)
+            detector.init_weights()
+        chain = detector_chain(detector.train())
+        if initial and config.weights:
+            load_weights(detector, Path(config.weights))
+        return chain
+
+    def loss(self, prediction: Prediction, targets: Targets) -> Tensor:
+        if not isinstance(prediction.levels[0], FakeTensor):
+            return self._loss(prediction, targets)
+        with keeping_values(fused=self.config.train.device != "cpu"):
+            return self._loss(prediction, _made_up(targets))
+
+    def _loss(self, prediction: Prediction, targets: Targets) -> Tensor:
+        with recomputed(prediction.detector) if self.config.local.checkpoint else nullcontext():
+            loss: Tensor = prediction.detector.parse_losses(prediction.losses(samples_of(targets)))[0]
+        return loss
+
+    def key_features(self, chain: Chain, message: Message) -> dict[str, Tensor]:
+        """Nothing beyond what travels anyway: a detector's bank are the maps of all stages on their way to the neck."""
+        return {}
+
+    def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> nn.Module:
+        if message.x.dim() != 4:
+            raise ValueError("local.auxiliary: a detector's head needs maps; use glcan, levels or greedy")
+        return self._head(chain, message, only_seen=False)
+
+    def level_head(self, chain: Chain, message: Message) -> nn.Module:
+        """A head on the levels that ``message`` has maps for, alone."""
+        return self._head(chain, message, only_seen=True)
+
+    def _head(self, chain: Chain, message: Message, *, only_seen: bool) -> PyramidHead:
+        # Anchors are constants whose values matter, even where all else is fake.
+        with unset_fake_temporarily() as mode:
+            head = pyramid_head(chain.model, self.plain.model, message, only_seen=only_seen)
+        if mode is not None:
+            make_fake([head])
+        return head
+
+    def example(self) -> Message:
+        width, height = self._largest_size()
+        divisor = self.plain.model.data_preprocessor.get("pad_size_divisor", 1)
+        padded = [-(-side // divisor) * divisor for side in (height, width)]
+        count = self.micro_batch
+        meta = {
+            "img_id": 0,
+            "img_path": "",
+            "ori_shape": (height, width),
+            "img_shape": (height, width),
+            "pad_shape": tuple(padded),
+            "batch_input_shape": tuple(padded),
+            "scale_factor": (1.0, 1.0),
+        }
+        with seeded(self.config.train.seed, "example"):
+            images = torch.randn(count, 3, *padded)
+        targets = {
+            "boxes": [made_up_boxes(EXAMPLE_BOXES, height, width) for _ in range(count)],
+            "labels": [torch.arange(EXAMPLE_BOXES) % class_count(self.plain.model) for _ in range(count)],
+            "ignored": [torch.zeros(0, 4) for _ in range(count)],
+            "meta": [dict(meta) for _ in range(count)],
+        }
+        return Message({"x": images}, targets)
+
+    def _largest_size(self) -> tuple[int, int]:
+        """Width and height of the largest images, which lie on their side."""
+        if self.config.data.name == "config":
+            sizes = _resized_to(self.plain.train_dataloader.dataset)
+        else:
+            sizes = [tuple(size) for size in self.config.data.sizes]
+        width, height = max(sizes, key=lambda size: size[0] * size[1])
+        return max(width, height), min(width, height)
+
+    def steps_per_epoch(self) -> int:
+        data, count = self.config.data, len(self.samples[0])
+        return count // data.batch if data.drop_last else math.ceil(count / data.batch)
+
+    def smallest_batch(self) -> int:
+        data = self.config.data
+        rest = 0 if data.drop_last else len(self.samples[0]) % data.batch
+        return min(min(micro_batches(full, self.micro_batch)) for full in (data.batch, rest) if full)
+
+    def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
+        data = self.config.data
+        for items in self.samples[0].batches(epoch, start, data.batch, data.workers, True, data.drop_last):
+            messages, at = [], 0
+            for size in micro_batches(len(items), self.micro_batch):
+                # A part is padded as the whole is.
+                whole = data_preprocess(self.preprocessor, items[at : at + size], True)
+                messages.append(_part(whole, part.of(size)))
+                at += size
+            yield messages
+
+    def test_batches(self) -> Iterator[Message]:
+        # Not more images at a time than in training, so that what trains in some memory also evaluates in it.
+        for items in self.samples[1].batches(0, 0, self.micro_batch, self.config.data.workers, False, False):
+            yield data_preprocess(self.preprocessor, items, False)
+
+    def metrics(self) -> DetectionMetrics:
+        return DetectionMetrics(self.config.data, self.samples[1], self.plain)
+
+    def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
+        """What MMDetection's ``init_detector`` loads; the plain config goes beside it, as ``target`` with .py."""
+        self.plain.dump(target.with_suffix(".py"))
+        return {"state_dict": dict(state), "meta": {"dataset_meta": {"classes": tuple(self.classes)}}}
+
+
+def _part(message: Message, own: slice) -> Message:
+    targets = {key: values[own] for key, values in message.targets.items()}
+    return Message({"x": message.x[own]}, targets, message.bank, message.sequence)
+
+
+def _made_up(targets: Targets) -> Targets:
+    """``targets`` with boxes and labels that have values: those of fake ones are lost."""
+    metas, boxes = targets["meta"], targets["boxes"]
+    counts = [len(own) for own in boxes]
+    return {
+        "boxes": [made_up_boxes(n, *meta["img_shape"]) for n, meta in zip(counts, metas, strict=True)],
+        "labels": [torch.zeros(n, dtype=torch.long) for n in counts],
+        "ignored": [torch.zeros(0, 4) for _ in counts],
+        "meta": metas,
+    }
+
+
+def _resized_to(dataset: Any) -> list[tuple[int, int]]:
+    """Every scale that a data set config's pipeline may resize to; COCO's usual one if none is told."""
+    found: list[tuple[int, int]] = []
+    for step in dataset.get("pipeline") or []:
+        scales = step.get("scales") or step.get("scale") or ()
+        scales = scales if scales and isinstance(scales[0], list | tuple) else [scales]
+        found += [tuple(scale) for scale in scales if len(scale) == 2 and isinstance(scale[0], int)]
+    if not found and isinstance(dataset.get("dataset"), dict):
+        return _resized_to(dataset.dataset)  # RepeatDataset and its like
+    return found or [(1333, 800)]
+
+
+class _Alone:
+    """``torch.distributed`` as seen by MMDetection's losses: there is one process.
+
+    They average normalisers over all ranks. The ranks of a pipeline compute different losses at different times, and
+    would wait for each other for ever.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.distributed, name)
+
+    def is_initialized(self) -> bool:
+        return False
+
+
+def _ours_alone() -> None:
+    mmdet.utils.dist_utils.dist = _Alone()

@@ -1,0 +1,225 @@
+"""A detector in MMEngine's hands: its training step is one local step of every block."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from mmdet.models.detectors.base import BaseDetector
+from mmengine.config import Config as PlainConfig
+from mmengine.config import ConfigDict
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
+from mmengine.registry import MODEL_WRAPPERS
+from torch import Tensor, nn
+
+from engine.block import Block
+from engine.build import build_blocks
+from engine.config import Config
+from engine.memory.footprint import followed
+from engine.memory.tracker import MemoryTracker, Moment
+from engine.message import Message
+from tasks.detection.chain import Prediction, detector_chain
+from tasks.detection.optim_wrapper import OF_AUXILIARY, BlockOptimWrappers, names_in_order, part_of
+from tasks.detection.targets import Targets, samples_of, targets_of
+from tasks.detection.task import Detection
+
+
+class GivenDetector(Detection):
+    """The task of a detector that MMEngine builds, feeds and evaluates: the loss and the auxiliary heads are left."""
+
+    def __init__(self, model: ConfigDict) -> None:
+        # Nothing of Detection's own: it would change MMDetection's scope and log, and silence its ranks.
+        self.plain = PlainConfig({"model": model})
+        self.named: dict[str, Tensor] = {}
+
+    def _loss(self, prediction: Prediction, targets: Targets) -> Tensor:
+        loss: Tensor
+        loss, named = prediction.detector.parse_losses(prediction.losses(samples_of(targets)))
+        self.named = {name: value.detach() for name, value in named.items()}
+        return loss
+
+
+class DrivenBlock(Block):
+    """A block whose optimizer wrapper does what follows the forward pass: scale, accumulate, clip, update, free.
+
+    Forward pass and loss run in the wrapper's context, which is where AMP casts.
+    """
+
+    wrapper: OptimWrapper
+
+    @classmethod
+    def of(cls, block: Block) -> DrivenBlock:
+        """``block`` again, to be given a wrapper."""
+        return cls(
+            block.chain,
+            block.span,
+            block.auxiliary,
+            block.task,
+            seed=block.seed,
+            checkpointing=block.checkpointing,
+            offload=block.offload,
+            keeps_key_features=block.keeps_key_features,
+        )
+
+    def drive(self, wrapper: OptimWrapper) -> None:
+        self.wrapper, self.optimizer = wrapper, wrapper.optimizer
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self.wrapper.optim_context(self)
+        return context
+
+    def train_backward(self, loss: Tensor) -> None:
+        scaler = getattr(self.wrapper, "loss_scaler", None)
+        before = scaler.get_scale() if scaler is not None else 0
+        self.wrapper.update_params(loss)
+        self.skipped += scaler is not None and scaler.get_scale() < before
+
+    def train_update(self) -> Tensor:
+        """Nothing: ``update_params`` has done it, if it was the time to."""
+        return torch.full((), float("nan"))
+
+
+@MODEL_WRAPPERS.register_module()
+class LocalModel(nn.Module):
+    """A detector, cut into blocks, with an auxiliary network for every block but the last.
+
+    ``module`` is the detector. MMEngine saves, loads and evaluates that one, so that checkpoints have its own names
+    and nothing auxiliary. Its losses are logged under their own names, each block's as ``blockK/loss``.
+
+    Args:
+        module: as the runner has built it, on the runner's device.
+        config: the model's MMDetection config.
+        settings: of ``local`` and the seed.
+
+    Raises:
+        ValueError: the detector is no chain, or cannot be cut so, or the auxiliary network does not fit.
+    """
+
+    def __init__(self, module: BaseDetector, config: ConfigDict, settings: Config) -> None:
+        super().__init__()
+        self.module, self.settings = module, settings
+        self.task = GivenDetector(config)
+        device = torch.device(get_device())
+        # Shapes are inferred, and weights drawn, on the CPU whatever the device.
+        self.blocks = self._build(module.cpu())
+        module.to(device)
+        # Not the blocks themselves: their train() would wake the normalisations that the backbone keeps frozen.
+        self.auxiliaries = nn.ModuleList([block.auxiliary for block in self.blocks if block.auxiliary]).to(device)
+        self.optim_wrapper: BlockOptimWrappers | None = None
+        self.measuring = False
+        self.peaks: dict[int, Moment] = {}
+
+    def _build(self, detector: BaseDetector) -> list[DrivenBlock]:
+        with _unlogged():
+            blocks = build_blocks(detector_chain(detector), self.settings, self.task)
+        return [DrivenBlock.of(block) for block in blocks]
+
+    def draw(self) -> None:
+        """Draw the auxiliary networks' weights anew: they follow the detector's, which may have changed."""
+        drawn = self._build(copy.deepcopy(self.module).cpu())
+        for block, new in zip(self.blocks, drawn, strict=True):
+            if block.auxiliary is not None and new.auxiliary is not None:
+                block.auxiliary.load_state_dict(new.auxiliary.state_dict())
+
+    def build_optim_wrapper(self, config: ConfigDict) -> BlockOptimWrappers:
+        """One wrapper a block, ``block0`` and so on, each built by MMEngine from the same config."""
+        wrappers = {}
+        for block in self.blocks:
+            wrapper = build_optim_wrapper(part_of(self.module, block), config)
+            if wrapper.clip_grad_kwargs:
+                wrapper.grad_name = f"block{block.index}/{wrapper.grad_name}"
+            block.drive(wrapper)
+            wrappers[f"block{block.index}"] = wrapper
+        self.optim_wrapper = BlockOptimWrappers(**wrappers)
+        return self.optim_wrapper
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapperDict) -> dict[str, Tensor]:
+        """A local step of every block on a batch as the data loader gives it; the losses to log, by name."""
+        assert optim_wrapper is self.optim_wrapper, "blocks are driven by the wrappers made for them"
+        batch = self.module.data_preprocessor(data, True)
+        message = Message(
+            {"x": batch["inputs"]}, targets_of(batch["data_samples"]), sequence=self.blocks[0].next_sequence
+        )
+        message = message.to(batch["inputs"].device)
+        own: dict[str, Tensor] = {}
+        with self._measured(message):
+            for block in self.blocks:
+                message, report = block.local_step(message)
+                own[f"block{block.index}/loss"] = report.loss
+                if report.skipped:
+                    own[f"block{block.index}/skipped"] = torch.tensor(report.skipped)
+        return {**self.task.named, **own}
+
+    @contextmanager
+    def _measured(self, message: Message) -> Iterator[None]:
+        """Meanwhile, if ``measuring``, count the bytes of all tensors; the peak of each block goes into ``peaks``."""
+        with ExitStack() as stack:
+            if self.measuring:
+                tracker = MemoryTracker(message.x.device.type)
+                tracker.add(message.tensors(), "activations")
+                for block in self.blocks:
+                    stack.enter_context(followed(tracker, block, self.peaks))
+                stack.enter_context(tracker)
+            yield
+        self.measuring = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def val_step(self, data: Any) -> Any:
+        return self.module.val_step(data)
+
+    def test_step(self, data: Any) -> Any:
+        return self.module.test_step(data)
+
+    @property
+    def cut(self) -> list[list[str]]:
+        """Names of each block's units."""
+        return [[unit.name for unit in block.units] for block in self.blocks]
+
+    def local_state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the detector's weights and MMEngine's own, in plain containers."""
+        return {
+            "cut": self.cut,
+            "auxiliary": self.settings.local.auxiliary,
+            "tensors": {name: tensor.cpu() for name, tensor in self._auxiliary_tensors().items()},
+            "parameters": {f"block{block.index}": names_in_order(block) for block in self.blocks},
+            "skipped": [block.skipped for block in self.blocks],
+        }
+
+    def load_local_state(self, state: Mapping[str, Any]) -> bool:
+        """Inverse of ``local_state``; False, and nothing is changed, if it is of other blocks or auxiliary networks."""
+        own, saved = self._auxiliary_tensors(), state.get("tensors", {})
+        shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, saved)]
+        spec = self.settings.local.auxiliary
+        if state.get("cut") != self.cut or state.get("auxiliary") != spec or shapes[0] != shapes[1]:
+            return False
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+        for block, skipped in zip(self.blocks, state["skipped"], strict=True):
+            block.skipped = skipped
+        return True
+
+    def _auxiliary_tensors(self) -> dict[str, Tensor]:
+        return {
+            name: tensor.detach()
+            for block in self.blocks
+            for name, tensor in block.named_state().items()
+            if name.startswith(OF_AUXILIARY)
+        }
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """MMEngine logs of every tensor how it was initialised; of the detector's that is enough."""
+    logger = MMLogger.get_current_instance()
+    handlers, logger.handlers = logger.handlers, []
+    try:
+        yield
+    finally:
+        logger.handlers = handlers

@@ -1,0 +1,216 @@
+"""Losses on fake activations: the same shapes, gradients and bytes as on real ones, with nothing computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+import tasks  # noqa: F401  provides torchvision's operators before mmdet imports it
+from engine.memory.estimate import make_fake
+from engine.memory.tracker import MemoryTracker
+
+mmdet = pytest.importorskip("mmdet")
+
+from mmcv.ops import roi_align  # noqa: E402
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead  # noqa: E402
+from mmdet.models.losses import FocalLoss  # noqa: E402
+from mmdet.registry import MODELS  # noqa: E402
+from mmdet.structures import DetDataSample  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+from mmengine.registry import DefaultScope  # noqa: E402
+from mmengine.structures import InstanceData  # noqa: E402
+
+from tasks.detection import fake  # noqa: E402
+from tasks.detection.fake import keeping_values, made_up_boxes  # noqa: E402
+
+CONFIGS = Path(mmdet.__file__).parent / ".mim" / "configs"
+ONE_STAGE = {
+    "retinanet": "retinanet/retinanet_r18_fpn_1x_coco.py",
+    "fcos": "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py",
+    "atss": "atss/atss_r50_fpn_1x_coco.py",
+    "gfl": "gfl/gfl_r50_fpn_1x_coco.py",
+}
+TWO_STAGE = "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+HEIGHT, WIDTH = 96, 128
+
+
+@pytest.fixture(autouse=True)
+def _scope() -> Iterator[None]:
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        yield
+
+
+def build(name: str) -> nn.Module:
+    """The detector of one of MMDetection's configs, with a ResNet-18, as it makes no difference here."""
+    model = Config.fromfile(CONFIGS / name).model
+    if model.backbone.type == "ResNet":
+        model.backbone.update(depth=18, init_cfg=None)
+        model.neck.in_channels = [64, 128, 256, 512]
+    model.data_preprocessor = None
+    torch.manual_seed(0)
+    return MODELS.build(model).train()
+
+
+def ground_truth(*counts: int) -> list[DetDataSample]:
+    """An image for each number of boxes."""
+    samples = []
+    for count in counts:
+        size = (HEIGHT, WIDTH)
+        sample = DetDataSample(metainfo={"img_shape": size, "pad_shape": size, "batch_input_shape": size})
+        sample.gt_instances = InstanceData(
+            bboxes=made_up_boxes(count, HEIGHT, WIDTH), labels=torch.arange(count, dtype=torch.long)
+        )
+        sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4))
+        samples.append(sample)
+    return samples
+
+
+def run_step(name: str, samples: list[DetDataSample], faked: bool, fused: bool = False) -> dict[str, Any]:
+    """Forward and backward of a step, and what they held."""
+    model = build(name)
+    with FakeTensorMode() if faked else nullcontext():
+        if faked:
+            make_fake([model])
+        images = torch.randn(len(samples), 3, HEIGHT, WIDTH)
+        tracker = MemoryTracker()
+        tracker.add([*model.parameters(), *model.buffers(), images], "parameters")
+        torch.manual_seed(0)  # of the samplers
+        with tracker:
+            levels = model.extract_feat(images)
+            model.extract_feat = lambda levels: levels
+            with keeping_values(fused=fused) if faked else nullcontext():
+                losses = model.loss(levels, samples)
+                loss = model.parse_losses(losses)[0]
+            del levels
+            forward, kept = tracker.peak.bytes, tracker.live_bytes
+            loss.backward()
+    assert isinstance(loss, FakeTensor) == faked
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in wanted.values())
+    return {
+        "losses": pytree.tree_map(lambda part: part.shape, losses),
+        "bytes": (forward, kept, tracker.peak.bytes, tracker.live_bytes),
+    }
+
+
+@pytest.mark.parametrize("name", ONE_STAGE)
+def test_bytes_are_those_of_a_real_step(name: str) -> None:
+    samples = ground_truth(5, 0)
+    assert run_step(ONE_STAGE[name], samples, True) == run_step(ONE_STAGE[name], samples, False)
+
+
+def test_bytes_without_any_ground_truth() -> None:
+    samples = ground_truth(0, 0)
+    assert run_step(ONE_STAGE["gfl"], samples, True) == run_step(ONE_STAGE["gfl"], samples, False)
+
+
+def test_bytes_of_two_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal with equal proposals; with its own ones, a real detector's differ by what lies on which level."""
+    samples = ground_truth(5, 3)
+    found, own = run_step(TWO_STAGE, samples, True), run_step(TWO_STAGE, samples, False)
+    monkeypatch.setattr(BaseDenseHead, "loss_and_predict", fake._loss_and_made_up_proposals)
+    assert found == run_step(TWO_STAGE, samples, False)
+    assert found["losses"] == own["losses"]
+    assert found["bytes"] == pytest.approx(own["bytes"], rel=1e-3)
+
+
+def test_made_up_proposals_give_the_sampler_its_share() -> None:
+    model = build(TWO_STAGE)
+    for sample in ground_truth(1, 5, 40):
+        proposals = InstanceData(priors=fake._made_up_proposals(sample, 1000))
+        assert len(proposals) == 1000
+        assigned = model.roi_head.bbox_assigner.assign(proposals, sample.gt_instances)
+        sampled = model.roi_head.bbox_sampler.sample(assigned, proposals, sample.gt_instances)
+        assert (len(sampled.pos_inds), len(sampled.neg_inds)) == (128, 384)
+    assert len(fake._made_up_proposals(ground_truth(0)[0], 1000)) == 1000
+
+
+def test_the_focal_loss_is_the_fused_one() -> None:
+    """The scores; in forward the loss and its product with the weights, in backward two gradients: 3 sizes each."""
+    anchors, classes = 1000, 80
+    size = anchors * classes * 4
+    labels, weights = torch.randint(classes + 1, (anchors,)), torch.ones(anchors)
+
+    def peaks(fused: bool) -> tuple[float, float]:
+        with FakeTensorMode(), MemoryTracker() as tracker:
+            scores = torch.randn(anchors, classes, requires_grad=True)
+            with keeping_values(fused=fused):
+                loss = FocalLoss()(scores, labels, weights, avg_factor=10)
+            forward = tracker.peak.bytes
+            tracker.reset_peak()
+            loss.backward()
+            assert scores.grad is not None
+            assert scores.grad.shape == scores.shape
+            return forward / size, tracker.peak.bytes / size
+
+    assert peaks(fused=True) == pytest.approx((3, 3), abs=0.02)
+    assert min(peaks(fused=False)) > 8
+
+
+def test_a_loss_that_hangs_on_predictions_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model.config: .*its own predictions \(aten.nonzero.default\)"):
+        run_step("yolox/yolox_tiny_8xb8-300e_coco.py", ground_truth(3), True)
+
+
+def test_made_up_boxes() -> None:
+    boxes = made_up_boxes(100, 800, 1333)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    assert bool((low >= 0).all())
+    assert bool((high <= torch.tensor([1333, 800])).all())
+    sides = (high - low).prod(dim=1).sqrt()
+    assert 30 < sides.min() < 40
+    assert 500 < sides.max() < 700
+    assert made_up_boxes(0, 800, 1333).shape == (0, 4)
+    with FakeTensorMode():
+        again = made_up_boxes(100, 800, 1333)
+    assert torch.equal(again, boxes), "real ones, and the same"
+
+
+def test_real_stays_real_and_fake_fake() -> None:
+    mask = torch.tensor([True, False, True])
+    with FakeTensorMode(), MemoryTracker() as tracker:
+        scores = torch.randn(3, 5)
+        with keeping_values():
+            before = tracker.live_bytes
+            made = torch.zeros(1024)
+            assert type(made) is Tensor
+            assert tracker.live_bytes - before == made.nbytes
+            assert made[:3][mask].tolist() == [0, 0]
+            assert type(scores.new_zeros(2)) is FakeTensor
+            assert scores[mask].shape == (2, 5)
+            assert scores[mask, mask.long()[mask]].shape == (2,)
+            assert scores.sum().item() == 1
+            assert (scores > 0).all()
+            made[0] = scores[0, 0]
+            made[:3] += scores[:, 0]
+            assert made.tolist() == [0] * 1024
+            assert type(made[:3] + scores[:, 0]) is FakeTensor
+        assert type(torch.zeros(1)) is FakeTensor
+
+
+def test_everything_is_put_back() -> None:
+    plain = FocalLoss.forward, BaseDenseHead.loss_and_predict
+    with FakeTensorMode():
+        context = keeping_values()
+        context.__enter__()
+        assert (FocalLoss.forward, BaseDenseHead.loss_and_predict) != plain
+        assert not context.__exit__(ZeroDivisionError, ZeroDivisionError(), None), "errors go on"
+        assert type(torch.zeros(1)) is FakeTensor
+    assert (FocalLoss.forward, BaseDenseHead.loss_and_predict) == plain
+
+
+def test_compiled_operators_still_compute() -> None:
+    image = torch.arange(16.0).reshape(1, 1, 4, 4).requires_grad_()
+    whole = roi_align(image, torch.tensor([[0.0, 0, 0, 4, 4]]), 2)
+    assert whole.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    whole.sum().backward()
+    assert image.grad is not None
+    assert image.grad.sum() == 4

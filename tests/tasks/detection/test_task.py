@@ -1,0 +1,230 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmdet.apis import inference_detector, init_detector
+from torch import Tensor
+
+from engine.build import build_blocks, prepare
+from engine.config import parse, read_yaml
+from engine.memory.estimate import estimate_step
+from engine.memory.footprint import count_bytes
+from engine.schedules import SCHEDULES
+from engine.shapes import shapes_of
+from engine.task import Part
+from engine.trainer import Trainer
+from engine.world import join
+from tasks.detection.config import DetectionConfig
+from tasks.detection.targets import samples_of
+from tasks.detection.task import Detection
+from tests.ranks import run_ranks, values
+from tests.tasks.detection.detectors import SMALL, message, small_task
+from tests.toy import assert_equal
+from tools import evaluate, export, plan, train
+
+
+def options(**changes: Any) -> str:
+    """The smoke config's options with changes to a section's keys, as ``backbone__depth=50``."""
+    own = read_yaml(Path(SMALL))["model"]["options"]
+    return json.dumps({**own, **{f"model.{key.replace('__', '.')}": value for key, value in changes.items()}})
+
+
+def words(room: Path, *overrides: str) -> list[str]:
+    return ["--config", SMALL, "--output.root", str(room), "--output.name", "run", *overrides]
+
+
+def fit(room: Path, *overrides: str) -> dict[str, Any]:
+    """One rank's part of a run."""
+    config = parse(DetectionConfig, words(room, "--train.device", "cpu", *overrides))
+    world = join(config.placement, "cpu")
+    with world.failing_together():
+        made = Trainer(config, Detection(config), world)
+        made.fit()
+    state: dict[str, Tensor] = {}
+    for block in made.blocks:
+        for tensors in block.state().values():
+            state.update({name: tensor.clone() for name, tensor in tensors.items()})
+    world.leave()
+    return state
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: part[name] for part in parts for name in sorted(part)}
+
+
+def lines(room: Path) -> list[Any]:
+    read = [json.loads(line) for line in (room / "run/metrics.jsonl").read_text().splitlines()]
+    return [line.get("train_loss", line.get("mAP")) for line in read]
+
+
+NETWORKS = {
+    "multi-scale retinanet": ("--train.log_every", "1", "--optimizer.clip_norm", "5"),
+    # ATSS averages its normalisers over all ranks, which those of a pipeline must not wait for.
+    "atss": (
+        *("--model.config", "atss/atss_r50_fpn_1x_coco.py", "--train.log_every", "1"),
+        *("--data.sizes", "[[96, 96], [128, 128]]", "--data.subset", "8"),
+        *("--model.options", options(backbone__depth=18)),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(NETWORKS))
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    room = tmp_path_factory.mktemp("alone")
+    (state,) = values(run_ranks(1, fit, room, *NETWORKS[request.param]))
+    return request.param, state, lines(room)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_ranks_gives_the_bits_of_one_process(alone: Any, ranks: int, tmp_path: Path) -> None:
+    name, state, course = alone
+    parts = values(run_ranks(ranks, fit, tmp_path, *NETWORKS[name]))
+    assert_equal(dict(sorted(joined(parts).items())), dict(sorted(state.items())))
+    assert lines(tmp_path) == course
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(alone: Any, tmp_path: Path) -> None:
+    name, state, course = alone
+    values(run_ranks(2, fit, tmp_path, *NETWORKS[name], "--train.steps", "2"))
+    parts = values(run_ranks(1, fit, tmp_path, *NETWORKS[name], "--train.resume", "auto"))
+    assert_equal(dict(sorted(joined(parts).items())), dict(sorted(state.items())))
+    assert lines(tmp_path)[-2:] == course[-2:]
+
+
+def test_an_export_is_what_mmdetection_loads_and_predicts_with(tmp_path: Path) -> None:
+    unsure = options(test_cfg__score_thr=0.0)  # so that a hardly trained one predicts something
+    train.main(words(tmp_path, "--model.options", unsure))
+    evaluate.main(["--run", str(tmp_path / "run")])
+    assert (tmp_path / "run/evaluation/step_3/predictions.png").is_file()
+    target = tmp_path / "out/detector.pth"
+    export.main(["--run", str(tmp_path / "run"), "--out", str(target)])
+    content = torch.load(target, weights_only=True)
+    assert not [name for name in content["state_dict"] if "auxiliary" in name]
+    stock = init_detector(str(target.with_suffix(".py")), str(target), device="cpu")
+    stock.load_state_dict(content["state_dict"], strict=True)
+    assert stock.dataset_meta["classes"] == tuple("0123456789")
+
+    _, task = small_task("--model.options", unsure)
+    chain = task.build_chain(initial=False)
+    chain.model.load_state_dict(content["state_dict"])
+    chain.model.eval()
+    (first, *_) = task.test_batches()
+    with torch.no_grad():
+        ours = chain(first).predict(samples_of(first.targets))[0].pred_instances
+    stock.cfg.test_pipeline = stock.cfg.test_dataloader.dataset.pipeline
+    stock.cfg.test_dataloader.dataset.pipeline[1].scale = (128, 128)
+    theirs = inference_detector(stock, first.targets["meta"][0]["img_path"]).pred_instances
+    assert len(ours) == len(theirs) > 0
+    assert torch.allclose(ours.bboxes, theirs.bboxes, atol=1e-4)
+    assert torch.allclose(ours.scores, theirs.scores, atol=1e-5)
+    assert ours.labels.equal(theirs.labels)
+
+
+def test_frozen_layers_make_no_block_and_the_log_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    frozen = options(backbone__frozen_stages=1, backbone__norm_eval=True)
+    config = parse(DetectionConfig, words(tmp_path, "--model.options", frozen))
+    task = Detection(config)
+    made = Trainer(config, task)
+    assert [block.title for block in made.blocks] == ["stem ... layer2.1", "layer3.0 ... layer4.1", "neck ... head"]
+    before = {name: tensor.clone() for name, tensor in made.chain.model.state_dict().items()}
+    made.fit()
+    said = " ".join(capfd.readouterr().out.split())
+    assert "stem, layer1.0, layer1.1: frozen, so no block of its own; merged into block 0" in said
+    changed = {name for name, tensor in made.chain.model.state_dict().items() if not tensor.equal(before[name])}
+    assert not [name for name in changed if "running" in name], "norm_eval: statistics stay"
+    assert not [name for name in changed if ".conv1" in name and ("backbone.conv1" in name or "layer1" in name)]
+    assert "backbone.layer2.0.conv1.weight" in changed
+
+
+@pytest.mark.parametrize("boxes", [(0, 2), (0, 0)])
+@pytest.mark.parametrize("auxiliary", ["glcan", "levels", "greedy"])
+def test_every_block_learns_from_images_without_ground_truth(auxiliary: str, boxes: tuple[int, ...]) -> None:
+    config, task = small_task("--local.auxiliary", auxiliary)
+    blocks = build_blocks(task.build_chain(), config, task)
+    prepare(blocks, config, torch.device("cpu"))
+    _, reports = SCHEDULES["sequential"](blocks).step(message(boxes))
+    assert len(reports) == 4
+    assert all(report.loss.isfinite() for report in reports)
+    assert all(p.isfinite().all() for block in blocks for p in block.parameters())
+
+
+def test_parts_of_a_batch_are_the_whole_in_its_order() -> None:
+    _, task = small_task("--train.accumulate", "2", "--data.batch", "6", "--data.subset", "9")
+    assert (task.steps_per_epoch(), task.smallest_batch()) == (2, 3)
+    ways = [task.batches(0, 0, part) for part in (Part(0, 1), Part(0, 2), Part(1, 2))]
+    for whole, *parts in zip(*ways, strict=True):
+        for number, one in enumerate(whole):
+            pieces = [part[number] for part in parts]
+            assert torch.cat([piece.x for piece in pieces]).equal(one.x)
+            metas = [meta for piece in pieces for meta in piece.targets["meta"]]
+            assert metas == one.targets["meta"]
+
+
+def test_replicas_share_a_batch(tmp_path: Path) -> None:
+    parts = values(run_ranks(2, fit, tmp_path, "--placement.replicas", "2", "--train.steps", "2"))
+    assert_equal(parts[0], parts[1])
+
+
+def test_an_estimate_reads_no_data_and_is_the_measurement_to_the_byte() -> None:
+    """On the CPU, whose focal loss keeps more than a GPU's."""
+    for overrides in ((), ("--local.checkpoint", "true"), ("--local.schedule", "end_to_end")):
+        config, task = small_task("--train.device", "cpu", "--data.sizes", "[[128, 128]]", *overrides)
+        predicted = estimate_step(build_blocks(task.build_chain(), config, task), config, shapes_of(task.example))
+        assert task._samples is None, "nothing was opened"
+        blocks = build_blocks(task.build_chain(), config, task)
+        prepare(blocks, config, torch.device("cpu"))
+        measured = count_bytes(blocks, config, task.example())
+        assert predicted.footprint.by_block_bytes == pytest.approx(measured.by_block_bytes, rel=0.01)
+
+
+def test_a_plan_finds_a_cut_for_a_budget(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    words = [
+        "--config",
+        SMALL,
+        "--data.sizes",
+        "[[320, 320]]",
+        "--model.config",
+        "retinanet/retinanet_r18_fpn_1x_coco.py",
+    ]
+    plan.main([*words, "--memory", "60MiB", "--json", str(file), "--out", str(tmp_path / "plan.yaml")])
+    row = json.loads(file.read_text())
+    assert row["budget_bytes"] == 60 * 2**20
+    config = parse(DetectionConfig, ["--config", str(tmp_path / "plan.yaml")])
+    task = Detection(config)
+    blocks = build_blocks(task.build_chain(), config, task)
+    assert estimate_step(blocks, config, shapes_of(task.example)).footprint.peak_bytes <= 60 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("--model.config", "retinanet/retinanet_r19_fpn_1x_coco.py"), r"did you mean 'retinanet/retinanet_r\d+"),
+        (("--model.options", '{"model.bakbone.depth": 18}'), "the config has no 'bakbone', did you mean 'backbone'"),
+        (("--data.sizes", "[[320]]"), r"data.sizes: \[\[320\]\]; give pairs"),
+        (("--data.name", "coco"), "data.root: not given"),
+        (("--train.accumulate", "3"), "train.accumulate: 3 does not divide"),
+        (("--model.config", "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", "--model.options", "{}"), "predicts masks"),
+        (("--local.auxiliary", "dgl"), "needs maps; use glcan, levels or greedy"),
+        (("--model.weights", "nowhere.pth"), "model.weights: no such file: nowhere.pth"),
+    ],
+)
+def test_mistakes_are_one_line(overrides: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        _build(*overrides)
+    assert "\n" not in str(caught.value)
+
+
+def _build(*overrides: str) -> None:
+    config, task = small_task(*overrides)
+    build_blocks(task.build_chain(), config, task)
+
+
+def test_glcan_reduces_nothing_in_a_detector_by_default() -> None:
+    """Levels stand for strides: a local part at half the resolution would need other anchors."""
+    config, task = small_task()
+    network = build_blocks(task.build_chain(), config, task)[0].auxiliary
+    assert network is not None
+    assert network.reduce == 1  # type: ignore[union-attr]
