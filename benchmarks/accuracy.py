@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from engine.auxiliary import known_families
-from engine.config import ToolParser, at_least, parse, run_tool, task_name
+from engine.config import ToolParser, at_least, run_tool
 from engine.files import check_writable
 from engine.log import console
 from engine.memory.page import write_tables
 from engine.memory.report import Sheet, header, write_json
-from tasks import find_task
+from tasks import load
 
 
 def main(argv: Sequence[str]) -> None:
     parser = ToolParser(__doc__)
-    parser.add_argument("--auxiliaries", nargs="+", default=known_families(), help="which networks; else all")
+    parser.add_argument("--auxiliaries", nargs="+", help="which networks; else all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads a run")
@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> None:
     known, rest = parser.parse_known_args(list(argv))
     at_least(("--jobs", known.jobs, 1), ("--threads", known.threads, 1))
     check_writable(known.json, known.html)
-    config = parse(find_task(task_name(rest)).config, rest)
-    kinds = ["end_to_end", *known.auxiliaries]
+    config, task = load(rest)
+    kinds = ["end_to_end", *(known.auxiliaries or known_families(task))]
     runs = [(kind, seed) for seed in known.seeds for kind in kinds]
     with ThreadPoolExecutor(known.jobs) as pool:
         summaries = list(pool.map(lambda run: _train(rest, *run, config.output.root, known.threads), runs))

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         return
     parser = ToolParser(__doc__)
     parser.add_argument("--blocks", nargs="+", type=int, default=[2, 4, 8, 16])
-    parser.add_argument("--auxiliaries", nargs="+", default=known_families(), help="which networks; else all")
+    parser.add_argument("--auxiliaries", nargs="+", help="which networks; else all")
     parser.add_argument("--steps", type=int, default=10, help="counted steps a variant, after 3 of warm-up")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
@@ -37,9 +37,10 @@ def main(argv: Sequence[str]) -> None:
     known, rest = parser.parse_known_args(list(argv))
     at_least(("--steps", known.steps, 1), ("--threads", known.threads, 1))
     check_writable(known.json, known.html)
-    config, _ = load(rest)
+    config, task = load(rest)
+    families = known.auxiliaries or known_families(task)
     variants = [END_TO_END, CHECKPOINTED]
-    variants += [local_variant(config, name, blocks) for name in known.auxiliaries for blocks in known.blocks]
+    variants += [local_variant(config, name, blocks) for name in families for blocks in known.blocks]
     rows = report_rows(variants, rest, load, measuring=True, steps=known.steps, threads=known.threads)
     base = rows[0].step_seconds
     if base is None:

@@ -70,8 +70,8 @@ class Task(Protocol):
     name: str
     metric: str
     """Name of the first figure of its metrics, as written to ``summary.json``."""
-    auxiliary_options: Mapping[str, Mapping[str, Any]]
-    """Options of families of auxiliary networks, by name, where this kind of task wants other defaults."""
+    auxiliary_options: Mapping[str, Mapping[str, Any] | None]
+    """By family of auxiliary networks: options that this kind of task has other defaults for; None if it takes none."""
     single_sample: bool
     """Whether BatchNorm can learn from one sample: it sees more than one value a channel, as in a detector's maps."""
 

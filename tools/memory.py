@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.auxiliary import known_families
 from engine.config import ToolParser, at_least, config_file, run_tool
+from engine.device import choose_device
 from engine.files import check_writable
 from engine.log import console
 from engine.memory.page import write_figure, write_page
@@ -49,15 +50,18 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--figure: {known.figure} does not end in .svg")
     at_least(("--steps", known.steps, 1 if known.figure and known.what != "estimate" else 0))
     check_writable(known.json, known.html, known.figure)
-    if known.device:
-        rest += ["--train.device", known.device]
+    device = known.device
+    if not device and known.what != "estimate" and load(rest)[0].train.device == "auto":
+        device = choose_device("auto").type  # the prediction beside a measurement is for where it is made
+    if device:
+        rest += ["--train.device", device]
     config, task = load(rest)
     variants = four_variants(config)
     if known.what == "compare":
         most = len(task.build_chain(initial=False))
         # More blocks than units there are: as many as there are.
         fitting = sorted({min(count, most) for count in counts})
-        variants = many_variants(config, known.auxiliaries or known_families(), fitting)
+        variants = many_variants(config, known.auxiliaries or known_families(task), fitting)
     rows = report_rows(
         variants,
         rest,

@@ -59,11 +59,11 @@ def register(name: str) -> Callable[[Family], Family]:
     return add
 
 
-def known_families() -> list[str]:
-    """The names of all families: every file in ``engine/auxiliary/`` registers its own."""
+def known_families(task: Task) -> list[str]:
+    """The names of all families that ``task`` takes: every file in ``engine/auxiliary/`` registers its own."""
     for module in pkgutil.iter_modules(importlib.import_module("engine.auxiliary").__path__):
         importlib.import_module(f"engine.auxiliary.{module.name}")
-    return sorted(_families)
+    return sorted(name for name in _families if task.auxiliary_options.get(name, {}) is not None)
 
 
 def build_auxiliary(
@@ -79,12 +79,15 @@ def build_auxiliary(
         ValueError: no such family or option; the message has the nearest known one.
     """
     options = {"type": spec} if isinstance(spec, str) else dict(spec)
-    name, known = options.pop("type", None), ", ".join(known_families())
+    name, families = options.pop("type", None), known_families(task)
+    known = ", ".join(families)
     if name is None:
         raise ValueError(f"local.auxiliary: options {', '.join(options)} without `type`, which is one of {known}")
-    if not isinstance(name, str) or name not in _families:
-        raise ValueError(f"local.auxiliary: {name!r} is unknown{_nearest(str(name), _families)}; known: {known}")
-    family, options = _families[name], {**task.auxiliary_options.get(name, {}), **options}
+    if not isinstance(name, str) or name not in families:
+        elsewhere = isinstance(name, str) and name in _families
+        trouble = f"is not for {task.name}" if elsewhere else f"is unknown{_nearest(str(name), families)}"
+        raise ValueError(f"local.auxiliary: {name!r} {trouble}; known: {known}")
+    family, options = _families[name], {**(task.auxiliary_options.get(name) or {}), **options}
     takes = list(inspect.signature(family.build).parameters)[4:]
     for option in options:
         if option not in takes:

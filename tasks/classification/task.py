@@ -55,7 +55,7 @@ class Classification:
 
     name = "classification"
     metric = "accuracy"
-    auxiliary_options: Mapping[str, Mapping[str, Any]] = {}
+    auxiliary_options: Mapping[str, Mapping[str, Any] | None] = {}
     single_sample = False
 
     def __init__(self, config: ClassificationConfig) -> None:

@@ -45,9 +45,12 @@ class Detection:
 
     name = "detection"
     metric = "mAP"
-    # A detector's head wants maps at their own resolution; half the channels and one unit a stage keep the local part
-    # below the rest of the backbone, which it stands for.
-    auxiliary_options: Mapping[str, Mapping[str, Any]] = {"glcan": {"depth": 1, "width": 0.5, "reduce": 1}}
+    # A detector's head wants maps (DGL ends in a flat vector), at their own resolution; half the channels and one unit
+    # a stage keep the local part below the rest of the backbone, which it stands for.
+    auxiliary_options: Mapping[str, Mapping[str, Any] | None] = {
+        "glcan": {"depth": 1, "width": 0.5, "reduce": 1},
+        "dgl": None,
+    }
     single_sample = True
 
     def __init__(self, config: DetectionConfig) -> None:
@@ -129,8 +132,6 @@ class Detection:
         return {}
 
     def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> nn.Module:
-        if message.x.dim() != 4:
-            raise ValueError("local.auxiliary: a detector's head needs maps; use glcan, levels or greedy")
         return self._head(chain, message, only_seen=False)
 
     def level_head(self, chain: Chain, message: Message) -> nn.Module:

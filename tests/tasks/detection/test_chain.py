@@ -155,7 +155,7 @@ def test_glcan_s_local_part_gives_the_maps_that_the_block_has_not() -> None:
     assert network.reduce == 1
     after_neck = build_auxiliary("glcan", chain, Span(0, 2, 0, chain.index("head")), FeatureBank(), task, 0)
     assert after_neck.local_units == []
-    with pytest.raises(ValueError, match="needs maps; use glcan, levels or greedy"):
+    with pytest.raises(ValueError, match="'dgl' is not for detection; known: glcan, greedy, levels"):
         build_auxiliary("dgl", chain, span, FeatureBank(), task, 0)
 
 
