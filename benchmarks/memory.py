@@ -128,7 +128,9 @@ def main(argv: Sequence[str]) -> None:
             sheet.show()
             rows += found
             sheets.append(sheet)
-    notes = ["predicted, on fake tensors", UNSEEN, f"published: {INFOPRO}"]
+    notes = ["predicted, on fake tensors", UNSEEN]
+    if not known.detectors:
+        notes.append(f"published: {INFOPRO}")
     for line in notes:
         console.print(line)
     about = header("Memory of the field's networks", argv, 1, "auto")
@@ -175,6 +177,8 @@ def _network(network: Network, speed: Speed) -> tuple[list[dict[str, object]], S
             }
         )
     columns = ["variant", "peak GiB", "of end-to-end", "time of end-to-end", "published, of its end-to-end"]
+    if not network.published:
+        columns, lines = columns[:-1], [line[:-1] for line in lines]
     return rows, Sheet(network.title, columns, lines)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from mmengine.config import Config as PlainConfig
 from tasks.detection.annotations import Classes, check_classes, coco_classes, voc_classes
 from tasks.detection.config import DataConfig
 from tasks.detection.digits import digits_on_photographs
+from tasks.detection.quiet import quiet
 
 LOADERS = {"train": "train_dataloader", "test": "val_dataloader"}
 """Where an MMDetection config has a split's data set."""
@@ -33,13 +32,6 @@ def dataset_configs(data: DataConfig, plain: PlainConfig | None) -> dict[str, di
         assert plain is not None
         return _plain_datasets(data, plain)
     return _voc_datasets(data) if data.name == "voc" else _coco_datasets(data)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what pycocotools prints."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def metric_configs(data: DataConfig, plain: PlainConfig | None) -> list[dict[str, Any]]:

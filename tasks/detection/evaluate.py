@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw
 
 from tasks.detection.config import DataConfig
 from tasks.detection.data import Samples
-from tasks.detection.datasets import metric_configs, quiet
+from tasks.detection.datasets import metric_configs
+from tasks.detection.quiet import quiet
 from tasks.detection.targets import Targets, samples_of
 
 PICTURED = 4
