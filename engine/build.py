@@ -92,6 +92,7 @@ def prepare(
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 4 * len(blocks)))
     for block in blocks:
+        block.task.group = group
         if config.local.compile:
             block.compile_forward()
         if group is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from engine.bank import FeatureBank
 from engine.chain import Chain
@@ -72,6 +73,8 @@ class Task(Protocol):
     """Name of the first figure of its metrics, as written to ``summary.json``."""
     auxiliary_options: Mapping[str, Mapping[str, Any] | None]
     """By family of auxiliary networks: options that this kind of task has other defaults for; None if it takes none."""
+    group: ProcessGroup | None
+    """The replicas that share a batch, for losses that average over all of it; the engine sets it."""
     single_sample: bool
     """Whether BatchNorm can learn from one sample: it sees more than one value a channel, as in a detector's maps."""
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, allowed: Sequence[Any] = ()) -> None:
     """Load initial weights by the model's own names; a common ``module.`` prefix is dropped.
+
+    Args:
+        allowed: harmless classes that a framework's own files hold beside tensors.
 
     Raises:
         ValueError: no such file, not a file of tensors, or names and shapes that differ.
@@ -18,9 +24,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"model.weights: no such file: {path}")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"model.weights: {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        cause = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:200]
+        raise ValueError(f"model.weights: {path} cannot be read: {cause}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

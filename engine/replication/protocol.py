@@ -43,8 +43,9 @@ class Replication(ABC):
     """One block on every rank of ``group``, each with a part of every micro-batch.
 
     Gradients are averaged over the replicas. With each loss weighted by R * (samples of the part) / (samples of
-    the whole), the result equals one process on the joined batch up to rounding, if dropout is 0 and BatchNorm
-    has its statistics over all replicas. What is not overridden works as in a block that is not replicated.
+    the whole), the result equals one process on the joined batch up to rounding, if dropout is 0, BatchNorm has its
+    statistics over all replicas, and the task's loss is a mean over samples, or averages what it divides by over
+    ``Task.group``. What is not overridden works as in a block that is not replicated.
     All but forward and loss is collective: every replica calls it, in the same order.
     """
 

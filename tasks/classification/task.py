@@ -57,6 +57,7 @@ class Classification:
     metric = "accuracy"
     auxiliary_options: Mapping[str, Mapping[str, Any] | None] = {}
     single_sample = False
+    group = None
 
     def __init__(self, config: ClassificationConfig) -> None:
         self.config = config

@@ -96,6 +96,12 @@ def detector_chain(detector: BaseDetector) -> Chain:
         raise ValueError(
             f"model.config: {kind} is no detector of backbone, neck and bbox_head (or rpn_head and roi_head)"
         )
+    dense = detector.bbox_head if hasattr(detector, "bbox_head") else detector.rpn_head
+    if isinstance(detector.neck, nn.Sequential) or not hasattr(getattr(dense, "prior_generator", None), "strides"):
+        raise ValueError(
+            f"model.config: {kind}'s neck is of several parts, or its {type(dense).__name__} has no anchors or points "
+            "by level; supported are RetinaNet, FCOS, ATSS, GFL, Faster R-CNN and their like"
+        )
     if detector.with_mask:
         raise ValueError(f"model.config: {kind} predicts masks; only boxes are supported")
     first = [backbone.stem] if backbone.deep_stem else [backbone.conv1, backbone.norm1, backbone.relu]
@@ -114,7 +120,18 @@ def detector_chain(detector: BaseDetector) -> Chain:
         nn.Identity(),
         lambda _, message: message.with_x(Prediction(given_levels(detector), tuple(message.features["levels"]))),  # type: ignore[arg-type]
     )
-    return Chain(detector, units, prediction, Message({"x": torch.zeros(2, 3, EXAMPLE_SIDE, EXAMPLE_SIDE)}))
+    chain = Chain(detector, units, prediction, Message({"x": torch.zeros(2, 3, EXAMPLE_SIDE, EXAMPLE_SIDE)}))
+    try:
+        levels = chain.shapes()[-1].features["levels"]
+    except RuntimeError as error:
+        raise ValueError(f"model.config: {kind}'s parts do not fit: {' '.join(str(error).split())[:300]}") from error
+    strides = dense.prior_generator.strides
+    if len(levels) != len(strides) or levels[0].shape[1] != dense.in_channels:
+        raise ValueError(
+            f"model.config: {kind}'s neck gives {len(levels)} levels of {levels[0].shape[1]} channels, its "
+            f"{type(dense).__name__} takes {len(strides)} of {dense.in_channels}"
+        )
+    return chain
 
 
 def _residual(layer: nn.Module, message: Message, *, stage: str) -> Message:

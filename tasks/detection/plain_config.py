@@ -38,7 +38,10 @@ def plain_config(model: ModelConfig) -> Config:
         raise ValueError(f"model.config: {path} has no `model`")
     for key, value in model.options.items():
         _check_option(config, key)
-        config.merge_from_dict({key: value})
+        try:
+            config.merge_from_dict({key: value})
+        except Exception as error:
+            raise ValueError(f"model.options: {key!r}: {' '.join(str(error).split())[:300]}") from error
     return config
 
 
@@ -47,14 +50,28 @@ def _check_option(config: Config, key: str) -> None:
     at: Any = config
     *sections, _ = key.split(".")
     for section in sections:
-        known: Mapping[str, Any] = at if isinstance(at, Mapping | Config) else dict(enumerate(at))
-        if section not in known and not (section.isdigit() and int(section) in known):
+        if isinstance(at, list | tuple):
+            at = {str(number): value for number, value in enumerate(at)}
+        known = list(at) if isinstance(at, Mapping | Config) else []
+        if section not in known:
             close = difflib.get_close_matches(section, [str(name) for name in known], n=1)
             raise ValueError(
                 f"model.options: {key!r}: the config has no {section!r}"
                 + (f", did you mean {close[0]!r}?" if close else "")
             )
-        at = at[int(section)] if isinstance(at, list | tuple) else at[section]
+        at = at[section]
+
+
+def without_downloads(model: Any) -> None:
+    """Remove from an MMDetection model config all initial weights that are files."""
+    if isinstance(model, list | tuple):
+        for item in model:
+            without_downloads(item)
+    elif isinstance(model, dict):
+        if isinstance(model.get("init_cfg"), dict) and model["init_cfg"].get("type") == "Pretrained":
+            model["init_cfg"] = None
+        for value in model.values():
+            without_downloads(value)
 
 
 def set_classes(model: ConfigDict, count: int) -> None:
@@ -67,8 +84,9 @@ def set_classes(model: ConfigDict, count: int) -> None:
             set_classes(value, count)
 
 
-def class_count(model: ConfigDict) -> int:
-    """``num_classes`` of the head that an MMDetection model config has."""
+def class_count(model: ConfigDict) -> int | None:
+    """``num_classes`` of the head that an MMDetection model config has; None where it names none."""
     head = model.get("bbox_head") or model.get("roi_head", {}).get("bbox_head", {})
     head = head[0] if isinstance(head, list) else head
-    return int(head.get("num_classes", 80))
+    count: int | None = head.get("num_classes")
+    return count

@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import mmdet.utils.dist_utils
 import torch
 from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
+from mmdet.utils import dist_utils, register_all_modules
 from mmengine.config import Config as PlainConfig
 from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.runner.checkpoint import get_torch_safe_globals
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributed import ProcessGroup
 
 from engine.bank import FeatureBank
 from engine.chain import Chain
@@ -32,7 +34,7 @@ from tasks.detection.data import Samples, data_preprocess, load_samples
 from tasks.detection.evaluate import DetectionMetrics
 from tasks.detection.fake import keeping_values, made_up_boxes
 from tasks.detection.heads import PyramidHead, pyramid_head
-from tasks.detection.plain_config import class_count, plain_config, set_classes
+from tasks.detection.plain_config import class_count, plain_config, set_classes, without_downloads
 from tasks.detection.targets import Targets, samples_of
 from tasks.weights import load_weights
 
@@ -52,12 +54,13 @@ class Detection:
         "dgl": None,
     }
     single_sample = True
+    group: ProcessGroup | None = None
+    named: Mapping[str, Tensor] = {}
 
     def __init__(self, config: DetectionConfig) -> None:
         register_all_modules(init_default_scope=True)
         MMLogger.get_instance("mmengine").setLevel("WARNING")  # it tells of every tensor how it was initialised
-        _ours_alone()
-        self.config = config
+        self.config, self.checkpointing = config, config.local.checkpoint
         self._samples: tuple[Samples, Samples] | None = None
 
     @cached_property
@@ -107,13 +110,19 @@ class Detection:
     def build_chain(self, initial: bool = True) -> Chain:
         model, config = copy.deepcopy(self.plain.model), self.config.model
         if not (initial and config.pretrained):
-            model.backbone.init_cfg = None
-        with seeded(self.config.train.seed, "model"):
-            detector = MODELS.build(model)
-            detector.init_weights()
-        chain = detector_chain(detector.train())
+            without_downloads(model)
+        if initial and not config.pretrained and not config.weights:
+            _check_learns(model.get("backbone") or {})
+        try:
+            with seeded(self.config.train.seed, "model"):
+                detector = MODELS.build(model)
+                detector.init_weights()
+        except Exception as error:
+            raise ValueError(f"model.config: {model.get('type')}: {' '.join(str(error).split())[:300]}") from error
+        # Replicas count BatchNorm over all of them anyway; its own way would want every rank.
+        chain = detector_chain(revert_sync_batchnorm(detector).train())
         if initial and config.weights:
-            load_weights(detector, Path(config.weights))
+            load_weights(detector, Path(config.weights), [*get_torch_safe_globals(), bytes])
         return chain
 
     def loss(self, prediction: Prediction, targets: Targets) -> Tensor:
@@ -123,8 +132,11 @@ class Detection:
             return self._loss(prediction, _made_up(targets))
 
     def _loss(self, prediction: Prediction, targets: Targets) -> Tensor:
-        with recomputed(prediction.detector) if self.config.local.checkpoint else nullcontext():
-            loss: Tensor = prediction.detector.parse_losses(prediction.losses(samples_of(targets)))[0]
+        """MMDetection's losses, added up as it does; each by its name is in ``named``."""
+        loss: Tensor
+        with recomputed(prediction.detector) if self.checkpointing else nullcontext(), _among(self.group):
+            loss, named = prediction.detector.parse_losses(prediction.losses(samples_of(targets)))
+        self.named = {name: value.detach() for name, value in named.items()}
         return loss
 
     def key_features(self, chain: Chain, message: Message) -> dict[str, Tensor]:
@@ -164,20 +176,19 @@ class Detection:
             images = torch.randn(count, 3, *padded)
         targets = {
             "boxes": [made_up_boxes(EXAMPLE_BOXES, height, width) for _ in range(count)],
-            "labels": [torch.arange(EXAMPLE_BOXES) % class_count(self.plain.model) for _ in range(count)],
+            "labels": [torch.arange(EXAMPLE_BOXES) % (class_count(self.plain.model) or 1) for _ in range(count)],
             "ignored": [torch.zeros(0, 4) for _ in range(count)],
             "meta": [dict(meta) for _ in range(count)],
         }
         return Message({"x": images}, targets)
 
     def _largest_size(self) -> tuple[int, int]:
-        """Width and height of the largest images, which lie on their side."""
+        """Width and height that hold every image of a batch: of one orientation, here lying, of any of the sizes."""
         if self.config.data.name == "config":
             sizes = _resized_to(self.plain.train_dataloader.dataset)
         else:
             sizes = [tuple(size) for size in self.config.data.sizes]
-        width, height = max(sizes, key=lambda size: size[0] * size[1])
-        return max(width, height), min(width, height)
+        return max(max(size) for size in sizes), max(min(size) for size in sizes)
 
     def steps_per_epoch(self) -> int:
         data, count = self.config.data, len(self.samples[0])
@@ -213,6 +224,16 @@ class Detection:
         return {"state_dict": dict(state), "meta": {"dataset_meta": {"classes": tuple(self.classes)}}}
 
 
+def _check_learns(backbone: Mapping[str, Any]) -> None:
+    frozen, normalised = backbone.get("frozen_stages", -1), backbone.get("norm_eval", True)
+    if frozen >= 0 or normalised:
+        raise ValueError(
+            f"model.options: the backbone starts at random, and frozen_stages {frozen} and norm_eval {normalised} keep "
+            "parts of it so; set model.backbone.frozen_stages -1 and model.backbone.norm_eval false, or give "
+            "model.pretrained or model.weights"
+        )
+
+
 def _part(message: Message, own: slice) -> Message:
     targets = {key: values[own] for key, values in message.targets.items()}
     return Message({"x": message.x[own]}, targets, message.bank, message.sequence)
@@ -233,28 +254,54 @@ def _made_up(targets: Targets) -> Targets:
 def _resized_to(dataset: Any) -> list[tuple[int, int]]:
     """Every scale that a data set config's pipeline may resize to; COCO's usual one if none is told."""
     found: list[tuple[int, int]] = []
-    for step in dataset.get("pipeline") or []:
+    steps = list(dataset.get("pipeline") or [])
+    while steps:
+        step = steps.pop(0)
+        if isinstance(step, list | tuple):
+            steps += step
+            continue
+        steps += step.get("transforms") or []
         scales = step.get("scales") or step.get("scale") or ()
         scales = scales if scales and isinstance(scales[0], list | tuple) else [scales]
-        found += [tuple(scale) for scale in scales if len(scale) == 2 and isinstance(scale[0], int)]
+        ratio = max(step.get("ratio_range") or (1,))
+        found += [
+            (math.ceil(scale[0] * ratio), math.ceil(scale[1] * ratio))
+            for scale in scales
+            if len(scale) == 2 and isinstance(scale[0], int)
+        ]
     if not found and isinstance(dataset.get("dataset"), dict):
         return _resized_to(dataset.dataset)  # RepeatDataset and its like
     return found or [(1333, 800)]
 
 
-class _Alone:
-    """``torch.distributed`` as seen by MMDetection's losses: there is one process.
+class _Replicas:
+    """``torch.distributed`` as MMDetection's losses see it: the replicas of this block, and nobody else.
 
     They average normalisers over all ranks. The ranks of a pipeline compute different losses at different times, and
     would wait for each other for ever.
     """
 
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.distributed, name)
 
     def is_initialized(self) -> bool:
-        return False
+        return self.group is not None
+
+    def get_world_size(self) -> int:
+        return torch.distributed.get_world_size(self.group)
+
+    def all_reduce(self, tensor: Tensor, op: Any) -> None:
+        torch.distributed.all_reduce(tensor, op, self.group)
 
 
-def _ours_alone() -> None:
-    mmdet.utils.dist_utils.dist = _Alone()
+@contextmanager
+def _among(group: ProcessGroup | None) -> Iterator[None]:
+    plain = dist_utils.dist
+    dist_utils.dist = _Replicas(group)
+    try:
+        yield
+    finally:
+        dist_utils.dist = plain

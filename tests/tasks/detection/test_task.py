@@ -2,10 +2,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmdet.apis import inference_detector, init_detector
+from mmengine.config import ConfigDict
+from mmengine.logging import HistoryBuffer
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.build import build_blocks, prepare
 from engine.config import parse, read_yaml
@@ -17,8 +21,9 @@ from engine.task import Part
 from engine.trainer import Trainer
 from engine.world import join
 from tasks.detection.config import DetectionConfig
+from tasks.detection.plain_config import without_downloads
 from tasks.detection.targets import samples_of
-from tasks.detection.task import Detection
+from tasks.detection.task import Detection, _resized_to
 from tests.ranks import run_ranks, values
 from tests.tasks.detection.detectors import SMALL, message, small_task
 from tests.toy import assert_equal
@@ -59,6 +64,10 @@ def lines(room: Path) -> list[Any]:
     return [line.get("train_loss", line.get("mAP")) for line in read]
 
 
+FROM_SCRATCH = (
+    "--model.options",
+    json.dumps({"model.backbone.frozen_stages": -1, "model.backbone.norm_eval": False}),
+)
 NETWORKS = {
     "multi-scale retinanet": ("--train.log_every", "1", "--optimizer.clip_norm", "5"),
     # ATSS averages its normalisers over all ranks, which those of a pipeline must not wait for.
@@ -124,7 +133,13 @@ def test_an_export_is_what_mmdetection_loads_and_predicts_with(tmp_path: Path) -
 
 def test_frozen_layers_make_no_block_and_the_log_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     frozen = options(backbone__frozen_stages=1, backbone__norm_eval=True)
-    config = parse(DetectionConfig, words(tmp_path, "--model.options", frozen))
+    with pytest.raises(ValueError, match="the backbone starts at random, and frozen_stages 1 and norm_eval True keep"):
+        _build("--model.options", frozen)
+    weights = tmp_path / "epoch_1.pth"  # as MMEngine writes it: with more than tensors
+    state = small_task()[1].build_chain().model.state_dict()
+    torch.save({"meta": {"epoch": np.int64(1)}, "message_hub": {"loss": HistoryBuffer()}, "state_dict": state}, weights)
+    given = ("--model.options", frozen, "--model.weights", str(weights))
+    config = parse(DetectionConfig, words(tmp_path, *given))
     task = Detection(config)
     made = Trainer(config, task)
     assert [block.title for block in made.blocks] == ["stem ... layer2.1", "layer3.0 ... layer4.1", "neck ... head"]
@@ -162,9 +177,17 @@ def test_parts_of_a_batch_are_the_whole_in_its_order() -> None:
             assert metas == one.targets["meta"]
 
 
-def test_replicas_share_a_batch(tmp_path: Path) -> None:
-    parts = values(run_ranks(2, fit, tmp_path, "--placement.replicas", "2", "--train.steps", "2"))
-    assert_equal(parts[0], parts[1])
+def test_replicas_normalise_by_the_boxes_of_all(tmp_path: Path) -> None:
+    """ATSS divides by the positives of the whole batch, whoever has them, and so do replicas of it."""
+    overrides = (*NETWORKS["atss"], "--train.steps", "1", "--optimizer.name", "sgd", "--optimizer.lr", "0.1")
+    (alone,) = values(run_ranks(1, fit, tmp_path / "alone", *overrides))
+    first, second = values(run_ranks(2, fit, tmp_path / "two", *overrides, "--placement.replicas", "2"))
+    assert_equal(first, second)
+    start = small_task(*NETWORKS["atss"])[1].build_chain().model.state_dict()
+    moved = [name for name in start if name.endswith("weight")]
+    for name in moved:
+        change, wanted = first[name] - start[name], alone[name] - start[name]
+        assert (change - wanted).norm() <= 2e-3 * wanted.norm() + 1e-6, name
 
 
 def test_an_estimate_reads_no_data_and_is_the_measurement_to_the_byte() -> None:
@@ -206,7 +229,17 @@ def test_a_plan_finds_a_cut_for_a_budget(tmp_path: Path) -> None:
         (("--data.sizes", "[[320]]"), r"data.sizes: \[\[320\]\]; give pairs"),
         (("--data.name", "coco"), "data.root: not given"),
         (("--train.accumulate", "3"), "train.accumulate: 3 does not divide"),
-        (("--model.config", "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", "--model.options", "{}"), "predicts masks"),
+        (
+            ("--model.options", options(bbox_head__stackd_convs=1)),
+            "RetinaNet: .*unexpected keyword .*'stackd_convs'",
+        ),
+        (("--model.options", options(backbone__depth=19)), "RetinaNet: .*invalid depth 19"),
+        (("--model.options", options(backbone__depth__x=1)), "the config has no 'depth'|'model.backbone.depth.x'"),
+        (("--model.options", options(bbox_head__type="RetinaHed")), "RetinaHed is not in the"),
+        (("--model.options", options(neck__out_channels=32)), "levels of 32 channels, its RetinaHead takes 5 of 64"),
+        (("--model.options", options(neck__in_channels=[16, 32, 64, 64])), "RetinaNet's parts do not fit"),
+        (("--model.config", "dyhead/atss_r50-caffe_fpn_dyhead_1x_coco.py", *FROM_SCRATCH), "neck is of several parts"),
+        (("--model.config", "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", *FROM_SCRATCH), "predicts masks"),
         (("--local.auxiliary", "dgl"), "'dgl' is not for detection; known: glcan, greedy, levels"),
         (("--model.weights", "nowhere.pth"), "model.weights: no such file: nowhere.pth"),
     ],
@@ -228,3 +261,24 @@ def test_glcan_reduces_nothing_in_a_detector_by_default() -> None:
     network = build_blocks(task.build_chain(), config, task)[0].auxiliary
     assert network is not None
     assert network.reduce == 1  # type: ignore[union-attr]
+
+
+def test_the_example_holds_every_batch_of_several_sizes() -> None:
+    _, task = small_task("--data.sizes", "[[640, 320], [448, 448]]", "--data.batch", "2")
+    with FakeTensorMode():
+        assert task.example().x.shape == (2, 3, 448, 640), "as long as the longest and as high as the highest"
+    nested = {"type": "RandomResize", "scale": (640, 320), "ratio_range": (0.5, 2.0)}
+    pipeline = [{"type": "RandomChoice", "transforms": [[nested], [{"type": "Resize", "scale": (100, 90)}]]}]
+    wrapped = {"type": "RepeatDataset", "dataset": ConfigDict({"pipeline": pipeline})}
+    assert sorted(_resized_to(ConfigDict(wrapped))) == [(100, 90), (1280, 640)]
+    assert _resized_to(ConfigDict({"pipeline": []})) == [(1333, 800)]
+
+
+def test_without_pretrained_nothing_is_downloaded() -> None:
+    there = {"type": "Pretrained", "checkpoint": "https://nowhere"}
+    model = {"init_cfg": there, "roi_head": {"shared_head": {"init_cfg": there}, "heads": [{"init_cfg": there}]}}
+    kept = {"init_cfg": {"type": "Normal"}}
+    without_downloads(model)
+    without_downloads(kept)
+    assert "Pretrained" not in str(model)
+    assert kept == {"init_cfg": {"type": "Normal"}}
