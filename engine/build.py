@@ -28,8 +28,10 @@ def cut(chain: Chain, config: LocalConfig) -> list[Span]:
     return cut_by_count(chain, config.blocks, config.balance)
 
 
-def build_blocks(chain: Chain, config: Config, task: Task) -> list[Block]:
+def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = Block) -> list[Block]:
     """Cut the chain and give each block its auxiliary network; ``prepare`` gives optimizers.
+
+    ``make`` is the kind of the blocks.
 
     Raises:
         ValueError: a cut, auxiliary network or option that does not fit; names it.
@@ -46,7 +48,7 @@ def build_blocks(chain: Chain, config: Config, task: Task) -> list[Block]:
     blocks = []
     for span, auxiliary in zip(spans, auxiliaries, strict=True):
         later = auxiliaries[span.index + 1 :]
-        block = Block(
+        block = make(
             chain,
             span,
             auxiliary,

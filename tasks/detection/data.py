@@ -22,6 +22,7 @@ from engine.message import Message
 from engine.seed import derive
 from tasks.detection.config import DataConfig
 from tasks.detection.datasets import build_dataset, dataset_configs, metric_configs
+from tasks.detection.plain_config import class_count
 from tasks.detection.targets import targets_of
 
 Items = list[dict[str, Any]]
@@ -97,8 +98,8 @@ class Samples(Dataset[dict[str, Any]]):
     ) -> Iterator[Items]:
         """Batches ``start`` and on of an epoch.
 
-        Shuffled ones are of one orientation, as MMDetection's are, so that little is padded; what then remains of
-        either comes last, together.
+        Shuffled ones are of one orientation, as MMDetection's are, so that none is padded to more than its largest
+        image; what then remains of either comes last, the lying ones first.
         """
         lots = [lot for lot in self._lots(epoch, batch, shuffle) if len(lot) == batch or not drop_last]
         wanted = [[(epoch, index) for index in lot] for lot in lots[start:]]
@@ -116,19 +117,24 @@ class Samples(Dataset[dict[str, Any]]):
             # A worker process wraps its traceback around the message; the last line is the cause.
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
+    def batch_sizes(self, batch: int, shuffle: bool, drop_last: bool) -> list[int]:
+        """Images in each of an epoch's batches, the same for every epoch."""
+        sizes = [len(lot) for lot in self._lots(0, batch, shuffle)]
+        return [size for size in sizes if size == batch or not drop_last]
+
     def _lots(self, epoch: int, batch: int, shuffle: bool) -> list[list[int]]:
-        order, full = list(range(len(self))), []
-        if shuffle:
-            generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
-            alike: tuple[list[int], list[int]] = [], []
-            for index in torch.randperm(len(self), generator=generator).tolist():
-                lot = alike[self.upright[index]]
-                lot.append(index)
-                if len(lot) == batch:
-                    full.append(lot[:])
-                    lot.clear()
-            order = alike[0] + alike[1]
-        return full + [order[at : at + batch] for at in range(0, len(order), batch)]
+        if not shuffle:
+            return [list(range(len(self)))[at : at + batch] for at in range(0, len(self), batch)]
+        full: list[list[int]] = []
+        lying_and_upright: tuple[list[int], list[int]] = [], []
+        generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
+        for index in torch.randperm(len(self), generator=generator).tolist():
+            lot = lying_and_upright[self.upright[index]]
+            lot.append(index)
+            if len(lot) == batch:
+                full.append(lot[:])
+                lot.clear()
+        return full + [lot for lot in lying_and_upright if lot]
 
 
 class _DroppedError(Exception):
@@ -188,7 +194,8 @@ def load_samples(data: DataConfig, plain: PlainConfig | None, seed: int) -> tupl
     for testing too, where no detection could match them.
 
     Raises:
-        ValueError: a folder, file or image is missing or damaged, classes do not match, or there are no images.
+        ValueError: a folder, file or image is missing or damaged, classes do not match (also those that the head of
+            ``plain`` is for), or there are no images.
     """
     configs = dataset_configs(data, plain)
     metric_configs(data, plain)  # what evaluation will need is there
@@ -199,7 +206,25 @@ def load_samples(data: DataConfig, plain: PlainConfig | None, seed: int) -> tupl
     for split, dataset in built.items():
         if not len(dataset):
             raise ValueError(f"data.{split}: no image is left; data.keep_empty=true keeps those without boxes")
-    return Samples(built["train"], seed), Samples(built["test"], seed)
+    train, test = Samples(built["train"], seed), Samples(built["test"], seed)
+    if data.name == "config" and plain is not None:
+        _check_head(plain, len(train.classes))
+    return train, test
+
+
+def _check_head(plain: PlainConfig, count: int) -> None:
+    """See that the head is for as many classes: MMDetection trains one of others without a word."""
+    model = plain.get("model") or {}
+    within, key = (model, "model") if "bbox_head" in model else (model.get("roi_head") or {}, "model.roi_head")
+    head = within.get("bbox_head")
+    counted = class_count(model) if head else None
+    if counted not in (None, count):
+        numbers = range(len(head)) if isinstance(head, list) else [None]
+        keys = [f"{key}.bbox_head{'' if number is None else f'.{number}'}.num_classes: {count}" for number in numbers]
+        raise ValueError(
+            f"model.config: its head has {counted} classes, the data set {count}; set model.options "
+            f"{{{', '.join(keys)}}}"
+        )
 
 
 def _drop_degenerate(dataset: XMLDataset, keep_empty: bool) -> None:

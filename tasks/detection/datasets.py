@@ -14,11 +14,15 @@ from mmengine.config import Config as PlainConfig
 
 from tasks.detection.annotations import Classes, check_classes, coco_classes, voc_classes
 from tasks.detection.config import DataConfig
-from tasks.detection.digits import digits_on_photographs
+from tasks.detection.digits import digits_folder, digits_on_photographs
 from tasks.detection.quiet import quiet
 
 LOADERS = {"train": "train_dataloader", "test": "val_dataloader"}
 """Where an MMDetection config has a split's data set."""
+EVALUATORS = {"train_dataloader": "", "val_dataloader": "val_evaluator", "test_dataloader": "test_evaluator"}
+"""Of each data set it may have, where it has the metrics."""
+DRAWN = Path("data")
+"""Folder for the digits."""
 REROOT = "data.root replaces the config's data_root"
 
 
@@ -30,8 +34,26 @@ def dataset_configs(data: DataConfig, plain: PlainConfig | None) -> dict[str, di
     """
     if data.name == "config":
         assert plain is not None
-        return _plain_datasets(data, plain)
-    return _voc_datasets(data) if data.name == "voc" else _coco_datasets(data)
+        return _plain_datasets(data, with_root_and_classes(data, plain))
+    return own_datasets(data, _voc_classes(data) if data.name == "voc" else _coco_classes(data))
+
+
+def own_datasets(data: DataConfig, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Likewise, but nothing is looked at; ``data.name`` is not ``config``."""
+    voc, pipelines = data.name == "voc", _pipelines(data)
+    return {
+        split: {
+            "type": "XMLDataset" if voc else "CocoDataset",
+            "ann_file": str(file),
+            "data_prefix": {"sub_data_root" if voc else "img": str(images)},
+            "metainfo": {"classes": tuple(classes)},
+            "filter_cfg": {"filter_empty_gt": not data.keep_empty},
+            "pipeline": pipelines[split],
+            "test_mode": split == "test",
+            "serialize_data": not voc,  # boxes without area are dropped from what is loaded
+        }
+        for split, (file, images) in _files(data).items()
+    }
 
 
 def metric_configs(data: DataConfig, plain: PlainConfig | None) -> list[dict[str, Any]]:
@@ -43,22 +65,57 @@ def metric_configs(data: DataConfig, plain: PlainConfig | None) -> list[dict[str
     if data.name == "voc":
         return [{"type": "VOCMetric", "metric": "mAP", "iou_thrs": 0.5, "eval_mode": "area"}]
     if data.name != "config":
-        annotations = str(_coco_files(data)["test"][0])
+        annotations = str(_files(data)["test"][0])
         figures = ["mAP", "mAP_50", "mAP_75"]
         return [{"type": "CocoMetric", "ann_file": annotations, "metric": "bbox", "metric_items": figures}]
     assert plain is not None
-    evaluators = plain.get("val_evaluator")
-    if not evaluators:
+    configs = [dict(one) for one in _several(with_root_and_classes(data, plain).get("val_evaluator"))]
+    if not configs:
         raise ValueError("model.config: it has no val_evaluator, which data.name=config evaluates by")
-    configs = [dict(one) for one in (evaluators if isinstance(evaluators, list) else [evaluators])]
     for config in configs:
         file = config.get("ann_file")
-        if file and data.root:
-            old = next(_leaves(plain[LOADERS["test"]].dataset)).get("data_root") or ""
-            config["ann_file"] = file = os.path.join(data.root, file.removeprefix(old).lstrip("/"))
         if file and not _remote(config) and not os.path.isfile(file):
             raise ValueError(f"model.config: val_evaluator: there is no file {file}; {REROOT}")
     return configs
+
+
+def with_root_and_classes(data: DataConfig, plain: PlainConfig) -> PlainConfig:
+    """A copy of the MMDetection config ``plain`` whose data sets and metrics have data.root and data.classes.
+
+    Raises:
+        ValueError: what the run reads has no data_root to replace.
+    """
+    plain = copy.copy(plain)
+    for loader, evaluator in EVALUATORS.items():
+        for key in (loader, evaluator):
+            if plain.get(key):
+                plain[key] = copy.deepcopy(plain[key])
+        dataset = (plain.get(loader) or {}).get("dataset")
+        leaves = list(_leaves(dataset)) if dataset else []
+        roots = [leaf.get("data_root") or "" for leaf in leaves if "data_root" in leaf]
+        if data.root and loader in LOADERS.values() and len(roots) < len(leaves):
+            raise ValueError(f"data.root: {loader}.dataset of the config has no data_root to replace")
+        for metric in _several(plain.get(evaluator)) if data.root and roots else ():
+            if metric.get("ann_file"):
+                metric["ann_file"] = _rerooted(metric["ann_file"], roots[0], data.root)
+        for leaf in leaves:
+            if data.root and "data_root" in leaf:
+                leaf["data_root"] = data.root
+            if data.classes:
+                leaf["metainfo"] = {**(leaf.get("metainfo") or {}), "classes": tuple(data.classes)}
+    return plain
+
+
+def _rerooted(file: str, old: str, new: str) -> str:
+    """``file`` in the folder ``new`` if it was in ``old``, or is relative; others stay where they are."""
+    if old and Path(file).is_relative_to(old):
+        return os.path.join(new, Path(file).relative_to(old))
+    return os.path.join(new, file)
+
+
+def _several(metrics: Any) -> list[Any]:
+    """The metrics of an evaluator: it may be one, or a list of them."""
+    return metrics if isinstance(metrics, list) else [metrics] if metrics else []
 
 
 def _pipelines(data: DataConfig) -> dict[str, list[dict[str, Any]]]:
@@ -72,70 +129,56 @@ def _pipelines(data: DataConfig) -> dict[str, list[dict[str, Any]]]:
     no_specks: dict[str, Any] = {"type": "FilterAnnotations", "min_gt_bbox_wh": (1, 1), "keep_empty": False}
     train = [load, boxes, any_size if len(sizes) > 1 else resize, *flip, no_specks, {"type": "PackDetInputs"}]
     meta = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
-    return {"train": train, "test": [load, resize, boxes, {"type": "PackDetInputs", "meta_keys": meta}]}
+    # No detection could match a box without area.
+    no_lines: dict[str, Any] = {"type": "FilterAnnotations", "min_gt_bbox_wh": (0, 0), "keep_empty": False}
+    return {"train": train, "test": [load, resize, boxes, no_lines, {"type": "PackDetInputs", "meta_keys": meta}]}
 
 
-def _coco_files(data: DataConfig) -> dict[str, tuple[Path, Path]]:
-    """Annotation file and folder of images of each split."""
-    if data.name == "digits":
-        root = digits_on_photographs(Path("data"))
-        return {split: (root / f"annotations/{split}.json", root / split) for split in LOADERS}
+def _files(data: DataConfig) -> dict[str, tuple[Path, Path]]:
+    """Annotation file and folder of images of each split; of VOC data the folder that has JPEGImages/."""
     root = Path(data.root)
+    if data.name == "digits":
+        root = digits_folder(DRAWN)
+        return {split: (root / f"annotations/{split}.json", root / split) for split in LOADERS}
+    if data.name == "voc":
+        train, test = data.train or "ImageSets/Main/train.txt", data.test or "ImageSets/Main/val.txt"
+        return {"train": (root / train, root), "test": (root / test, root)}
+    train, test = (
+        data.train or "annotations/instances_train2017.json",
+        data.test or "annotations/instances_val2017.json",
+    )
     return {
-        "train": (
-            root / (data.train or "annotations/instances_train2017.json"),
-            root / (data.train_images or "train2017"),
-        ),
-        "test": (root / (data.test or "annotations/instances_val2017.json"), root / (data.test_images or "val2017")),
+        "train": (root / train, root / (data.train_images or "train2017")),
+        "test": (root / test, root / (data.test_images or "val2017")),
     }
 
 
-def _coco_datasets(data: DataConfig) -> dict[str, dict[str, Any]]:
-    files = _coco_files(data)
-    if data.name == "coco":
-        _check_root(data)
+def _coco_classes(data: DataConfig) -> Classes:
+    """The classes of COCO files that have been looked through; digits are drawn before."""
+    if data.name == "digits":
+        digits_on_photographs(DRAWN)
+    else:
+        _check_folder("data.root", Path(data.root))
+    files = _files(data)
     for split, (file, images) in files.items():
         _check_file(f"data.{split}", file)
         _check_folder(f"data.{split}_images", images)
     (file, images), test = files["train"], files["test"]
     classes = coco_classes(file, images, data.classes)
     coco_classes(*test, classes, "data.classes" if data.classes else str(file))
-    pipelines = _pipelines(data)
-    return {
-        split: {
-            "type": "CocoDataset",
-            "ann_file": str(file),
-            "data_prefix": {"img": str(images)},
-            "metainfo": {"classes": classes},
-            "filter_cfg": {"filter_empty_gt": not data.keep_empty},
-            "pipeline": pipelines[split],
-            "test_mode": split == "test",
-        }
-        for split, (file, images) in files.items()
-    }
+    return classes
 
 
-def _voc_datasets(data: DataConfig) -> dict[str, dict[str, Any]]:
-    root, pipelines = Path(data.root), _pipelines(data)
-    files = {"train": root / (data.train or "ImageSets/Main/train.txt")}
-    files["test"] = root / (data.test or "ImageSets/Main/val.txt")
-    _check_root(data)
-    for split, file in files.items():
+def _voc_classes(data: DataConfig) -> Classes:
+    """Likewise of VOC files."""
+    _check_folder("data.root", Path(data.root))
+    found: dict[Path, set[str]] = {}
+    files = _files(data)
+    for split, (file, _) in files.items():
         _check_file(f"data.{split}", file)
-    found = {file: voc_classes(file, root / "Annotations", root / "JPEGImages") for file in files.values()}
-    classes = _same_classes(found, data.classes, "data.classes")
-    return {
-        split: {
-            "type": "XMLDataset",
-            "ann_file": str(file),
-            "data_prefix": {"sub_data_root": str(root)},
-            "metainfo": {"classes": classes},
-            "pipeline": pipelines[split],
-            "test_mode": split == "test",
-            "serialize_data": False,
-        }
-        for split, file in files.items()
-    }
+    for file, root in files.values():
+        found[file] = voc_classes(file, root / "Annotations", root / "JPEGImages")
+    return _same_classes(found, data.classes, "data.classes")
 
 
 def _same_classes(found: dict[Path, set[str]], classes: Sequence[str], origin: str) -> Classes:
@@ -160,12 +203,6 @@ def _plain_datasets(data: DataConfig, plain: PlainConfig) -> dict[str, dict[str,
         _refuse_caches(configs[split])
         origin = "data.classes" if data.classes else f"{loader}'s metainfo.classes"
         for leaf in _leaves(configs[split]):
-            if data.root:
-                if "data_root" not in leaf:
-                    raise ValueError(f"data.root: {loader}.dataset of the config has no data_root to replace")
-                leaf["data_root"] = data.root
-            if data.classes:
-                leaf["metainfo"] = {**(leaf.get("metainfo") or {}), "classes": tuple(data.classes)}
             dataset = build_dataset({**leaf, "lazy_init": True}, plain)
             classes = dataset.metainfo.get("classes")
             if _remote(leaf) or classes is None:
@@ -228,10 +265,6 @@ def build_dataset(config: dict[str, Any], plain: PlainConfig | None) -> Any:
         if "need at least one array to concatenate" in cause:
             cause = "no image is left; data.keep_empty=true, or filter_empty_gt=False, keeps those without boxes"
         raise ValueError(f"{config.get('ann_file', 'model.config')}: {cause or type(error).__name__}") from error
-
-
-def _check_root(data: DataConfig) -> None:
-    _check_folder("data.root", Path(data.root))
 
 
 def _check_folder(key: str, folder: Path) -> None:

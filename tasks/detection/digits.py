@@ -29,6 +29,11 @@ CONTRAST = 64.0
 """Least difference in grey value between the ink and the mean of what it covers."""
 
 
+def digits_folder(folder: Path) -> Path:
+    """Where in ``folder`` the data set is, or will be."""
+    return folder / f"digits-on-photographs-{VERSION}"
+
+
 def digits_on_photographs(folder: Path) -> Path:
     """The data set's folder in ``folder``, drawn unless it is there; never a half-made one.
 
@@ -36,7 +41,7 @@ def digits_on_photographs(folder: Path) -> Path:
     the ink. scikit-learn's scans of digits (every fifth of a class is for testing) are enlarged to 24 to 96 px and put
     on crops of scikit-learn's two photographs.
     """
-    target = folder / f"digits-on-photographs-{VERSION}"
+    target = digits_folder(folder)
     if not target.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(dir=folder, prefix=".drawing-"))

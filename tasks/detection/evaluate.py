@@ -45,10 +45,10 @@ class DetectionMetrics:
     ``mAP`` comes first: COCO's is averaged over intersections over union of 0.5 to 0.95, and ``mAP_50`` and ``mAP_75``
     follow; VOC's is at 0.5 (area under the curve), and so is its ``mAP_50``, rounded to three digits as all of
     MMDetection's COCO figures are. For data of an MMDetection config it is what its ``val_evaluator`` says. What has
-    no value (no small boxes to be found, say) is left out; without predictions it is 0.
+    no value (no small boxes to be found, say) is left out; without any predicted box all are 0.
 
     Raises:
-        ValueError: ``val_evaluator`` has another metric, or one without mAP of boxes.
+        ValueError: ``val_evaluator`` has another metric, or none with mAP of boxes.
     """
 
     def __init__(self, data: DataConfig, samples: Samples, plain: PlainConfig | None) -> None:
@@ -58,9 +58,12 @@ class DetectionMetrics:
         for metric in self._metrics:
             _check(metric)
             metric.dataset_meta = samples.metainfo
+        if not any("mAP" in _figures(metric) for metric in self._metrics):
+            raise ValueError("model.config: val_evaluator: its metric_items lack 'mAP'")
         self._names = samples.classes
         self._pictured = {info["img_id"]: info for info in map(samples.info, range(min(PICTURED, len(samples))))}
         self._predicted: dict[Any, list[Box]] = {}
+        self._any = False
 
     def update(self, prediction: Any, targets: Targets) -> None:
         with torch.no_grad():
@@ -79,16 +82,17 @@ class DetectionMetrics:
             }
             for metric in self._metrics:
                 metric.process({}, [result])
+            self._any |= len(predicted["scores"]) > 0
             if meta["img_id"] in self._pictured:
                 triple = (predicted[key].tolist() for key in ("bboxes", "labels", "scores"))
                 self._predicted[meta["img_id"]] = list(zip(*triple, strict=True))
 
     def compute(self) -> dict[str, float]:
-        figures: dict[str, float] = {"mAP": 0.0}
+        if not self._any:
+            names = [name for metric in self._metrics for name in _figures(metric)]
+            return dict.fromkeys(["mAP", *names], 0.0)
+        figures: dict[str, float] = {}
         for metric in self._metrics:
-            figures.update(dict.fromkeys(_figures(metric), 0.0))
-            if not metric.results:
-                continue
             # Not ``metric.evaluate``: it waits for all ranks, and those of a pipeline have other things to do.
             with _unseen():
                 computed = metric.compute_metrics(metric.results)
@@ -97,7 +101,7 @@ class DetectionMetrics:
                 name = f"mAP_{name[2:]}" if name.startswith("AP") and name[2:].isdigit() else name
                 if value >= 0:  # -1 and nan stand for no value
                     figures[name] = float(value)
-        return figures
+        return {name: figures[name] for name in dict.fromkeys(["mAP", *figures]) if name in figures}
 
     def save(self, folder: Path) -> None:
         """Write ``predictions.png``: the first test images, ground truth on the left, predictions on the right."""

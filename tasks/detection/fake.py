@@ -51,7 +51,8 @@ def keeping_values(*, fused: bool = True) -> Iterator[None]:
     """A context for the loss of a detector whose activations are fake and whose ground truth is real.
 
     To be entered inside of a ``FakeTensorMode``, which allows real tensors beside fake ones from then on: backward,
-    which runs outside of this context, meets those that the loss has saved.
+    which runs outside of this context, meets those that the loss has saved. mmcv's compiled operators pass fake tensors
+    by from then on too, for the same reason.
 
     Args:
         fused: count the focal loss as CUDA computes it, else as a CPU does. The latter's one-hot labels are real
@@ -63,6 +64,7 @@ def keeping_values(*, fused: bool = True) -> Iterator[None]:
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     assert mode is not None, "no FakeTensorMode is active"
     mode.allow_non_fake_inputs = True
+    _let_fakes_pass()
     plain = FocalLoss.forward, BaseDenseHead.loss_and_predict
     BaseDenseHead.loss_and_predict = _loss_and_made_up_proposals
     if fused:
@@ -166,11 +168,15 @@ def _made_up_proposals(sample: DetDataSample, count: int) -> Tensor:
     return torch.cat([moved, made_up_boxes(count - near, height, width)])
 
 
+@functools.cache
 def _let_fakes_pass() -> None:
     """Let mmcv's compiled operators do nothing on fake tensors, in forward and, outside of any context, in backward.
 
     Those named here write into tensors made beforehand and return nothing, so that nothing is left to make. With
     real tensors they are what they were.
+
+    Done once, at the first ``keeping_values``, and for good, since backward may run at any time after it. A process
+    that estimates nothing, such as a training run, has mmcv as it is.
     """
 
     def passing(operator: Callable[..., None]) -> Callable[..., None]:
@@ -187,6 +193,3 @@ def _let_fakes_pass() -> None:
         *("modulated_deform_conv_forward", "modulated_deform_conv_backward"),
     ):
         setattr(_ext, name, passing(getattr(_ext, name)))
-
-
-_let_fakes_pass()

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.log import MIB, block_table
-from tasks.detection.optim_wrapper import optimizer_by_name
 from tasks.detection.wrapper import LocalModel
 
 KEY = "local"
@@ -72,13 +71,12 @@ class LocalHook(Hook):
             block.next_sequence = checkpoint["meta"]["iter"]
         if model.load_local_state(state):
             return
+        checkpoint.pop("param_schedulers", None)
+        runner.optimizer_before = model.optimizer_before(state, checkpoint.pop("optimizer", {}))
         runner.logger.warning(
             "The checkpoint has other blocks or auxiliary networks: the detector goes on, auxiliary networks and "
-            "their optimizer state start fresh"
+            f"{'their' if runner.optimizer_before else 'all'} optimizer state start fresh"
         )
-        saved = checkpoint.pop("optimizer", {})
-        checkpoint.pop("param_schedulers", None)
-        runner.optimizer_before = optimizer_by_name(state.get("parameters", {}), saved)
 
 
 def _local_model(runner: Runner) -> LocalModel:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.optim import OptimWrapperDict
+from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from torch import Tensor, nn
 
 from engine.block import Block
@@ -59,6 +59,33 @@ def names_in_order(block: Block) -> list[str]:
     assert block.optimizer is not None
     names = {id(parameter): name for name, parameter in block.parameters_by_name()}
     return [names[id(parameter)] for group in block.optimizer.param_groups for parameter in group["params"]]
+
+
+def names_end_to_end(detector: nn.Module, config: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str] | None:
+    """Names of a detector's parameters in the order in which one optimizer for all of them numbers them.
+
+    Args:
+        detector: as it is trained now.
+        config: what MMEngine builds that optimizer from.
+        saved: the optimizer's state in a checkpoint of end-to-end training.
+
+    Returns:
+        None if ``saved`` has other groups, other settings in them, or other shapes: its numbers may mean other
+        parameters, or its state be another optimizer's.
+    """
+    optimizer = build_optim_wrapper(detector, config).optimizer
+    groups, others = optimizer.state_dict()["param_groups"], saved.get("param_groups", [])
+    if [group["params"] for group in groups] != [other["params"] for other in others]:
+        return None
+    if any(group.keys() - other.keys() for group, other in zip(groups, others, strict=True)):
+        return None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, state in saved["state"].items():
+        shapes = {value.shape for value in state.values() if isinstance(value, Tensor) and value.dim() > 0}
+        if shapes - {parameters[number].shape}:
+            return None
+    names = {id(parameter): name for name, parameter in detector.named_parameters()}
+    return [names[id(parameter)] for parameter in parameters]
 
 
 def optimizer_by_name(parameters: Mapping[str, Sequence[str]], saved: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@ A user keeps an MMDetection config and adds::
     local = dict(blocks=4, auxiliary=dict(type='glcan'))
     runner_type = 'LocalRunner'
 
-and trains it with MMDetection's own tools. Importing this module changes MMEngine in two places, so that no config
+and trains it with MMDetection's own tools. Importing this module changes three functions of MMEngine, so that no config
 with ``local`` trains end to end for want of the last line: ``Runner.from_cfg`` makes a ``LocalRunner`` of it, and
-``train`` of any other runner refuses it.
+``Runner.train`` and ``FlexibleRunner.train`` refuse it where the runner is another one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jsonargparse
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config import Config, LocalConfig, TrainConfig
 from engine.optimizer import load_state_by_name
@@ -51,7 +51,8 @@ REFUSED = {
 """Keys of a config that cannot be combined with ``local``, and why."""
 
 
-@RUNNERS.register_module()
+# A reload of this module replaces its own class, and nobody else's of the same name.
+@RUNNERS.register_module(force="LocalRunner" in globals())
 class LocalRunner(Runner):
     """MMEngine's runner for a config with ``local``: loops, hooks, logs, schedules and evaluation are its own.
 
@@ -70,13 +71,14 @@ class LocalRunner(Runner):
             ``optim_wrapper`` that is built, or     every block's is made from one config
             made of several
             a detector that is no chain             see ``tasks.detection.chain``
+            a head for another number of classes    than the training data has
             ======================================= ==================================================
     """
 
     def __init__(self, *args: Any, cfg: Any = None, **kwargs: Any) -> None:
         self.settings = settings_of(cfg or {})
         self.optimizer_before: dict[str, Tensor] | None = None
-        """State by parameter name from a checkpoint of other blocks."""
+        """State by parameter name from a checkpoint of other blocks or none."""
         super().__init__(*args, cfg=cfg, **kwargs)
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
@@ -105,6 +107,12 @@ class LocalRunner(Runner):
                 "dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))"
             )
 
+    def build_train_loop(self, loop: Any) -> Any:
+        built = super().build_train_loop(loop)
+        if not isinstance(self.model, LocalModel):
+            _check_classes(self.model, built.dataloader.dataset)
+        return built
+
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """Cut the detector into blocks, and give each its wrapper."""
         if isinstance(optim_wrapper, OptimWrapperDict):
@@ -123,8 +131,8 @@ class LocalRunner(Runner):
             self.model.draw()
 
     def resume(self, *args: Any, **kwargs: Any) -> None:
-        """As MMEngine's. From a checkpoint of other blocks the detector's weights and their momentum go on, and so do
-        learning rates."""
+        """As MMEngine's. From a checkpoint of other blocks, or of end-to-end training, the detector's weights and their
+        momentum go on, and so do learning rates."""
         self._resume = True
         super().resume(*args, **kwargs)
         if self.optimizer_before is None or not isinstance(self.model, LocalModel):
@@ -148,6 +156,21 @@ class LocalRunner(Runner):
             for scheduler in schedulers:
                 if ended or not scheduler.by_epoch:
                     scheduler.step()
+
+
+def _check_classes(detector: nn.Module, dataset: Any) -> None:
+    """Nothing in a training step would fail for a head of other classes than the data's; its boxes mean nothing."""
+    classes = getattr(dataset, "metainfo", {}).get("classes")
+    if isinstance(classes, str):
+        raise ValueError(f"train_dataloader.dataset.metainfo.classes: {classes!r} is no tuple; write ({classes!r},)")
+    for name, module in detector.named_modules():
+        count = getattr(module, "num_classes", None)
+        # A region proposal network has one class, whatever the data.
+        if classes is not None and "bbox_head" in name.split(".") and count not in (None, len(classes)):
+            raise ValueError(
+                f"model.{name}.num_classes: {count}, but the training data has {len(classes)} classes; set it to "
+                f"{len(classes)}"
+            )
 
 
 def settings_of(cfg: Mapping[str, Any]) -> Config:
@@ -180,11 +203,18 @@ def settings_of(cfg: Mapping[str, Any]) -> Config:
     return settings
 
 
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """MMEngine's own, also if this module is loaded once more and finds what it has put there."""
+    own: Callable[..., Any] = getattr(function, "without_local", function)
+    return own
+
+
 def _dispatching(plain: Callable[..., Any]) -> Any:
     @functools.wraps(plain)
     def from_cfg(cls: type[Runner], cfg: Any) -> Runner:
         return plain(LocalRunner if cls is Runner and cfg.get("local") is not None else cls, cfg)  # type: ignore[no-any-return]
 
+    from_cfg.without_local = plain  # type: ignore[attr-defined]
     return classmethod(from_cfg)
 
 
@@ -198,9 +228,10 @@ def _refusing(plain: Callable[..., Any]) -> Callable[..., Any]:
             )
         return plain(self)
 
+    train.without_local = plain  # type: ignore[attr-defined]
     return train
 
 
-Runner.from_cfg = _dispatching(Runner.from_cfg.__func__)
-Runner.train = _refusing(Runner.train)
-FlexibleRunner.train = _refusing(FlexibleRunner.train)
+Runner.from_cfg = _dispatching(_plain(Runner.from_cfg.__func__))
+Runner.train = _refusing(_plain(Runner.train))
+FlexibleRunner.train = _refusing(_plain(FlexibleRunner.train))

@@ -32,6 +32,7 @@ from tasks.detection.chain import Prediction, detector_chain, recomputed
 from tasks.detection.config import DetectionConfig
 from tasks.detection.data import Samples, data_preprocess, load_samples
 from tasks.detection.evaluate import DetectionMetrics
+from tasks.detection.export import write_config
 from tasks.detection.fake import keeping_values, made_up_boxes
 from tasks.detection.heads import PyramidHead, pyramid_head
 from tasks.detection.plain_config import class_count, plain_config, set_classes, without_downloads
@@ -191,13 +192,14 @@ class Detection:
         return max(max(size) for size in sizes), max(min(size) for size in sizes)
 
     def steps_per_epoch(self) -> int:
-        data, count = self.config.data, len(self.samples[0])
-        return count // data.batch if data.drop_last else math.ceil(count / data.batch)
+        return len(self._batch_sizes())
 
     def smallest_batch(self) -> int:
-        data = self.config.data
-        rest = 0 if data.drop_last else len(self.samples[0]) % data.batch
-        return min(min(micro_batches(full, self.micro_batch)) for full in (data.batch, rest) if full)
+        sizes = self._batch_sizes() or [self.config.data.batch]
+        return min(min(micro_batches(size, self.micro_batch)) for size in sizes)
+
+    def _batch_sizes(self) -> list[int]:
+        return self.samples[0].batch_sizes(self.config.data.batch, True, self.config.data.drop_last)
 
     def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
         data = self.config.data
@@ -220,7 +222,7 @@ class Detection:
 
     def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
         """What MMDetection's ``init_detector`` loads; the plain config goes beside it, as ``target`` with .py."""
-        self.plain.dump(target.with_suffix(".py"))
+        write_config(self.plain, self.config.data, self.classes, target)
         return {"state_dict": dict(state), "meta": {"dataset_meta": {"classes": tuple(self.classes)}}}
 
 

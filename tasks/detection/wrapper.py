@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmdet.models.detectors.base import BaseDetector
@@ -23,25 +23,28 @@ from engine.config import Config
 from engine.memory.footprint import followed
 from engine.memory.tracker import MemoryTracker, Moment
 from engine.message import Message
-from tasks.detection.chain import Prediction, detector_chain
-from tasks.detection.optim_wrapper import OF_AUXILIARY, BlockOptimWrappers, names_in_order, part_of
-from tasks.detection.targets import Targets, samples_of, targets_of
+from tasks.detection.chain import detector_chain
+from tasks.detection.optim_wrapper import (
+    OF_AUXILIARY,
+    BlockOptimWrappers,
+    names_end_to_end,
+    names_in_order,
+    optimizer_by_name,
+    part_of,
+)
+from tasks.detection.targets import targets_of
 from tasks.detection.task import Detection
 
 
 class GivenDetector(Detection):
     """The task of a detector that MMEngine builds, feeds and evaluates: the loss and the auxiliary heads are left."""
 
-    def __init__(self, model: ConfigDict) -> None:
-        # Nothing of Detection's own: it would change MMDetection's scope and log, and silence its ranks.
+    def __init__(self, model: ConfigDict, settings: Config) -> None:
+        # Nothing of Detection's own: it would change MMDetection's scope and log.
         self.plain = PlainConfig({"model": model})
-        self.named: dict[str, Tensor] = {}
-
-    def _loss(self, prediction: Prediction, targets: Targets) -> Tensor:
-        loss: Tensor
-        loss, named = prediction.detector.parse_losses(prediction.losses(samples_of(targets)))
-        self.named = {name: value.detach() for name, value in named.items()}
-        return loss
+        self.checkpointing = settings.local.checkpoint
+        self.group = None
+        self.named = {}
 
 
 class DrivenBlock(Block):
@@ -51,20 +54,6 @@ class DrivenBlock(Block):
     """
 
     wrapper: OptimWrapper
-
-    @classmethod
-    def of(cls, block: Block) -> DrivenBlock:
-        """``block`` again, to be given a wrapper."""
-        return cls(
-            block.chain,
-            block.span,
-            block.auxiliary,
-            block.task,
-            seed=block.seed,
-            checkpointing=block.checkpointing,
-            offload=block.offload,
-            keeps_key_features=block.keeps_key_features,
-        )
 
     def drive(self, wrapper: OptimWrapper) -> None:
         self.wrapper, self.optimizer = wrapper, wrapper.optimizer
@@ -103,7 +92,7 @@ class LocalModel(nn.Module):
     def __init__(self, module: BaseDetector, config: ConfigDict, settings: Config) -> None:
         super().__init__()
         self.module, self.settings = module, settings
-        self.task = GivenDetector(config)
+        self.task = GivenDetector(config, settings)
         device = torch.device(get_device())
         # Shapes are inferred, and weights drawn, on the CPU whatever the device.
         self.blocks = self._build(module.cpu())
@@ -111,13 +100,14 @@ class LocalModel(nn.Module):
         # Not the blocks themselves: their train() would wake the normalisations that the backbone keeps frozen.
         self.auxiliaries = nn.ModuleList([block.auxiliary for block in self.blocks if block.auxiliary]).to(device)
         self.optim_wrapper: BlockOptimWrappers | None = None
+        self.optim_config = ConfigDict()
         self.measuring = False
         self.peaks: dict[int, Moment] = {}
 
     def _build(self, detector: BaseDetector) -> list[DrivenBlock]:
         with _unlogged():
-            blocks = build_blocks(detector_chain(detector), self.settings, self.task)
-        return [DrivenBlock.of(block) for block in blocks]
+            blocks = build_blocks(detector_chain(detector), self.settings, self.task, make=DrivenBlock)
+        return cast(list[DrivenBlock], blocks)
 
     def draw(self) -> None:
         """Draw the auxiliary networks' weights anew: they follow the detector's, which may have changed."""
@@ -129,6 +119,7 @@ class LocalModel(nn.Module):
     def build_optim_wrapper(self, config: ConfigDict) -> BlockOptimWrappers:
         """One wrapper a block, ``block0`` and so on, each built by MMEngine from the same config."""
         wrappers = {}
+        self.optim_config = config
         for block in self.blocks:
             wrapper = build_optim_wrapper(part_of(self.module, block), config)
             if wrapper.clip_grad_kwargs:
@@ -204,6 +195,19 @@ class LocalModel(nn.Module):
         for block, skipped in zip(self.blocks, state["skipped"], strict=True):
             block.skipped = skipped
         return True
+
+    def optimizer_before(self, state: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
+        """State of the detector's own parameters, as ``name:key`` -> tensor, from a checkpoint of other training.
+
+        Args:
+            state: what ``local_state`` was then; empty after end-to-end training.
+            saved: the optimizer's state in the checkpoint.
+        """
+        if "parameters" in state:
+            return optimizer_by_name(state["parameters"], saved)
+        with _unlogged():
+            names = names_end_to_end(self.module, self.optim_config, saved)
+        return {} if names is None else optimizer_by_name({"": names}, {"": saved})
 
     def _auxiliary_tensors(self) -> dict[str, Tensor]:
         return {

@@ -18,6 +18,8 @@ train_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True),
     resize,
     dict(type="RandomFlip", prob=0.5),
+    # One of the training boxes has no size, and an infinite loss.
+    dict(type="FilterAnnotations", min_gt_bbox_wh=(1, 1), keep_empty=False),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [

@@ -18,8 +18,9 @@ from mmengine.config import Config
 from PIL import Image
 
 from tasks.detection import digits
-from tasks.detection.config import DataConfig
+from tasks.detection.config import DataConfig, DetectionConfig
 from tasks.detection.data import Items, data_preprocess, load_samples
+from tasks.detection.datasets import metric_configs
 from tasks.detection.digits import COUNTS, digits_on_photographs
 from tests.shared import SHARED, needs_shared
 
@@ -171,16 +172,34 @@ def test_boxes_follow_size_and_flip(coco: DataConfig) -> None:
 def test_batches_are_of_one_orientation_and_lose_no_image(coco: DataConfig) -> None:
     train, _ = load_samples(coco, None, 0)
     for epoch in range(5):
-        for batch in (2, 4):
+        for batch in (2, 4, 5):
             batches = [names(items) for items in train.batches(epoch, 0, batch, 0, True, False)]
             assert sorted(name for lot in batches for name in lot) == list(range(1, 8))
             assert all(len({SIZES[name - 1][0] < SIZES[name - 1][1] for name in lot}) == 1 for lot in batches)
-    mixed = [names(items) for items in train.batches(0, 0, 5, 0, True, False)]
-    assert [len(lot) for lot in mixed] == [5, 2], "what is left of both, together"
-    for batch, full in ((2, 3), (3, 2), (7, 1), (8, 0)):
-        assert len(list(train.batches(0, 0, batch, 0, True, True))) == full, "as many as fit"
-        assert len(list(train.batches(0, 0, batch, 0, True, False))) == -(-7 // batch)
     assert [names(items) for items in train.batches(0, 0, 4, 0, False, False)] == [[1, 2, 3, 4], [5, 6, 7]]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_sizes_of_batches_are_known_before_any_is_loaded(coco: DataConfig, shuffle: bool) -> None:
+    train, _ = load_samples(coco, None, 0)
+    known = {1: [1] * 7, 2: [2, 2, 2, 1], 3: [3, 3, 1], 4: [4, 3], 5: [4, 3] if shuffle else [5, 2]}
+    known |= {7: [4, 3] if shuffle else [7], 8: [4, 3] if shuffle else [7]}
+    for batch, sizes in known.items():
+        full = [size for size in sizes if size == batch]
+        for drop_last, expected in ((False, sizes), (True, full)):
+            assert train.batch_sizes(batch, shuffle, drop_last) == expected
+            for epoch in range(2):
+                batches = train.batches(epoch, 0, batch, 0, shuffle, drop_last)
+                assert [len(items) for items in batches] == expected
+
+
+def test_no_batch_is_padded_to_more_than_the_largest_image(coco: DataConfig) -> None:
+    """That is what an estimate counts with."""
+    coco.sizes = [[96, 64]]
+    train, _ = load_samples(coco, None, 0)
+    preprocessor = MODELS.build({"_scope_": "mmdet", "type": "DetDataPreprocessor"})
+    for items in train.batches(0, 0, 5, 0, True, False):
+        assert sorted(data_preprocess(preprocessor, items, True).x.shape[2:]) <= [64, 96]
 
 
 def test_a_subset_is_spread(coco: DataConfig) -> None:
@@ -375,6 +394,45 @@ def test_test_annotations_must_number_classes_as_training_does(coco: DataConfig)
         load_samples(coco, None, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "told"),
+    [
+        ("digits", {"root": "there"}, "data.root: data.name=digits does not read it: it makes its own; data.name=coco"),
+        ("digits", {"classes": ["1", "2"]}, "data.classes: data.name=digits does not read it"),
+        ("digits", {"test": "test.json"}, "data.test: data.name=digits does not read it"),
+        ("digits", {"train_images": "there"}, "data.train_images: data.name=digits does not read it"),
+        ("voc", {"root": ".", "test_images": "there"}, r"data.test_images: data.name=voc .* JPEGImages/ of data.root"),
+        ("config", {"sizes": [[64, 64]]}, r"data.sizes: data.name=config .* train_dataloader.dataset.pipeline.N.scale"),
+        (
+            "config",
+            {"flip": False},
+            "data.flip: .* train_dataloader.dataset.pipeline.N.prob, N the place of R",
+        ),
+        ("config", {"keep_empty": False}, "data.keep_empty: .* train_dataloader.dataset.filter_cfg.filter_empty_gt of"),
+        ("config", {"train": "a.json"}, "data.train: .* set train_dataloader.dataset.ann_file of .* by model.options"),
+        ("config", {"test": "a.json"}, r"data.test: .* set val_dataloader.dataset.ann_file \(and val_evaluator.ann_f"),
+        ("config", {"test_images": "there"}, "data.test_images: .* set val_dataloader.dataset.data_prefix of"),
+    ],
+)
+def test_a_key_that_the_data_do_not_read_is_refused(name: Any, given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told) as caught:
+        DetectionConfig(data=DataConfig(name, **given)).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_that_the_data_read_are_taken() -> None:
+    files: dict[str, Any] = {"root": ".", "train": "a", "test": "b", "classes": ["c"]}
+    images: dict[str, Any] = {"train_images": "d", "test_images": "e"}
+    how: dict[str, Any] = {"sizes": [[64, 64]], "flip": False, "keep_empty": False}
+    for data in (
+        DataConfig("digits", **how),
+        DataConfig("voc", **files, **how),
+        DataConfig("coco", **files, **images, **how),
+        DataConfig("config", root=".", classes=["c"], sizes=[[320, 320]]),
+    ):
+        DetectionConfig(data=data).check()
+
+
 # MMDetection configs
 
 
@@ -406,7 +464,7 @@ def test_the_data_sets_of_a_config(coco: DataConfig) -> None:
     train, test = load_samples(config, plain(coco), 0)
     assert (len(train), len(test), train.classes) == (14, 7, ["cat", "ant"])
     assert train[0, 0]["inputs"].shape == (3, 43, 64)
-    assert len(list(train.batches(0, 0, 4, 0, True, False))) == 4
+    assert train.batch_sizes(4, True, False) == [4, 4, 4, 2]
     with pytest.raises(ValueError, match=r"train_dataloader: there is no file /nowhere/.*; data.root replaces"):
         load_samples(DataConfig("config"), plain(coco), 0)
     with pytest.raises(ValueError, match=r"has no class 'dog', which train_dataloader's metainfo.classes names"):
@@ -426,6 +484,43 @@ def test_the_data_sets_of_a_config(coco: DataConfig) -> None:
         load_samples(config, broken, 0)
     with pytest.raises(ValueError, match=r"model.config: CachedMosaic keeps images of earlier steps"):
         load_samples(config, plain(coco, [{"type": "CachedMosaic", "img_scale": (64, 64)}]), 0)
+
+
+def test_data_root_leaves_an_evaluators_file_elsewhere_alone(coco: DataConfig, tmp_path: Path) -> None:
+    inside = "annotations/all.json"
+    there = Path(coco.root) / inside
+    other = tmp_path / "nowhere_else/all.json"
+    other.parent.mkdir()
+    shutil.copy(there, other)
+    for old in (f"{tmp_path}/nowhere/", f"{tmp_path}/nowhere", ""):
+        moved = plain(coco, data_root=old)
+        files = {inside: there, str(other): other, str(there): there, f"{tmp_path}/nowhere/{inside}": there}
+        for file, found in list(files.items())[: 4 if old else 3]:
+            moved.val_evaluator.ann_file = file
+            (metric,) = metric_configs(DataConfig("config", coco.root), moved)
+            assert metric["ann_file"] == str(found)
+            assert moved.val_evaluator.ann_file == file
+
+
+HEADS = {
+    "model.bbox_head.num_classes: 2": {"bbox_head": {"num_classes": 80}},
+    "model.roi_head.bbox_head.num_classes: 2": {"roi_head": {"bbox_head": {"num_classes": 80}}},
+    "model.roi_head.bbox_head.0.num_classes: 2, model.roi_head.bbox_head.1.num_classes: 2": {
+        "roi_head": {"bbox_head": [{"num_classes": 80}, {"num_classes": 80}]}
+    },
+}
+
+
+@pytest.mark.parametrize("keys", list(HEADS))
+def test_a_head_of_other_classes_is_refused(coco: DataConfig, keys: str) -> None:
+    config, given = DataConfig("config", coco.root), plain(coco)
+    given.model = HEADS[keys]
+    with pytest.raises(ValueError) as caught:
+        load_samples(config, given, 0)
+    told = "model.config: its head has 80 classes, the data set 2; set model.options "
+    assert str(caught.value) == f"{told}{{{keys}}}"
+    given.merge_from_dict({pair.split(": ")[0]: 2 for pair in keys.split(", ")})
+    load_samples(config, given, 0)
 
 
 def test_an_image_that_the_pipeline_drops_is_never_another_one(coco: DataConfig) -> None:

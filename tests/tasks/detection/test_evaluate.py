@@ -250,11 +250,44 @@ def test_the_evaluator_of_a_config(coco: DataConfig) -> None:
     for wrong, told in (
         ({"type": "CocoMetric", "ann_file": file, "metric": ["bbox", "segm"]}, "give metric='bbox'"),
         ({"type": "CocoMetric", "ann_file": file, "format_only": True, "outfile_prefix": "x"}, "format_only=False"),
+        ({"type": "CocoMetric", "ann_file": file, "metric_items": ["mAP_50"]}, "its metric_items lack 'mAP'"),
         ({"type": "VOCMetric", "metric": "recall"}, "give metric='mAP'"),
         ({"type": "DumpDetResults", "out_file_path": "x.pkl"}, "DumpDetResults is not CocoMetric or VOCMetric"),
     ):
         with pytest.raises(ValueError, match=told):
             figures(config, perfect, evaluator(coco, **wrong))
+
+
+def test_what_has_no_value_is_left_out(coco: DataConfig) -> None:
+    """Without large objects there is no mAP_l; a 0 would say that all were missed."""
+    content = json.loads((Path(coco.root) / "all.json").read_text())
+    for annotation in content["annotations"]:
+        annotation["area"] = 50 * 50  # medium
+    (Path(coco.root) / "all.json").write_text(json.dumps(content))
+    items = ["mAP_l", "mAP_m", "mAP"]
+    plain = evaluator(coco, type="CocoMetric", ann_file=f"{coco.root}/all.json", metric="bbox", metric_items=items)
+    config = DataConfig("config")
+    found = figures(config, perfect, plain)[1]
+    assert list(found.items()) == [("mAP", 1.0), ("mAP_m", 1.0)]
+    nothing = figures(config, lambda targets: Given([([], [], [])] * len(targets["labels"])), plain)[1]
+    assert nothing == {"mAP": 0.0, "mAP_l": 0.0, "mAP_m": 0.0}
+
+
+def test_predictions_after_the_pictured_images_count(coco: DataConfig) -> None:
+    """The first four images have no prediction, the fifth one has, of what is not there: a value, though 0."""
+
+    def late(targets: dict[str, Any]) -> Given:
+        late = [meta["img_id"] == 14 for meta in targets["meta"]]
+        return Given([([[5, 5, 50, 50]] * each, [0] * each, [0.9] * each) for each in late])
+
+    plain = evaluator(
+        coco,
+        type="CocoMetric",
+        ann_file=f"{coco.root}/all.json",
+        metric="bbox",
+        metric_items=["mAP", "mAP_s"],
+    )
+    assert figures(DataConfig("config"), late, plain)[1] == {"mAP": 0.0}, "no object is small"
 
 
 def coloured(pixels: np.ndarray) -> np.ndarray:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -242,7 +244,9 @@ def test_both_doors_give_the_same_bits(data: Path, tmp_path: Path, base: str | N
                 "model.roi_head.bbox_head.fc_out_channels": 64,
             }
         )
-        config.model.backbone.norm_cfg = {"type": "BN", "requires_grad": True}
+        # From scratch nothing is frozen.
+        learns = {"norm_cfg": {"type": "BN", "requires_grad": True}, "norm_eval": False, "frozen_stages": -1}
+        config.model.backbone.update(learns)
     config.optim_wrapper = {"optimizer": {"type": "SGD", "lr": 0.02}}
     config.dump(tmp_path / "theirs.py")
 
@@ -318,17 +322,76 @@ def test_resuming_with_other_blocks(data: Path, tmp_path: Path, cut: list[str]) 
         assert wrapper.optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("end_to_end", [True, False])
-def test_resuming_without_optimizer_state_for_the_blocks(data: Path, tmp_path: Path, end_to_end: bool) -> None:
-    quick = {"default_hooks.checkpoint.save_optimizer": end_to_end}
-    first = make((plain if end_to_end else local)(data, tmp_path, **quick))
+ALL_FRESH = "auxiliary networks and all optimizer state start fresh"
+
+
+def test_resuming_without_optimizer_state_for_the_blocks(data: Path, tmp_path: Path) -> None:
+    first = make(local(data, tmp_path, **{"default_hooks.checkpoint.save_optimizer": False}))
     first.train()
     changes = {"train_cfg.max_epochs": 2, "resume": True}
     runner = train(local(data, tmp_path, local={"cut": ["layer3.0"]}, **changes))
-    assert "start fresh" in log(runner)
+    assert ALL_FRESH in log(runner)
     assert f"resumed epoch: 1, iter: {first.iter}" in log(runner)
     assert runner.iter == 2 * first.iter
     assert runner.optim_wrapper.get_lr()["lr"][0] == pytest.approx(0.001)
+
+
+ADAM = {"_delete_": True, "type": "AdamW", "lr": 1e-3, "weight_decay": 0.05}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model.backbone.frozen_stages": 1, "optim_wrapper.paramwise_cfg": {"norm_decay_mult": 0.0}},
+        {"model.backbone.frozen_stages": 1, "optim_wrapper.optimizer": ADAM},
+    ],
+    ids=["plain", "a group for each parameter", "frozen layers"],
+)
+def test_resuming_from_end_to_end_training(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    first = make(plain(data, tmp_path, **changes))
+    first.train()
+    parameters = {name: value for name, value in first.model.named_parameters() if value.requires_grad}
+    expected = {
+        f"optimizer.{name}:{key}": torch.as_tensor(value)
+        for name, parameter in parameters.items()
+        for key, value in first.optim_wrapper.optimizer.state[parameter].items()
+    }
+    runner = prepared(local(data, tmp_path, resume=True, **changes))
+    runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+    runner.call_hook("before_run")
+    runner.load_or_resume()
+    assert "auxiliary networks and their optimizer state start fresh" in log(runner)
+    assert_equal(expected, {name: value for name, value in state(runner).items() if name.startswith("optimizer.")})
+
+
+def test_one_block_goes_on_as_end_to_end_training_does(data: Path, tmp_path: Path) -> None:
+    make(plain(data, tmp_path / "a")).train()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    longer = {"train_cfg.max_epochs": 2, "resume": True}
+    (tmp_path / "b/last_checkpoint").write_text(str(tmp_path / "b/epoch_1.pth"))
+    stock = make(plain(data, tmp_path / "a", **longer))
+    stock.train()
+    runner = train(local(data, tmp_path / "b", local={"blocks": 1}, **longer))
+    assert_equal(dict(stock.model.state_dict()), dict(runner.model.module.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim_wrapper.optimizer": ADAM},
+        {"optim_wrapper.paramwise_cfg": {"norm_decay_mult": 0.0}},
+        {"model.bbox_head.feat_channels": 16},
+    ],
+    ids=["another optimizer", "other groups", "other shapes"],
+)
+def test_optimizer_state_that_may_be_of_other_parameters_is_left(
+    data: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    make(plain(data, tmp_path)).train()
+    changes |= {"train_cfg.max_epochs": 2, "resume": True}
+    runner = train(local(data, tmp_path, **changes))
+    assert ALL_FRESH in log(runner)
 
 
 def test_auxiliary_networks_follow_the_weights_that_the_detector_starts_from(data: Path, tmp_path: Path) -> None:
@@ -341,7 +404,8 @@ def test_auxiliary_networks_follow_the_weights_that_the_detector_starts_from(dat
 
     def follows(detector: nn.Module) -> bool:
         chain = detector_chain(copy.deepcopy(detector))
-        expected = build_blocks(chain, settings_of(config), GivenDetector(config.model))[0].auxiliary.state_dict()
+        settings = settings_of(config)
+        expected = build_blocks(chain, settings, GivenDetector(config.model, settings))[0].auxiliary.state_dict()
         assert list(own.state_dict()) == list(expected)
         return all(torch.equal(tensor, expected[name]) for name, tensor in own.state_dict().items())
 
@@ -470,6 +534,24 @@ def test_checkpointing_changes_no_loss(data: Path, tmp_path: Path) -> None:
     assert losses[3] == losses[1]
 
 
+def test_checkpointing_recomputes_the_head(data: Path, tmp_path: Path) -> None:
+    """In a block that is nothing but the head, so that no other layer saves anything."""
+    calls, peaks = [], []
+    for checkpoint in (False, True):
+        settings = {"cut": ["head"], "auxiliary": "glcan", "checkpoint": checkpoint}
+        runner = prepared(local(data, tmp_path, local=settings, **{"model.bbox_head.stacked_convs": 4}))
+        lot = batch(runner)
+        runner.model.train_step(copy.deepcopy(lot), runner.optim_wrapper)
+        runner.model.measuring = True
+        kind = type(runner.model.module.bbox_head)
+        with mock.patch.object(kind, "forward_single", autospec=True, side_effect=kind.forward_single) as counted:
+            runner.model.train_step(copy.deepcopy(lot), runner.optim_wrapper)
+        calls.append(counted.call_count)
+        peaks.append(runner.model.peaks[1].bytes)
+    assert calls == [10, 20], "five levels in two blocks; backward once more"
+    assert peaks[1] < peaks[0]
+
+
 def test_mixed_precision_is_the_wrappers(data: Path, tmp_path: Path) -> None:
     amp = {"optim_wrapper.type": "AmpOptimWrapper", "optim_wrapper.loss_scale": "dynamic"}
     with mock.patch("mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available", return_value=True):
@@ -534,6 +616,25 @@ def test_no_runner_trains_end_to_end_what_has_local(data: Path, tmp_path: Path) 
         other.train()
 
 
+def test_importing_once_more_changes_nothing_twice(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_ones = Runner.from_cfg.__func__.__wrapped__, Runner.train.__wrapped__, FlexibleRunner.train.__wrapped__
+    # Everything is put back afterwards: other tests know the classes of the first import.
+    for owner, name in ((Runner, "from_cfg"), (Runner, "train"), (FlexibleRunner, "train")):
+        monkeypatch.setattr(owner, name, vars(owner)[name])
+    for name, value in list(vars(local_runner).items()):
+        monkeypatch.setitem(vars(local_runner), name, value)
+    monkeypatch.setitem(RUNNERS._module_dict, "LocalRunner", LocalRunner)
+
+    again = importlib.reload(local_runner).LocalRunner
+    assert again is not LocalRunner
+    found = Runner.from_cfg.__func__.__wrapped__, Runner.train.__wrapped__, FlexibleRunner.train.__wrapped__
+    assert found == plain_ones
+    runner = make(local(data, tmp_path))
+    assert type(runner) is again
+    runner.train()
+    assert runner.iter == IMAGES / BATCH
+
+
 def test_testing_needs_no_blocks(data: Path, tmp_path: Path) -> None:
     train(local(data, tmp_path))
     runner = make(local(data, tmp_path, load_from=str(tmp_path / "epoch_1.pth")))
@@ -571,6 +672,39 @@ def test_evaluation_after_training_leaves_auxiliary_networks_alone(data: Path, t
 def test_what_is_refused(data: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(local(data, tmp_path, **changes)).train()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_head_for_other_classes_is_refused(data: Path, tmp_path: Path, wrapped: bool) -> None:
+    config = local(data, tmp_path, **{"model.bbox_head.num_classes": 80})
+    if wrapped:
+        loader = config.train_dataloader
+        loader.dataset = {"type": "RepeatDataset", "times": 2, "dataset": loader.dataset}
+    with pytest.raises(ValueError, match="model.bbox_head.num_classes: 80, .* has 2 classes; set it to 2$") as error:
+        make(config).train()
+    assert "\n" not in str(error.value)
+
+
+def test_one_class_for_want_of_a_comma_is_refused(data: Path, tmp_path: Path) -> None:
+    config = local(data, tmp_path, **{"train_dataloader.dataset.metainfo.classes": "disc"})
+    with pytest.raises(ValueError, match=r"metainfo.classes: 'disc' is no tuple; write \('disc',\)"):
+        make(config).train()
+
+
+def test_every_head_of_two_stages_is_for_the_classes_of_the_data(data: Path, tmp_path: Path) -> None:
+    config = local(data, tmp_path)
+    config.model = Config.fromfile(MMDET / "configs/cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py").model
+    config.model.backbone.update({"depth": 18, "base_channels": 8, "init_cfg": None})
+    config.model.neck.in_channels = [8, 16, 32, 64]
+    heads = config.model.roi_head.bbox_head
+    for head in heads:
+        head.update({"num_classes": len(CLASSES), "fc_out_channels": 16})
+    heads[1].num_classes = 3
+    with pytest.raises(ValueError, match="model.roi_head.bbox_head.1.num_classes: 3, .* has 2 classes"):
+        make(config).train()
+    heads[1].num_classes = 2
+    runner = make(config)
+    runner.build_train_loop(runner._train_loop)  # nothing to say, of the region proposals' one class neither
 
 
 def test_several_ranks_are_refused(data: Path, tmp_path: Path) -> None:
@@ -614,3 +748,22 @@ def test_the_example(tmp_path: Path) -> None:
     runner = train(config)
     assert len(runner.model.blocks) == 4
     assert any("pascal_voc/mAP" in line for line in scalars(runner))
+
+
+@needs_shared("data/bccd")
+def test_the_example_trains_on_a_box_of_no_size(tmp_path: Path) -> None:
+    name = "BloodImage_00343"
+    assert "<xmin>181</xmin>" in (annotation := (SHARED / f"data/bccd/Annotations/{name}.xml").read_text())
+    assert "<xmax>181</xmax>" in annotation
+    (tmp_path / "one.txt").write_text(f"{name}\n")
+    config = Config.fromfile(Path(local_runner.__file__).parent / "configs/mmdet_bccd_retinanet_r18_k4_glcan.py")
+    config.work_dir = str(tmp_path)
+    config.train_dataloader.update({"num_workers": 0, "persistent_workers": False, "batch_size": 1})
+    config.train_dataloader.dataset.update(
+        {"data_root": str(SHARED / "data/bccd/"), "ann_file": str(tmp_path / "one.txt")}
+    )
+    runner = prepared(config)
+    (sample,) = (lot := batch(runner))["data_samples"]
+    assert len(sample.gt_instances) == annotation.count("<object>") - 1
+    losses = runner.model.train_step(lot, runner.optim_wrapper)
+    assert all(torch.isfinite(value).all() for value in losses.values())
