@@ -175,16 +175,12 @@ def _random_states_kept() -> Iterator[None]:
 def data_preprocess(preprocessor: nn.Module, items: Items, training: bool) -> Message:
     """``items`` normalised and padded by the detector's own data preprocessor.
 
-    ``x`` is (N, 3, H, W) float32; the targets are as ``targets_of`` says, and have the labels of what is to be
-    ignored as ``ignored_labels``. Boxes are in pixels of the input for training; for testing in pixels of the
-    original image, as MMDetection's metrics want them.
+    ``x`` is (N, 3, H, W) float32; the targets are as ``targets_of`` says. Boxes are in pixels of the input for
+    training; for testing in pixels of the original image, as MMDetection's metrics want them.
     """
     with torch.no_grad():
         done = preprocessor(pseudo_collate(items), training)
-    samples = done["data_samples"]
-    targets = targets_of(samples)
-    targets["ignored_labels"] = [sample.ignored_instances.labels for sample in samples]
-    return Message({"x": done["inputs"]}, targets)
+    return Message({"x": done["inputs"]}, targets_of(done["data_samples"]))
 
 
 def load_samples(data: DataConfig, plain: PlainConfig | None, seed: int) -> tuple[Samples, Samples]:

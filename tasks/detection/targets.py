@@ -12,19 +12,19 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 Targets = dict[str, Any]
-"""Lists by image: ``boxes`` (n, 4) as x1 y1 x2 y2 in input pixels, ``labels`` (n,), ``ignored`` (m, 4), ``meta``."""
+"""Lists by image: ``boxes`` (n, 4) as x1 y1 x2 y2 in input pixels, ``labels`` (n,), ``ignored`` (m, 4) and
+``ignored_labels`` (m,), which count neither for nor against a prediction, ``meta`` (plain values)."""
 
 
 def targets_of(samples: Sequence[DetDataSample]) -> Targets:
     """The ground truth and meta information of ``samples``, without what only masks or proposals would need."""
+    left_out = [sample.ignored_instances if "ignored_instances" in sample else InstanceData() for sample in samples]
     return {
         "boxes": [_tensor(sample.gt_instances.bboxes) for sample in samples],
         "labels": [sample.gt_instances.labels for sample in samples],
-        "ignored": [
-            _tensor(sample.ignored_instances.bboxes)
-            if "ignored_instances" in sample and "bboxes" in sample.ignored_instances
-            else torch.zeros(0, 4)
-            for sample in samples
+        "ignored": [_tensor(out.bboxes) if "bboxes" in out else torch.zeros(0, 4) for out in left_out],
+        "ignored_labels": [
+            out.labels if "labels" in out else torch.zeros(len(out), dtype=torch.long) for out in left_out
         ],
         "meta": [{key: _plain(value) for key, value in sample.metainfo.items()} for sample in samples],
     }
