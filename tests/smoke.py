@@ -28,7 +28,11 @@ VARIANTS = {
 
 OF_TASK = {
     "classification": {"dgl": ["--local.auxiliary", "dgl"]},
-    "detection": {"levels": ["--local.auxiliary", "levels"]},
+    "detection": {
+        "levels": ["--local.auxiliary", "levels"],
+        # Every size is compiled for anew, which takes minutes.
+        "glcan, compiled": ["--local.compile", "true", "--data.sizes", "[[128, 128]]", "--local.cut", "[neck]"],
+    },
 }
 
 
