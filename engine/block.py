@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,14 @@ from engine.task import Task
 
 if TYPE_CHECKING:
     from engine.replication.protocol import Replication
+
+_recomputes = ContextVar("recomputes", default=False)
+
+
+def recomputes() -> bool:
+    """Whether the block whose loss is being made recomputes activations, so that a large loss may do so too."""
+    return _recomputes.get()
+
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -303,7 +312,11 @@ class Block(nn.Module):
     def train_forward(self, message: Message, update: bool = True) -> tuple[Message, Tensor]:
         """Output and loss. (That the optimizer steps after this micro-batch matters to replicas alone.)"""
         output, prediction = self._predict(message)
-        return output, self.task.loss(prediction, message.targets)
+        token = _recomputes.set(self.checkpointing)
+        try:
+            return output, self.task.loss(prediction, message.targets)
+        finally:
+            _recomputes.reset(token)
 
     def train_backward(self, loss: Tensor) -> None:
         """Backward from the scaled loss."""

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed import ProcessGroup
 
 from engine.bank import FeatureBank
+from engine.block import recomputes
 from engine.chain import Chain
 from engine.memory.estimate import make_fake
 from engine.message import Message
@@ -61,7 +62,7 @@ class Detection:
     def __init__(self, config: DetectionConfig) -> None:
         register_all_modules(init_default_scope=True)
         MMLogger.get_instance("mmengine").setLevel("WARNING")  # it tells of every tensor how it was initialised
-        self.config, self.checkpointing = config, config.local.checkpoint
+        self.config = config
         self._samples: tuple[Samples, Samples] | None = None
 
     @cached_property
@@ -135,7 +136,7 @@ class Detection:
     def _loss(self, prediction: Prediction, targets: Targets) -> Tensor:
         """MMDetection's losses, added up as it does; each by its name is in ``named``."""
         loss: Tensor
-        with recomputed(prediction.detector) if self.checkpointing else nullcontext(), _among(self.group):
+        with recomputed(prediction.detector) if recomputes() else nullcontext(), _among(self.group):
             loss, named = prediction.detector.parse_losses(prediction.losses(samples_of(targets)))
         self.named = {name: value.detach() for name, value in named.items()}
         return loss

@@ -39,10 +39,9 @@ from tasks.detection.task import Detection
 class GivenDetector(Detection):
     """The task of a detector that MMEngine builds, feeds and evaluates: the loss and the auxiliary heads are left."""
 
-    def __init__(self, model: ConfigDict, settings: Config) -> None:
+    def __init__(self, model: ConfigDict) -> None:
         # Nothing of Detection's own: it would change MMDetection's scope and log.
         self.plain = PlainConfig({"model": model})
-        self.checkpointing = settings.local.checkpoint
         self.group = None
         self.named = {}
 
@@ -92,7 +91,7 @@ class LocalModel(nn.Module):
     def __init__(self, module: BaseDetector, config: ConfigDict, settings: Config) -> None:
         super().__init__()
         self.module, self.settings = module, settings
-        self.task = GivenDetector(config, settings)
+        self.task = GivenDetector(config)
         device = torch.device(get_device())
         # Shapes are inferred, and weights drawn, on the CPU whatever the device.
         self.blocks = self._build(module.cpu())

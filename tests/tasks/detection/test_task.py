@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,22 @@ def test_an_estimate_reads_no_data_and_is_the_measurement_to_the_byte() -> None:
         prepare(blocks, config, torch.device("cpu"))
         measured = count_bytes(blocks, config, task.example())
         assert predicted.footprint.by_block_bytes == pytest.approx(measured.by_block_bytes, rel=0.01)
+
+
+def test_a_head_is_recomputed_where_its_block_says_so_not_where_its_config_did() -> None:
+    """A planner tries ways of training that are not the config's, with one task."""
+    config, task = small_task("--train.device", "cpu")
+    sizes = {}
+    for checkpoint in (False, True, False):
+        changed = replace(config, local=replace(config.local, checkpoint=checkpoint, schedule="end_to_end"))
+        blocks = build_blocks(task.build_chain(), changed, task)
+        found = estimate_step(blocks, changed, shapes_of(task.example)).footprint.peak_bytes
+        assert sizes.setdefault(checkpoint, found) == found
+    own_config, own_task = small_task(
+        "--train.device", "cpu", "--local.schedule", "end_to_end", "--local.checkpoint", "true"
+    )
+    own = estimate_step(build_blocks(own_task.build_chain(), own_config, own_task), own_config, shapes_of(task.example))
+    assert sizes[True] == own.footprint.peak_bytes < sizes[False]
 
 
 def test_a_plan_finds_a_cut_for_a_budget(tmp_path: Path) -> None:
