@@ -405,7 +405,7 @@ def test_auxiliary_networks_follow_the_weights_that_the_detector_starts_from(dat
     def follows(detector: nn.Module) -> bool:
         chain = detector_chain(copy.deepcopy(detector))
         settings = settings_of(config)
-        expected = build_blocks(chain, settings, GivenDetector(config.model, settings))[0].auxiliary.state_dict()
+        expected = build_blocks(chain, settings, GivenDetector(config.model))[0].auxiliary.state_dict()
         assert list(own.state_dict()) == list(expected)
         return all(torch.equal(tensor, expected[name]) for name, tensor in own.state_dict().items())
 
