@@ -197,7 +197,7 @@ def _plain_datasets(data: DataConfig, plain: PlainConfig) -> dict[str, dict[str,
     found: dict[Path, set[str]] = {}
     listed: dict[Path, Classes] = {}
     for split, loader in LOADERS.items():
-        if not plain.get(loader, {}).get("dataset"):
+        if not (plain.get(loader) or {}).get("dataset"):
             raise ValueError(f"model.config: it has no {loader}.dataset, which data.name=config reads")
         configs[split] = copy.deepcopy(plain[loader].dataset).to_dict()
         _refuse_caches(configs[split])

@@ -40,7 +40,20 @@ def write_config(plain: PlainConfig, data: DataConfig, classes: Sequence[str], t
         raise ValueError(f"--out: {file} is there already and is not an export's; choose another name")
     data = replace(data, root=os.path.abspath(data.root)) if data.root else data
     written = with_root_and_classes(data, plain) if data.name == "config" else _with_own_data(plain, data, classes)
+    _without_local(written)
     write_named(file, f"{MARK}\n{written.pretty_text}")
+
+
+def _without_local(plain: PlainConfig) -> None:
+    """Remove what trained by blocks: the file is read where this project is not."""
+    for key in ("local", "runner_type"):
+        plain.pop(key, None)
+    imports = plain.get("custom_imports") or {}
+    kept = [name for name in imports.get("imports", []) if not name.startswith("tasks.detection")]
+    if imports and kept:
+        plain.custom_imports = {**imports, "imports": kept}
+    elif imports:
+        plain.pop("custom_imports")
 
 
 def _with_own_data(plain: PlainConfig, data: DataConfig, classes: Sequence[str]) -> PlainConfig:

@@ -55,9 +55,10 @@ def _check_option(config: Config, key: str) -> None:
         known = list(at) if isinstance(at, Mapping | Config) else []
         if section not in known:
             close = difflib.get_close_matches(section, [str(name) for name in known], n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"model.options: {key!r}: the config has no {section!r}"
-                + (f", did you mean {close[0]!r}?" if close else "")
+                f"model.options: {key!r}: the config has no {section!r}{hint} (options in a config file are for its "
+                "own detector; --model.options {} drops them)"
             )
         at = at[section]
 

@@ -74,7 +74,8 @@ class Detection:
         for augment in (plain.model.get("data_preprocessor") or {}).get("batch_augments") or []:
             if augment.type == "BatchSyncRandomResize":
                 raise ValueError(
-                    "model.config: BatchSyncRandomResize draws sizes over all ranks; give data.sizes instead"
+                    "model.config: BatchSyncRandomResize wants all ranks to meet; take it out with model.options: "
+                    "{model.data_preprocessor.batch_augments: null}, and give several data.sizes"
                 )
         return plain
 

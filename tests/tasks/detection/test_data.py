@@ -474,10 +474,12 @@ def test_the_data_sets_of_a_config(coco: DataConfig) -> None:
     config.classes = ["cat", "ant"]
     assert load_samples(config, plain(coco, metainfo={}), 0)[0].classes == ["cat", "ant"]
     for loader in ("train_dataloader", "val_dataloader"):
-        broken = plain(coco)
-        broken.pop(loader)
-        with pytest.raises(ValueError, match=f"model.config: it has no {loader}.dataset"):
-            load_samples(config, broken, 0)
+        without, broken = plain(coco), plain(coco)
+        without.pop(loader)
+        broken[loader] = None  # as MMDetection's configs without validation have it
+        for one in (without, broken):
+            with pytest.raises(ValueError, match=f"model.config: it has no {loader}.dataset"):
+                load_samples(config, one, 0)
     broken = plain(coco)
     broken.val_evaluator.ann_file = "/nowhere/annotations/other.json"
     with pytest.raises(ValueError, match=r"val_evaluator: there is no file .*coco/annotations/other.json"):

@@ -206,3 +206,15 @@ def test_nothing_is_read_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     voc = written(on_voc, tmp_path / "b.pth").val_dataloader.dataset
     assert (voc.type, voc.ann_file) == ("XMLDataset", f"{tmp_path}/nowhere/ImageSets/Main/val.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.py", "b.py"]
+
+
+def test_what_trained_by_blocks_is_not_in_the_plain_config(coco: DataConfig, tmp_path: Path) -> None:
+    """A file written for machines without this project asked for it."""
+    lines = {"local": {"blocks": 4}, "runner_type": "LocalRunner"}
+    for imports, kept in ((["tasks.detection"], None), (["mine", "tasks.detection"], ["mine"])):
+        trained = Config({**config_of(coco), **lines, "custom_imports": {"imports": imports}})
+        write_config(trained, DataConfig("config", batch=2), ["cat"], tmp_path / "x.pth")
+        found = Config.fromfile(tmp_path / "x.py", import_custom_modules=False)
+        assert not set(lines) & set(found)
+        assert found.get("custom_imports", {}).get("imports") == kept
+    assert trained.local.blocks == 4, "the run's own is as it was"
