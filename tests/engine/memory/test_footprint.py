@@ -108,10 +108,10 @@ def test_auxiliary_networks_count_apart_with_all_they_add() -> None:
     message = Message({"x": torch.zeros(64, 128)}, torch.zeros(64, 1))
     alone, three = (estimate(Toy(depth=3, width=128), message, local__blocks=n) for n in (1, 3))
     assert alone.peak["auxiliary"] == 0
-    # Each of two heads has a weight and a bias, 512 bytes each, and as much momentum.
-    held = [sizes["auxiliary"] for sizes in three.by_block]
-    assert held[2] == 2 * 2 * 2 * 512
-    assert all(size >= held[2] + 2 * 512 for size in held[:2]), "its own gradients too"
+    # Each of two heads has a weight and a bias, 512 bytes each, as much momentum, and its loss in a report.
+    held, state = [sizes["auxiliary"] for sizes in three.by_block], 2 * 2 * 2 * 512
+    assert held[2] == state + 2 * 512
+    assert all(size >= state + 2 * 512 for size in held[:2]), "its own gradients too"
 
 
 def test_offloaded_activations_do_not_count() -> None:
