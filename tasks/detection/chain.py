@@ -63,13 +63,19 @@ def given_levels(detector: BaseDetector) -> BaseDetector:
     return bare
 
 
+def dense_head(detector: BaseDetector) -> nn.Module:
+    """The head that predicts at every place of every level: the only one, or the region proposal network."""
+    head: nn.Module = detector.bbox_head if hasattr(detector, "bbox_head") else detector.rpn_head
+    return head
+
+
 @contextmanager
 def recomputed(detector: BaseDetector) -> Iterator[None]:
     """Meanwhile the dense head forgets what it makes of each level, and backward makes it again (local.checkpoint).
 
     Known limitation: a head with BatchNorm of its own keeps everything, as it would count a batch twice.
     """
-    head = detector.bbox_head if hasattr(detector, "bbox_head") else detector.rpn_head
+    head = dense_head(detector)
     plain = head.forward_single
     if not any(isinstance(module, _BatchNorm) for module in head.modules()):
         head.forward_single = partial(checkpoint, plain, use_reentrant=False)
@@ -96,7 +102,7 @@ def detector_chain(detector: BaseDetector) -> Chain:
         raise ValueError(
             f"model.config: {kind} is no detector of backbone, neck and bbox_head (or rpn_head and roi_head)"
         )
-    dense = detector.bbox_head if hasattr(detector, "bbox_head") else detector.rpn_head
+    dense = dense_head(detector)
     if isinstance(detector.neck, nn.Sequential) or not hasattr(getattr(dense, "prior_generator", None), "strides"):
         raise ValueError(
             f"model.config: {kind}'s neck is of several parts, or its {type(dense).__name__} has no anchors or points "

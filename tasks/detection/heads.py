@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from engine.bank import FeatureBank
 from engine.message import Message
-from tasks.detection.chain import EXAMPLE_SIDE, Prediction, given_levels
+from tasks.detection.chain import EXAMPLE_SIDE, Prediction, dense_head, given_levels
 
 GROUP = 32
 """Channels come in multiples of this: group normalisation in heads has 32 groups."""
@@ -62,7 +62,7 @@ def pyramid_head(
         config: its MMDetection config (``model``).
         only_seen: no level beyond the coarsest map.
     """
-    dense = detector.bbox_head if hasattr(detector, "bbox_head") else detector.rpn_head
+    dense = dense_head(detector)
     own = [int(stride[0]) for stride in dense.prior_generator.strides]
     if "levels" in message.features:
         light = _light_detector(detector, config, range(len(own)), own, int(config.neck.out_channels), width)
@@ -122,8 +122,9 @@ def _light_detector(
             anchors["scales_per_octave"] = 1
     if "strides" in dense:
         dense["strides"] = strides
-    if hasattr(detector, "bbox_head") and hasattr(detector.bbox_head, "regress_ranges"):
-        dense["regress_ranges"] = [detector.bbox_head.regress_ranges[level] for level in levels]
+    ranges = getattr(dense_head(detector), "regress_ranges", None)
+    if ranges is not None:
+        dense["regress_ranges"] = [ranges[level] for level in levels]
     if "roi_head" in light:
         extractor = light["roi_head"]["bbox_roi_extractor"]
         finest = extractor["featmap_strides"][0]
