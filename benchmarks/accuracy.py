@@ -3,6 +3,8 @@
 python -m benchmarks.accuracy --config FILE [--auxiliaries glcan dgl greedy] [--seeds 0 1 2] [--json FILE]
                               [--section.key value ...]
 
+glcan@8 is glcan in 8 blocks of equal numbers of units, whatever the config's cut.
+
 Every run is a process of its own that runs tools/train.py; its folder stays under --output.root.
 """
 
@@ -26,6 +28,9 @@ from engine.memory.page import write_tables
 from engine.memory.report import Sheet, header, write_json
 from tasks import load
 
+UNITS = {"psnr": (1.0, "dB")}
+"""Of metrics that are no shares of 1: what to multiply by to show them, and the unit of their differences."""
+
 
 def main(argv: Sequence[str]) -> None:
     parser = ToolParser(__doc__)
@@ -43,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     runs = [(kind, seed) for seed in known.seeds for kind in kinds]
     with ThreadPoolExecutor(known.jobs) as pool:
         summaries = list(pool.map(lambda run: _train(rest, *run, config.output.root, known.threads), runs))
-    rows = []
+    rows, metric = [], task.metric
+    factor, unit = UNITS.get(metric, (100.0, "points"))
     for kind in kinds:
         mine = [summary for (name, _), summary in zip(runs, summaries, strict=True) if name == kind]
         values = [summary["value"] for summary in mine]
@@ -56,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
                 "metric": mine[0]["metric"],
                 "values": values,
                 "mean": statistics.mean(values),
+                "summaries": mine,
                 "seconds": [summary["seconds"] for summary in mine],
             }
         )
@@ -63,15 +70,15 @@ def main(argv: Sequence[str]) -> None:
         [
             row["variant"],
             str(row["blocks"]),
-            f"{100 * row['mean']:.2f}",
-            " ".join(f"{100 * value:.2f}" for value in row["values"]),
-            f"{100 * (row['mean'] - rows[0]['mean']):+.2f}",
+            f"{factor * row['mean']:.2f}",
+            " ".join(f"{factor * value:.2f}" for value in row["values"]),
+            f"{factor * (row['mean'] - rows[0]['mean']):+.2f}",
             f"{statistics.mean(row['seconds']):.0f}",
         ]
         for row in rows
     ]
-    columns = ["variant", "blocks", "mean", "each seed", "to end-to-end, points", "seconds"]
-    sheet = Sheet(f"{rows[0]['metric']}, {len(known.seeds)} seed(s)", columns, lines)
+    columns = ["variant", "blocks", "mean", "each seed", f"to end-to-end, {unit}", "seconds"]
+    sheet = Sheet(f"{metric}, {len(known.seeds)} seed(s)", columns, lines)
     sheet.show()
     about = header("Accuracy", argv, known.threads, config.train.device, seeds=known.seeds)
     if known.json:
@@ -85,7 +92,10 @@ def _train(argv: Sequence[str], kind: str, seed: int, root: str, threads: int) -
     name = f"accuracy_{kind}_{seed}"
     if (Path(root) / name).exists():
         raise ValueError(f"--output.root: {root} has a run {name} already; give another folder")
-    chosen = ["--local.schedule", "end_to_end"] if kind == "end_to_end" else ["--local.auxiliary", kind]
+    family, _, blocks = kind.partition("@")
+    chosen = ["--local.schedule", "end_to_end"] if kind == "end_to_end" else ["--local.auxiliary", family]
+    if blocks:
+        chosen += ["--local.cut", "[]", "--local.blocks", blocks]
     more = ["--train.seed", str(seed), "--output.name", name]
     command = [sys.executable, "tools/train.py", *argv, *chosen, *more]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The memory tables of GLCAN's field: python -m benchmarks.memory [--detectors] [--json FILE]
+"""The memory tables of GLCAN's field: python -m benchmarks.memory [--of detectors] [--json FILE]
 
 ResNet-32 and ResNet-110 at batch 1024 (CIFAR-10), ResNet-101, ResNet-152 and ResNeXt-101 32x8d at batch 256
 (ImageNet, 224 px), on fake tensors: no GPU and no data are needed. GLCAN's blocks have equal numbers of units,
@@ -6,8 +6,11 @@ or the cut with the smallest peak ("cut for memory"). Where a figure for the sam
 published it stands beside ours, as a share of its own end-to-end training: published bytes are what a GPU
 took, workspaces included, and not always at this batch.
 
-With --detectors: RetinaNet R50-FPN and R101-FPN at 800 x 1333 px, batch 2 and 16, beside the checkpointing that
+--of detectors: RetinaNet R50-FPN and R101-FPN at 800 x 1333 px, batch 2 and 16, beside the checkpointing that
 MMDetection itself offers (``with_cp``, which recomputes the backbone's blocks alone).
+
+--of super_resolution: EDSR-baseline at scales 2 and 4, batch 16 of 48 x 48 px, with its high-resolution end whole and
+in four parts, and what each kind of auxiliary network adds.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import ToolParser, run_tool
+from engine.config import Config, ToolParser, run_tool
 from engine.device import choose_device
 from engine.files import check_writable
 from engine.log import GIB, console, progress_bar
@@ -40,14 +43,14 @@ GIGABYTE = 1e9
 class Network:
     """One network of the field, and what is published of its memory.
 
-    ``variants`` are auxiliary networks and numbers of blocks; without any it is the config's own cut.
+    ``variants`` are auxiliary networks and numbers of blocks, or whole variants, end-to-end training first.
     ``published`` maps a variant's name to (gigabytes, what it is, source); that of end-to-end is the base.
     """
 
     title: str
     config: str
     overrides: tuple[str, ...]
-    variants: Sequence[tuple[str, int]]
+    variants: Sequence[tuple[str, int]] | Sequence[Variant]
     published: dict[str, tuple[float, str, str]] = field(default_factory=dict)
 
 
@@ -101,21 +104,54 @@ NETWORKS = [
 WITH_CP = Variant(
     "end-to-end + with_cp", (*END_TO_END.overrides, "--model.options", '{"model.backbone.with_cp": true}')
 )
+CONFIGURED = four_variants(Config())
 DETECTORS = [
     Network(
         f"RetinaNet {name.upper()}-FPN, COCO, 800 x 1333 px, batch {batch}",
         f"detection/configs/coco_retinanet_{name}_k4_glcan.yaml",
         ("--data.batch", str(batch)),
-        [],
+        [END_TO_END, WITH_CP, *CONFIGURED[1:]],
     )
     for name in ("r50", "r101")
     for batch in (2, 16)
 ]
 
 
+def _with(variant: Variant, name: str, *overrides: str) -> Variant:
+    return Variant(name, (*variant.overrides, *overrides))
+
+
+def _blocks(count: int, *auxiliary: str) -> tuple[str, ...]:
+    return ("--local.cut", "[]", "--local.blocks", str(count), *auxiliary)
+
+
+LOCAL, LOCAL_CHECKPOINTED = CONFIGURED[2:]
+ONE_PART = ("--model.tail_parts", "1")
+UPSCALERS = [
+    Network(
+        f"EDSR-baseline, scale {scale}, batch 16 of 48 x 48 px",
+        "super_resolution/configs/div2k_edsr_x4_k4_glcan.yaml",
+        ("--model.scale", str(scale)),
+        [
+            _with(END_TO_END, "end-to-end", *ONE_PART),
+            _with(CHECKPOINTED, "end-to-end + checkpointing", *ONE_PART),
+            _with(END_TO_END, "end-to-end, tail in 4 parts"),
+            _with(CHECKPOINTED, "end-to-end + checkpointing, tail in 4 parts"),
+            *(_with(LOCAL, f"glcan K={count}, tail in 4 parts", *_blocks(count)) for count in (2, 4, 17)),
+            _with(LOCAL, "glcan K=4, tail whole", *ONE_PART),
+            _with(LOCAL, "glcan K=4, own tails in auxiliary networks", "--model.auxiliary_tail", "own"),
+            _with(LOCAL, "local_sr K=4, tail in 4 parts", "--local.auxiliary", "local_sr"),
+            _with(LOCAL_CHECKPOINTED, "glcan K=4 + checkpointing, tail in 4 parts"),
+        ],
+    )
+    for scale in (2, 4)
+]
+KINDS = {"classifiers": NETWORKS, "detectors": DETECTORS, "super_resolution": UPSCALERS}
+
+
 def main(argv: Sequence[str]) -> None:
     parser = ToolParser(__doc__)
-    parser.add_argument("--detectors", action="store_true", help="RetinaNets instead of classifiers")
+    parser.add_argument("--of", choices=KINDS, default="classifiers", help="kind of networks")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--html", type=Path, help="write a page with the tables to this file")
     known = parser.parse_args(list(argv))
@@ -123,13 +159,13 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)
     speed, rows, sheets = Speed.measure_apart(choose_device("auto")), list[dict[str, object]](), list[Sheet]()
     with progress_bar() as bar:
-        for network in bar.track(DETECTORS if known.detectors else NETWORKS, description="networks"):
+        for network in bar.track(KINDS[known.of], description="networks"):
             found, sheet = _network(network, speed)
             sheet.show()
             rows += found
             sheets.append(sheet)
     notes = ["predicted, on fake tensors", UNSEEN]
-    if not known.detectors:
+    if known.of == "classifiers":
         notes.append(f"published: {INFOPRO}")
     for line in notes:
         console.print(line)
@@ -143,16 +179,15 @@ def main(argv: Sequence[str]) -> None:
 def _network(network: Network, speed: Speed) -> tuple[list[dict[str, object]], Sheet]:
     words = ["--config", str(CONFIGS / network.config), *network.overrides]
     config, _ = load(words)
-    variants: list[Variant] = [END_TO_END, CHECKPOINTED]
-    if not network.variants:
-        variants = [END_TO_END, WITH_CP, *four_variants(config)[1:]]
-    for name, blocks in network.variants:
+    variants = [each for each in network.variants if isinstance(each, Variant)] or [END_TO_END, CHECKPOINTED]
+    named = [each for each in network.variants if not isinstance(each, Variant)]
+    for name, blocks in named:
         variants.append(local_variant(config, name, blocks))
         if name == "glcan" and blocks < 16:
             cut = smallest_cut(config, find_task(config.task).build, blocks, speed)
             variants.append(Variant(f"glcan K={blocks}, cut for memory", ("--local.cut", json.dumps(cut))))
-    if network.variants:
-        largest = max(blocks for _, blocks in network.variants)
+    if named:
+        largest = max(blocks for _, blocks in named)
         variants.append(local_variant(config, "glcan", min(largest, 16), checkpointing=True))
     estimates = [estimate_variant(variant, words, load, speed) for variant in variants]
     base, rows, lines = estimates[0], list[dict[str, object]](), list[list[str]]()

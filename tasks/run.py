@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,11 @@ class Run:
             return self.chain(message.to(self.device))
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
     """Build the network of ``folder``'s config and load the newest complete checkpoint into it.
+
+    Args:
+        overrides: of that config, as on the command line.
 
     Raises:
         ValueError: not a run, or no complete checkpoint in it.
@@ -49,7 +53,7 @@ def open_run(folder: Path) -> Run:
     path = find_checkpoint(folder / "checkpoints", console.print)
     if path is None:
         raise ValueError(f"--run: {folder} has no complete checkpoint")
-    argv = ["--config", str(config_file)]
+    argv = ["--config", str(config_file), *overrides]
     entry = find_task(task_name(argv))
     config = parse(entry.config, argv)
 

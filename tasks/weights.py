@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
-def load_weights(model: nn.Module, path: Path, allowed: Sequence[Any] = ()) -> None:
+def load_weights(
+    model: nn.Module, path: Path, allowed: Sequence[Any] = (), keys: Sequence[str] = ("state_dict", "model")
+) -> None:
     """Load initial weights by the model's own names; a common ``module.`` prefix is dropped.
 
     Args:
         allowed: harmless classes that a framework's own files hold beside tensors.
+        keys: under which a framework's own files have the weights; of several in a file the first.
 
     Raises:
         ValueError: no such file, not a file of tensors, or names and shapes that differ.
@@ -29,7 +32,7 @@ def load_weights(model: nn.Module, path: Path, allowed: Sequence[Any] = ()) -> N
     except Exception as error:
         cause = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:200]
         raise ValueError(f"model.weights: {path} cannot be read: {cause}") from error
-    for key in ("state_dict", "model"):
+    for key in keys:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):

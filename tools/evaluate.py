@@ -1,4 +1,4 @@
-"""Evaluate: python tools/evaluate.py --run runs/NAME"""
+"""Evaluate: python tools/evaluate.py --run runs/NAME [--section.key value ...]"""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from tasks.run import open_run
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = ToolParser("Evaluate the newest complete checkpoint of a run.")
+    parser = ToolParser("Evaluate the newest complete checkpoint of a run; its config can be overridden.")
     parser.add_argument("--run", required=True, type=Path, help="folder that tools/train.py wrote")
-    run = open_run(parser.parse_args(list(argv)).run)
+    known, overrides = parser.parse_known_args(list(argv))
+    run = open_run(known.run, overrides)
     values = evaluate(run.task, run.predict, run.folder / "evaluation" / f"step_{run.step}")
     result = {"run": str(run.folder), "step": run.step, "metric": run.task.metric, **values}
     write_text(run.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")

@@ -8,14 +8,14 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from engine.seed import derive
 from tasks.classification.config import DataConfig
@@ -51,40 +51,6 @@ class Images(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"data.subset: {count} images asked for, there are {len(self)}")
         by_class = sorted(self.indices, key=lambda index: (self.labels[index], index))
         self.indices = sorted(by_class[number * len(by_class) // count] for number in range(count))
-
-    def batches(
-        self,
-        epoch: int,
-        start: int,
-        batch: int,
-        workers: int,
-        shuffle: bool,
-        drop_last: bool,
-        shares: Callable[[int], list[slice]] = lambda samples: [slice(0, samples)],
-    ) -> Iterator[tuple[int, list[Tensor]]]:
-        """Batches ``start`` and on of an epoch: their size, and of their ``shares`` [images, labels]."""
-        order = list(range(len(self)))
-        if shuffle:
-            generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
-            order = torch.randperm(len(self), generator=generator).tolist()
-        lots = [[(epoch, index) for index in order[at : at + batch]] for at in range(0, len(order), batch)]
-        if drop_last and len(lots[-1]) < batch:
-            lots.pop()
-        lots = lots[start:]
-        wanted = [[item for share in shares(len(lot)) for item in lot[share]] for lot in lots]
-        loader = DataLoader(
-            self, batch_sampler=wanted, num_workers=workers, generator=torch.Generator(), worker_init_fn=_own_session
-        )  # type: ignore[arg-type]
-        try:
-            yield from zip(map(len, lots), loader, strict=True)
-        except ValueError as error:
-            # A worker process wraps its traceback around the message; the last line is the cause.
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-
-
-def _own_session(worker: int) -> None:
-    """torchrun signals a rank's whole session, but it is the rank that ends its workers, after the step."""
-    os.setsid()
 
 
 def load_images(config: DataConfig, seed: int) -> tuple[Images, Images]:

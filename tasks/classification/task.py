@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,11 @@ from engine.bank import FeatureBank
 from engine.chain import Chain
 from engine.message import Message
 from engine.seed import seeded
-from engine.task import WHOLE, Part, micro_batches
+from engine.task import WHOLE, Part
 from tasks.classification.chain import build_model_chain
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.data import Images, load_images
+from tasks.loader import Batches, load
 
 
 class PooledLinear(nn.Module):
@@ -88,9 +88,10 @@ class Classification:
         return self.config.model.classes
 
     @property
-    def micro_batch(self) -> int:
-        """Images in a micro-batch, the last ones of an epoch apart."""
-        return self.config.data.batch // self.config.train.accumulate
+    def batching(self) -> Batches:
+        """How an epoch is divided."""
+        data = self.config.data
+        return Batches(len(self.images[0]), data.batch, self.config.train.accumulate, data.drop_last)
 
     def build_chain(self, initial: bool = True) -> Chain:
         model = self.config.model if initial else replace(self.config.model, weights="", pretrained=False)
@@ -108,42 +109,27 @@ class Classification:
         return PooledLinear(channels, sum(features.shape[1] for features in bank.values()), self.classes, chain.layout)
 
     def example(self) -> Message:
-        batch, size = self.micro_batch, self.config.data.size
+        batch, size = self.config.data.batch // self.config.train.accumulate, self.config.data.size
         with seeded(self.config.train.seed, "example"):
             images = torch.randn(batch, 3, size, size)
             return Message({"x": images}, targets=torch.randint(self.classes, (batch,)))
 
     def steps_per_epoch(self) -> int:
-        data, count = self.config.data, len(self.images[0])
-        return count // data.batch if data.drop_last else math.ceil(count / data.batch)
+        return self.batching.steps
 
     def smallest_batch(self) -> int:
-        data = self.config.data
-        rest = 0 if data.drop_last else len(self.images[0]) % data.batch
-        return min(part for full in (data.batch, rest) if full for part in micro_batches(full, self.micro_batch))
+        return self.batching.smallest()
 
     def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
-        data = self.config.data
-
-        def shares(samples: int) -> list[slice]:
-            """Where the part of each micro-batch lies in a batch."""
-            at, found = 0, []
-            for size in micro_batches(samples, self.micro_batch):
-                own = part.of(size)
-                found.append(slice(at + own.start, at + own.stop))
-                at += size
-            return found
-
-        loaded = self.images[0].batches(epoch, start, data.batch, data.workers, True, data.drop_last, shares)
-        for samples, (images, labels) in loaded:
-            sizes = [own.stop - own.start for own in shares(samples)]
-            yield [Message({"x": x}, targets=y) for x, y in zip(images.split(sizes), labels.split(sizes), strict=True)]
+        seed, workers = self.config.train.seed, self.config.data.workers
+        loaded = load(self.images[0], self.batching, epoch, start=start, part=part, shuffle=seed, workers=workers)
+        for micro_batches in loaded:
+            yield [Message({"x": images}, targets=labels) for images, labels in micro_batches]
 
     def test_batches(self) -> Iterator[Message]:
         # Not more images at a time than in training, so that what trains in some memory also evaluates in it.
-        for _, (images, labels) in self.images[1].batches(
-            0, 0, self.micro_batch, self.config.data.workers, False, False
-        ):
+        batching = Batches(len(self.images[1]), self.batching.micro_batch)
+        for ((images, labels),) in load(self.images[1], batching, 0, workers=self.config.data.workers):
             yield Message({"x": images}, targets=labels)
 
     def metrics(self) -> Accuracy:

@@ -13,26 +13,20 @@ with ``local`` trains end to end for want of the last line: ``Runner.from_cfg`` 
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jsonargparse
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import Tensor, nn
 
-from engine.config import Config, LocalConfig, TrainConfig
+from engine.config import Config
 from engine.optimizer import load_state_by_name
 from tasks.detection.hook import LocalHook
 from tasks.detection.wrapper import LocalModel
-
-KEYS = ("blocks", "cut", "balance", "auxiliary", "checkpoint", "offload")
-"""Of ``engine.config.LocalConfig``, those that ``local`` has here too."""
+from tasks.local_settings import local_settings
 
 ELSEWHERE = {
     "schedule": "blocks run one after another here; for streams, pipelines and end_to_end use this project's "
@@ -40,7 +34,7 @@ ELSEWHERE = {
     "precision": "MMDetection's own key is optim_wrapper.type='AmpOptimWrapper', or --amp",
     "compile": "use this project's tools/train.py with local.compile",
 }
-"""The others, and what to use instead."""
+"""Keys of ``engine.config.LocalConfig`` that ``local`` does not have here, and what to use instead."""
 
 REFUSED = {
     "model_wrapper_cfg": "blocks are wrapped already; leave it out",
@@ -184,23 +178,7 @@ def settings_of(cfg: Mapping[str, Any]) -> Config:
     if not isinstance(local, Mapping):
         raise ValueError(f"local: {local!r}; give a mapping such as local = dict(blocks=4, auxiliary='glcan')")
     local = local.to_dict() if hasattr(local, "to_dict") else dict(local)
-    for key in local:
-        if key in ELSEWHERE:
-            raise ValueError(f"local.{key}: {ELSEWHERE[key]}")
-        if key not in KEYS:
-            close = difflib.get_close_matches(str(key), KEYS, n=1)
-            hint = f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(KEYS)}"
-            raise ValueError(f"local: unknown key {key!r}{hint}")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(LocalConfig, "local")
-    try:
-        parsed = parser.instantiate(parser.parse_object({"local": local})).local
-    except (argparse.ArgumentError, TypeError) as error:
-        text = " ".join(str(error).split()).replace("<class '", "").replace("'>", "")
-        raise ValueError(re.sub(r'^Parser key "([\w.]+)":', r"\1:", text)) from error
-    settings = Config(local=parsed, train=TrainConfig(seed=(cfg.get("randomness") or {}).get("seed") or 0))
-    settings.check()
-    return settings
+    return local_settings(local, ELSEWHERE, (cfg.get("randomness") or {}).get("seed") or 0)
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:

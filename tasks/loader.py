@@ -1,0 +1,111 @@
+"""Batches of a data set, the same samples in the same order whatever loads them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from engine.seed import derive
+from engine.task import WHOLE, Part, micro_batches
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How an epoch of ``count`` samples is divided.
+
+    Args:
+        batch: samples per optimizer step; the last may have fewer.
+        accumulate: micro-batches of a full batch.
+        drop_last: leave out a last batch that is not full.
+
+    Example:
+        >>> Batches(count=10, batch=4, accumulate=2).sizes()
+        [4, 4, 2]
+    """
+
+    count: int
+    batch: int
+    accumulate: int = 1
+    drop_last: bool = False
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in a micro-batch, the last ones of an epoch apart."""
+        return self.batch // self.accumulate
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+        return self.count // self.batch if self.drop_last else math.ceil(self.count / self.batch)
+
+    def sizes(self) -> list[int]:
+        """Samples of each batch."""
+        return [min(self.batch, self.count - step * self.batch) for step in range(self.steps)]
+
+    def smallest(self) -> int:
+        """Samples in the smallest micro-batch."""
+        return min(min(micro_batches(size, self.micro_batch)) for size in {*self.sizes()[-1:], self.batch})
+
+    def shares(self, samples: int, part: Part = WHOLE) -> list[slice]:
+        """Where the part of each micro-batch lies in a batch of ``samples``."""
+        at, found = 0, []
+        for size in micro_batches(samples, self.micro_batch):
+            own = part.of(size)
+            found.append(slice(at + own.start, at + own.stop))
+            at += size
+        return found
+
+
+def load(
+    dataset: Dataset[Any],
+    batches: Batches,
+    epoch: int,
+    *,
+    start: int = 0,
+    part: Part = WHOLE,
+    shuffle: int | None = None,
+    workers: int = 0,
+    collate: Callable[[Sequence[Any]], Any] | None = None,
+) -> Iterator[list[Any]]:
+    """Of each batch from ``start`` on in ``epoch`` the part of its micro-batches, collated.
+
+    Samples are asked for as (epoch, index), and may not depend on anything else.
+
+    Args:
+        shuffle: seed of the order, which differs from epoch to epoch; None keeps that of the data set.
+        collate: from samples to a micro-batch; torch's default one.
+    """
+    order = list(range(batches.count))
+    if shuffle is not None:
+        generator = torch.Generator().manual_seed(derive(shuffle, "order", epoch))
+        order = torch.randperm(batches.count, generator=generator).tolist()
+    lots = []
+    for step, size in list(enumerate(batches.sizes()))[start:]:
+        lot = [(epoch, index) for index in order[step * batches.batch : step * batches.batch + size]]
+        lots.append([lot[share] for share in batches.shares(size, part)])
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[samples for lot in lots for samples in lot],  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=collate,
+        generator=torch.Generator(),
+        worker_init_fn=_own_session,
+    )
+    loaded = iter(loader)
+    try:
+        for lot in lots:
+            yield [next(loaded) for _ in lot]
+    except ValueError as error:
+        # A worker process wraps its traceback around the message; the last line is the cause.
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
+def _own_session(worker: int) -> None:
+    """torchrun signals a rank's whole session, but it is the rank that ends its workers, after the step."""
+    os.setsid()

@@ -1,0 +1,50 @@
+"""The section ``local`` of another framework's config, as the engine's own."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jsonargparse
+
+from engine.config import Config, LocalConfig, TrainConfig
+
+KEYS = ("blocks", "cut", "balance", "auxiliary", "checkpoint", "offload")
+"""Of ``engine.config.LocalConfig``, those that make sense where another framework trains."""
+
+
+def local_settings(
+    local: Mapping[str, Any], elsewhere: Mapping[str, str], seed: int, others: Collection[str] = ()
+) -> Config:
+    """The engine's config with this ``local`` and seed.
+
+    Args:
+        elsewhere: keys that have another place in that framework, and which.
+        others: keys that are not the engine's, and are left to the caller.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), one that has its place elsewhere, or a value that will
+            not do.
+    """
+    for key in local:
+        if key in elsewhere:
+            raise ValueError(f"local.{key}: {elsewhere[key]}")
+        if key not in (known := (*KEYS, *others)):
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            raise ValueError(f"local: unknown key {key!r}{hint}")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(LocalConfig, "local")
+    try:
+        parsed = parser.instantiate(
+            parser.parse_object({"local": {key: value for key, value in local.items() if key in KEYS}})
+        ).local
+    except (argparse.ArgumentError, TypeError) as error:
+        text = " ".join(str(error).split()).replace("<class '", "").replace("'>", "")
+        raise ValueError(re.sub(r'^Parser key "([\w.]+)":', r"\1:", text)) from error
+    settings = Config(local=parsed, train=TrainConfig(seed=seed))
+    settings.check()
+    return settings

@@ -1,0 +1,13 @@
+"""Super-resolution: BasicSR's own networks, trained by local learning."""
+
+from tasks import TaskEntry
+from tasks.super_resolution.repair import repair
+
+repair()
+
+from tasks.super_resolution import auxiliary as auxiliary  # noqa: E402  registers what it has
+from tasks.super_resolution import local_model as local_model  # noqa: E402  the model_type of BasicSR's options
+from tasks.super_resolution.config import SuperResolutionConfig  # noqa: E402
+from tasks.super_resolution.task import SuperResolution  # noqa: E402
+
+TASK = TaskEntry(SuperResolutionConfig, SuperResolution)

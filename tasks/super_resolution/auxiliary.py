@@ -1,0 +1,45 @@
+"""Auxiliary networks that only super-resolution has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from engine.auxiliary import AuxiliaryNetwork, register
+from engine.bank import FeatureBank
+from engine.chain import Chain
+from engine.cut import Span
+from engine.message import Message
+from engine.task import Task
+from tasks.super_resolution.heads import upsampling
+from tasks.super_resolution.network import image_range
+
+
+@register("local_sr")
+class LocalSR(AuxiliaryNetwork):
+    """The recipe of the GLCAN group's released super-resolution code, repaired.
+
+    Three 3x3 convolutions at full width, the early map added, then an upsampling tail of its own as large as EDSR's.
+    The released code forgets to register these networks, so that they never learn, and computes the global skip but
+    drops it; here they learn and it is added.
+    """
+
+    def __init__(self, channels: int, scale: int, image_range: float) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(*(nn.Conv2d(channels, channels, 3, 1, 1) for _ in range(3)))
+        self.upsample, self.image_range = upsampling(channels, scale, "own"), image_range
+
+    @classmethod
+    def build(cls, chain: Chain, span: Span, bank: FeatureBank, task: Task) -> LocalSR:
+        from tasks.super_resolution.task import Upscaling  # that one's package imports this file
+
+        assert isinstance(task, Upscaling)
+        x = chain.shapes()[span.stop - 1].x
+        return cls(x.shape[1], task.enlargement(chain, x), image_range(chain.model))
+
+    def forward(self, message: Message, bank: FeatureBank) -> Any:
+        features = self.convolutions(message.x)
+        if "shallow" in message.features:
+            features = features + message.features["shallow"]
+        return self.upsample(features) / self.image_range + 0.5

@@ -1,0 +1,61 @@
+"""Bicubic scaling as MATLAB does it, by BasicSR's ``imresize``; low-resolution images made once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from basicsr.utils import imwrite
+from basicsr.utils.matlab_functions import imresize
+
+from engine.log import progress_bar
+from tasks.super_resolution.files import read_image
+
+
+def resized(image: Any, factor: float) -> Any:
+    """``image`` (H, W, 3), uint8, scaled by ``factor``, rounded to uint8."""
+    pixels = np.asarray(imresize(image.astype(np.float32) / 255.0, factor))
+    return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def cropped(image: Any, scale: int) -> Any:
+    """``image`` without the last rows and columns that ``scale`` does not divide."""
+    height, width = (side - side % scale for side in image.shape[:2])
+    return image[:height, :width]
+
+
+def low_resolution(high: Mapping[str, Path], scale: int, folder: Path) -> dict[str, Path]:
+    """Files in ``folder`` with the images of ``high`` scaled down, made unless they are there; by the same names.
+
+    A change of any file (its size or time) makes them anew.
+
+    Raises:
+        ValueError: an image cannot be read, or is smaller than ``scale``.
+    """
+    about = [(name, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for name, path in high.items()]
+    mark = hashlib.sha256(repr(about).encode()).hexdigest()[:8]
+    target = folder / f"bicubic-x{scale}-{mark}"
+    if not target.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(dir=folder, prefix=".scaling-"))
+        try:
+            with progress_bar() as bar:
+                for name, path in bar.track(high.items(), description=f"scaling images down, x{scale}"):
+                    image = cropped(read_image(path), scale)
+                    if not image.size:
+                        raise ValueError(f"{path}: smaller than model.scale, {scale}")
+                    imwrite(resized(image, 1 / scale), str(room / f"{name}.png"))
+            with contextlib.suppress(OSError):  # another run may have been faster
+                os.replace(room, target)
+            if not target.is_dir():
+                raise ValueError(f"{target} could not be made")
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+    return {name: target / f"{name}.png" for name in high}

@@ -1,0 +1,117 @@
+"""How good enlarged images are, by BasicSR's own metrics, and strips to compare them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from basicsr.metrics import calculate_psnr, calculate_ssim
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from tasks.super_resolution.bicubic import resized
+from tasks.super_resolution.data import Pairs, as_pixels
+from tasks.super_resolution.files import read_image
+from tasks.super_resolution.tiles import Tile
+
+STRIP_SIDE = 240
+"""Side in pixels of what a strip shows of each image: its middle."""
+TITLE = 14
+"""Height in pixels of the line above."""
+
+
+class SuperResolutionMetrics:
+    """PSNR in dB and SSIM, on the Y channel, ``scale`` pixels of the border shaved, averaged over images.
+
+    ``psnr`` comes first; ``bicubic_psnr`` and ``bicubic_ssim`` are what enlarging as MATLAB does it gives. Images come
+    as tiles, each with its place; an image counts once all its tiles are there.
+
+    Args:
+        pictures: write so many images, the first ones.
+        beside: an evaluation folder with other results by the same names, for the strips, and its title.
+    """
+
+    def __init__(self, test: Pairs, pictures: int, beside: tuple[str, Path] | None = None) -> None:
+        self.test, self.beside = test, beside
+        self._shown = set(test.names[:pictures])
+        self._open: dict[int, tuple[Tensor, int]] = {}
+        self._figures: dict[str, dict[str, float]] = {}
+        self._results: dict[str, Any] = {}
+
+    def update(self, prediction: Tensor, targets: dict[str, Any]) -> None:
+        """Add a tile (1, 3, h, w).
+
+        Args:
+            targets: ``image``, its number; ``size``, height and width of the low resolution; ``tile``, its fields;
+                ``tiles``, how many the image has.
+        """
+        number, scale = targets["image"], self.test.scale
+        height, width = targets["size"]
+        whole, seen = self._open.pop(number, (torch.zeros(3, height * scale, width * scale), 0))
+        Tile(*targets["tile"]).put(prediction[0].detach().float().cpu(), whole, scale)
+        if seen + 1 < targets["tiles"]:
+            self._open[number] = whole, seen + 1
+            return
+        name, result = self.test.names[number], as_pixels(whole)
+        low, high = self.test.pair(name)
+        bicubic = {f"bicubic_{key}": value for key, value in figures(resized(low, scale), high, scale).items()}
+        self._figures[name] = {**figures(result, high, scale), **bicubic}
+        if name in self._shown:
+            self._results[name] = result
+
+    def compute(self) -> dict[str, float]:
+        assert not self._open, "tiles are missing"
+        keys = next(iter(self._figures.values()))
+        return {key: sum(each[key] for each in self._figures.values()) / len(self._figures) for key in keys}
+
+    def save(self, folder: Path) -> None:
+        """Write each result as NAME.png, and NAME_strip.png: low resolution, bicubic, others, this one, the truth."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, result in self._results.items():
+            _write(folder / f"{name}.png", result)
+            _write(folder / f"{name}_strip.png", self._strip(name, result))
+
+    def _strip(self, name: str, result: Any) -> Any:
+        low, high = self.test.pair(name)
+        scale = self.test.scale
+        panels = [("low resolution", low.repeat(scale, 0).repeat(scale, 1)), ("bicubic", resized(low, scale))]
+        if self.beside is not None:
+            title, folder = self.beside
+            if (folder / f"{name}.png").is_file():
+                panels.append((title, read_image(folder / f"{name}.png")))
+        panels += [("this run", result), ("truth", high)]
+        drawn = []
+        for title, image in panels:
+            if title not in ("low resolution", "truth") and image.shape == high.shape:
+                title = f"{title} {figures(image, high, scale)['psnr']:.2f} dB"
+            drawn.append(_panel(title, image))
+        return np.concatenate(drawn, axis=1)
+
+
+def figures(image: Any, truth: Any, scale: int) -> dict[str, float]:
+    """PSNR and SSIM of two (H, W, 3) BGR uint8 images of one size."""
+    options = {"crop_border": scale, "input_order": "HWC", "test_y_channel": True}
+    return {
+        "psnr": float(calculate_psnr(image, truth, **options)),
+        "ssim": float(calculate_ssim(image, truth, **options)),
+    }
+
+
+def _panel(title: str, image: Any) -> Any:
+    """The middle of an image below its title."""
+    top, left = (max(0, (side - STRIP_SIDE) // 2) for side in image.shape[:2])
+    middle = image[top : top + STRIP_SIDE, left : left + STRIP_SIDE]
+    height, width = middle.shape[:2]
+    panel = Image.new("RGB", (width, height + TITLE), "white")
+    panel.paste(Image.fromarray(np.ascontiguousarray(middle[..., ::-1])), (0, TITLE))
+    ImageDraw.Draw(panel).text((2, 1), title, fill="black")
+    return np.asarray(panel)[..., ::-1]
+
+
+def _write(path: Path, image: Any) -> None:
+    room = path.with_name(f".{path.name}.writing.png")
+    Image.fromarray(np.ascontiguousarray(image[..., ::-1])).save(room)
+    os.replace(room, path)

@@ -1,0 +1,65 @@
+"""Heads of auxiliary networks: from a block's features to an image at the high resolution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.bank import FeatureBank
+from engine.message import Message
+from tasks.super_resolution.config import Tail
+
+
+class LightTail(nn.Module):
+    """A light copy of the end of the networks: last convolution, global skip, upsampling.
+
+    The early map ``shallow`` is added where the backbone adds it (GLCAN's global part); if the features have fewer
+    channels than it, a 1x1 convolution brings it to as many. What is predicted is the difference to the bicubically
+    enlarged image (our choice). A message of ``x`` alone has neither.
+
+    Args:
+        channels: of the features.
+        shallow: channels of the early map; 0 if there is none.
+        larger: how many times larger than the features the output is.
+        scale: how many times larger than the low-resolution image.
+        tail: ``direct``: one convolution to 3 larger^2 channels and one pixel shuffle, so that nothing but the image is
+            at the high resolution; ``own``: the steps that EDSR has, a convolution and a pixel shuffle for each
+            doubling (or one for a tripling) and a last convolution, of ``channels`` channels.
+        image_range: how much larger than images the features are.
+    """
+
+    def __init__(self, channels: int, shallow: int, larger: int, scale: int, tail: Tail, image_range: float) -> None:
+        super().__init__()
+        self.scale, self.image_range = scale, image_range
+        self.last = nn.Conv2d(channels, channels, 3, 1, 1)
+        self.skip = nn.Conv2d(shallow, channels, 1, bias=False) if shallow not in (0, channels) else nn.Identity()
+        self.upsample = upsampling(channels, larger, tail)
+
+    def forward(self, message: Message, bank: FeatureBank) -> Tensor:
+        features = self.last(message.x)
+        if "shallow" in message.features:
+            features = features + self.skip(message.features["shallow"])
+        image: Tensor = self.upsample(features) / self.image_range
+        if "image" not in message.features:
+            return image + 0.5
+        return image + enlarged(message.features["image"], self.scale)
+
+
+def upsampling(channels: int, larger: int, tail: Tail) -> nn.Sequential:
+    """From ``channels`` maps to an image of three channels, ``larger`` times as large; see ``LightTail``."""
+    if tail == "direct":
+        return nn.Sequential(nn.Conv2d(channels, 3 * larger**2, 3, 1, 1), nn.PixelShuffle(larger))
+    steps = [larger] if larger % 2 else [2] * int(math.log2(larger))
+    layers: list[nn.Module] = []
+    for step in steps:
+        layers += [nn.Conv2d(channels, channels * step**2, 3, 1, 1), nn.PixelShuffle(step)]
+    return nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, 1, 1))
+
+
+@torch.no_grad()
+def enlarged(image: Tensor, scale: int) -> Tensor:
+    """``image`` (N, 3, H, W), bicubically."""
+    return F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False)
