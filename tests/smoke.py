@@ -33,6 +33,12 @@ OF_TASK = {
         # Every size is compiled for anew, which takes minutes.
         "glcan, compiled": ["--local.compile", "true", "--data.sizes", "[[128, 128]]", "--local.cut", "[neck]"],
     },
+    "super_resolution": {
+        "local_sr": ["--local.auxiliary", "local_sr"],
+        "glcan, tails in parts, own in auxiliary networks": [
+            *("--model.tail_parts", "2", "--model.auxiliary_tail", "own"),
+        ],
+    },
 }
 
 

@@ -42,7 +42,8 @@ class GLCAN(AuxiliaryNetwork):
             convolution leads in, and the units must consist of convolutions and normalisations.
         reduce: the local part works at 1/``reduce`` of the block's resolution. It divides time and
             memory by its square; only for layout ``NCHW`` (others keep their resolution).
-        use_bank: whether there is a global part; for ablations.
+        use_bank: whether there is a global part: the bank, and the maps of earlier blocks that travel in the
+            message; for ablations.
 
     Known limitation: with ``reduce`` the maps that the local units see are smaller than the backbone's;
     where a side would fall below 2 it is kept.
@@ -90,11 +91,18 @@ class GLCAN(AuxiliaryNetwork):
                 f"local.auxiliary: units {names} do not fit on block {span.index}'s output of shape "
                 f"{tuple(output.x.shape)}; try reduce=1, width=1 or depth=0 ({error})"
             ) from error
-        network.head = task.auxiliary_head(chain, features, bank if use_bank else FeatureBank())
+        network.head = task.auxiliary_head(chain, *network.with_global_part(output, features, bank))
         return network
 
     def forward(self, message: Message, bank: FeatureBank) -> Any:
-        return self.head(self.local(message), bank if self.uses_bank else FeatureBank())
+        return self.head(*self.with_global_part(message, self.local(message), bank))
+
+    def with_global_part(self, message: Message, local: Message, bank: FeatureBank) -> tuple[Message, FeatureBank]:
+        """What the head gets: the local part, and what earlier blocks gave if that is wanted."""
+        if self.uses_bank:
+            return local, bank
+        made = {name: value for name, value in local.features.items() if name == "x" or name not in message.features}
+        return replace(local, features=made), FeatureBank()
 
     def local(self, message: Message) -> Message:
         """The local part: what the backbone's remaining stages, thinned, make of the block's output."""

@@ -1,9 +1,9 @@
 """Super-resolution: BasicSR's own networks, trained by local learning."""
 
 from tasks import TaskEntry
-from tasks.super_resolution.repair import repair
+from tasks.super_resolution.repair import repair_basicsr
 
-repair()
+repair_basicsr()
 
 from tasks.super_resolution import auxiliary as auxiliary  # noqa: E402  registers what it has
 from tasks.super_resolution import local_model as local_model  # noqa: E402  the model_type of BasicSR's options

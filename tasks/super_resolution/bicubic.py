@@ -37,7 +37,7 @@ def low_resolution(high: Mapping[str, Path], scale: int, folder: Path) -> dict[s
     A change of any file (its size or time) makes them anew.
 
     Raises:
-        ValueError: an image cannot be read, or is smaller than ``scale``.
+        ValueError: an image cannot be read.
     """
     about = [(name, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for name, path in high.items()]
     mark = hashlib.sha256(repr(about).encode()).hexdigest()[:8]
@@ -48,10 +48,8 @@ def low_resolution(high: Mapping[str, Path], scale: int, folder: Path) -> dict[s
         try:
             with progress_bar() as bar:
                 for name, path in bar.track(high.items(), description=f"scaling images down, x{scale}"):
-                    image = cropped(read_image(path), scale)
-                    if not image.size:
-                        raise ValueError(f"{path}: smaller than model.scale, {scale}")
-                    imwrite(resized(image, 1 / scale), str(room / f"{name}.png"))
+                    imwrite(resized(cropped(read_image(path), scale), 1 / scale), str(room / f"{name}.png"))
+            room.chmod(0o755)  # a temporary folder is its owner's alone
             with contextlib.suppress(OSError):  # another run may have been faster
                 os.replace(room, target)
             if not target.is_dir():

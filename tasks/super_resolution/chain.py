@@ -24,9 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.chain import Chain, Unit
 from engine.message import Message
+from engine.shapes import infer_shapes
+from tasks.super_resolution.network import side_multiple
 
 EXAMPLE_SIDE = 48
-"""Pixels; SwinIR's windows of 6, 8 and 12 divide it."""
+"""Pixels of the image that shapes are inferred with, or a few more, as the network's windows want it."""
 
 Finish = Callable[[Tensor, Tensor], Tensor]
 """From features and the low-resolution image to the high-resolution image."""
@@ -57,17 +59,23 @@ def network_chain(network: nn.Module, tail_parts: int = 1) -> Chain:
     if kind not in builders:
         known = ", ".join(known.__name__ for known in builders)
         raise ValueError(f"network {kind.__name__} is none of BasicSR's {known}")
-    example = Message({"x": torch.zeros(2, 3, EXAMPLE_SIDE, EXAMPLE_SIDE)})
+    multiple = side_multiple(network)
+    side = -(-EXAMPLE_SIDE // multiple) * multiple
+    example = Message({"x": torch.zeros(2, 3, side, side)})
     try:
         units, tail = builders[kind](network)
         chain = Chain(network, units, Unit("tail", Tail(tail, tail_parts), _finish), example)
         chain.shapes()
     except RuntimeError as error:
         cause = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{kind.__name__} does not take images of three channels, {EXAMPLE_SIDE} px: {cause}"
-        ) from error
+        raise ValueError(f"{kind.__name__} does not take images (3, {side}, {side}): {cause}") from error
     return chain
+
+
+def enlargement(chain: Chain) -> int:
+    """How many times larger its output is than its input."""
+    output = infer_shapes(chain.head, chain.shapes()[-1], [chain.head.module])
+    return output.x.shape[-1] // chain.example.x.shape[-1]
 
 
 class Tail(nn.Module):
@@ -132,12 +140,14 @@ class _Colour:
         self.range: float = network.img_range
 
     def _like(self, image: Tensor) -> Tensor:
-        return image.new_tensor(self.mean).view(1, -1, 1, 1)
+        # Filled where it is: a copy from main memory would have the GPU wait.
+        return torch.cat([image.new_full((1, 1, 1, 1), value) for value in self.mean], dim=1)
 
     def into(self, image: Tensor) -> Tensor:
         return (image - self._like(image)) * self.range
 
     def back(self, image: Tensor) -> Tensor:
+        image = image.float()  # images are not for half precision
         return image / self.range + self._like(image)
 
 
@@ -269,6 +279,8 @@ def _swin_last(end: nn.Module, message: Message) -> Message:
 def _swinir(network: SwinIR) -> tuple[list[Unit], nn.Module]:
     if network.ape:
         raise ValueError("SwinIR with absolute positions (ape) takes images of one size alone; leave ape out")
+    if network.layers[0].residual_group.use_checkpoint:
+        raise ValueError("SwinIR's use_checkpoint is not for blocks; leave it out and set local.checkpoint true")
     units = [Unit("stem", _SwinStem(network), _swin_first, "stem")]
     for number, layer in enumerate(network.layers):
         units += _group(f"layers.{number}", list(layer.residual_group.blocks), layer.conv, _swin_layer)

@@ -65,7 +65,8 @@ class DataConfig:
     drop_last: bool = False
     """Leave out a last batch that is not full."""
     tile: int = 0
-    """Side in low-resolution pixels of the tiles that test images are computed in, for large ones; 0: whole images."""
+    """Side in low-resolution pixels of the tiles that test images are computed in; 0: whole images, as the field counts
+    its figures. A large image as a whole may need more memory than training does (it counts in the run's peak)."""
     tile_overlap: int = 16
     """Pixels around each tile that are computed with it and thrown away; as many as the network sees far leave no
     seam."""

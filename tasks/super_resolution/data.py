@@ -36,16 +36,18 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         self.names = list(high)
         self._kept: dict[str, tuple[Any, Any]] = {}
         self._bytes = 0
+        self.bicubic: dict[str, dict[str, float]] = {}
+        """Figures of bicubic enlargement by name, once they are known."""
         cv2.setNumThreads(0)  # OpenMP's and OpenCV's threads spin beside each other
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def check(self, patch: int = 1) -> None:
-        """See, by the files' headers alone, that they are images, of fitting sizes.
+    def check(self) -> None:
+        """See, by the files' headers alone, that they are images of fitting sizes.
 
         Raises:
-            ValueError: one is not, or is smaller than ``patch``, or not ``scale`` times as large as its partner.
+            ValueError: one is not, or is not ``scale`` times as large as its partner.
         """
         for name in self.names:
             width, height = image_size(self.low[name])
@@ -55,11 +57,6 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
                 raise ValueError(
                     f"{self.high[name]} is {large[0]} x {large[1]}, not model.scale = {self.scale} times the "
                     f"{width} x {height} of {self.low[name]}"
-                )
-            if min(width, height) < patch:
-                raise ValueError(
-                    f"{self.low[name]} is {width} x {height}, smaller than data.patch, {patch}; take a smaller patch "
-                    f"or leave {self.high[name]} out"
                 )
 
     def pair(self, name: str) -> tuple[Any, Any]:
@@ -136,7 +133,17 @@ def load_pairs(split: str, config: DataConfig, scale: int, folder: Path = Path("
     Raises:
         ValueError: a folder is missing or empty, or an image has no partner, does not fit it, or cannot be read.
     """
-    high, low = pairs(split, config)
+    high, low = pairs(split, config, scale)
+    # SSIM looks at 11 pixels at a time, of what the shaved border leaves.
+    least = config.patch * scale if split == "train" else 2 * scale + 11
+    for path in high.values():
+        width, height = image_size(path)
+        if min(width, height) < least:
+            for_what = f"data.patch = {config.patch} times model.scale = {scale}" if split == "train" else "SSIM"
+            raise ValueError(
+                f"{path} is {width} x {height}, smaller than the {least} px that {for_what} needs; leave it out"
+                + (" or take a smaller patch" if split == "train" else "")
+            )
     loaded = Pairs(high, low or low_resolution(high, scale, folder), scale, made=low is None)
-    loaded.check(config.patch if split == "train" else 1)
+    loaded.check()
     return loaded

@@ -57,8 +57,11 @@ class SuperResolutionMetrics:
             return
         name, result = self.test.names[number], as_pixels(whole)
         low, high = self.test.pair(name)
-        bicubic = {f"bicubic_{key}": value for key, value in figures(resized(low, scale), high, scale).items()}
-        self._figures[name] = {**figures(result, high, scale), **bicubic}
+        bicubic = self.test.bicubic
+        if name not in bicubic:
+            found = figures(resized(low, scale), high, scale)
+            bicubic[name] = {f"bicubic_{key}": value for key, value in found.items()}
+        self._figures[name] = {**figures(result, high, scale), **bicubic[name]}
         if name in self._shown:
             self._results[name] = result
 
@@ -69,10 +72,12 @@ class SuperResolutionMetrics:
 
     def save(self, folder: Path) -> None:
         """Write each result as NAME.png, and NAME_strip.png: low resolution, bicubic, others, this one, the truth."""
+        pictures = dict(self._results)
+        # Another run's pictures are read before any is written: they may be in the same folder.
+        pictures.update({f"{name}_strip": self._strip(name, result) for name, result in self._results.items()})
         folder.mkdir(parents=True, exist_ok=True)
-        for name, result in self._results.items():
-            _write(folder / f"{name}.png", result)
-            _write(folder / f"{name}_strip.png", self._strip(name, result))
+        for name, picture in pictures.items():
+            _write(folder / f"{name}.png", picture)
 
     def _strip(self, name: str, result: Any) -> Any:
         low, high = self.test.pair(name)
@@ -80,12 +85,13 @@ class SuperResolutionMetrics:
         panels = [("low resolution", low.repeat(scale, 0).repeat(scale, 1)), ("bicubic", resized(low, scale))]
         if self.beside is not None:
             title, folder = self.beside
-            if (folder / f"{name}.png").is_file():
-                panels.append((title, read_image(folder / f"{name}.png")))
+            other = read_image(folder / f"{name}.png") if (folder / f"{name}.png").is_file() else None
+            if other is not None and other.shape == high.shape:
+                panels.append((title, other))
         panels += [("this run", result), ("truth", high)]
         drawn = []
         for title, image in panels:
-            if title not in ("low resolution", "truth") and image.shape == high.shape:
+            if title not in ("low resolution", "truth"):
                 title = f"{title} {figures(image, high, scale)['psnr']:.2f} dB"
             drawn.append(_panel(title, image))
         return np.concatenate(drawn, axis=1)

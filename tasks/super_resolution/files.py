@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from basicsr.utils import imfrombytes
 from PIL import Image, UnidentifiedImageError
@@ -35,6 +38,8 @@ def read_image(path: Path) -> Any:
         image = imfrombytes(content) if content else None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except cv2.error as error:  # more pixels than OPENCV_IO_MAX_IMAGE_PIXELS, say
+        raise ValueError(f"{path}: OpenCV cannot read it: {' '.join(str(error).split())}") from error
     if image is None:
         raise ValueError(f"{path}: not an image, or damaged")
     return np.asarray(image)
@@ -46,13 +51,18 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         ValueError: there is no such file, or it is no image.
     """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # nothing is decoded, however large
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = path.suffix.lower() in (".jpg", ".jpeg") and image.getexif().get(ORIENTATION, 1) >= 5
+            turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5  # else PNGs would be decoded
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path}: not an image, or damaged: {' '.join(str(error).split())}") from error
-    return (height, width) if turned else (width, height)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    if turned:  # of which files OpenCV turns the image depends on its version
+        height, width = read_image(path).shape[:2]
+    return width, height
 
 
 def images_at(key: str, root: Path, place: str) -> dict[str, Path]:
@@ -70,10 +80,14 @@ def images_at(key: str, root: Path, place: str) -> dict[str, Path]:
     for path in sorted(where.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
             continue
-        if pattern == "*":
-            found[path.stem] = path
-        elif path.name.startswith(before) and path.name.endswith(after) and len(path.name) >= len(before + after):
-            found[path.name[len(before) : len(path.name) - len(after)]] = path
+        name = path.stem
+        if pattern != "*":
+            if not fnmatchcase(path.name, f"{escape(before)}*{escape(after)}"):
+                continue
+            name = path.name[len(before) : len(path.name) - len(after)]
+        if name in found:
+            raise ValueError(f"data.{key}: {found[name]} and {path.name} have the same name; leave one of them out")
+        found[name] = path
     if not found:
         raise ValueError(f"data.{key}: no image {'in ' if pattern == '*' else ''}{where / pattern}")
     return found
@@ -87,7 +101,7 @@ def photographs(split: str) -> dict[str, Path]:
     return {Path(name).stem: folder / name for name in PHOTOGRAPHS[split]}
 
 
-def pairs(split: str, config: DataConfig) -> tuple[dict[str, Path], dict[str, Path] | None]:
+def pairs(split: str, config: DataConfig, scale: int) -> tuple[dict[str, Path], dict[str, Path] | None]:
     """High- and low-resolution images of a split, in the same order; None for those that are to be made.
 
     Raises:
@@ -102,7 +116,7 @@ def pairs(split: str, config: DataConfig) -> tuple[dict[str, Path], dict[str, Pa
         return high, None
     low = images_at(f"{split}_low", root, place)
     if "*" not in place:  # BasicSR's usual names, 0001x2.png beside 0001.png
-        low = _without_marks(high, low)
+        low = {_without_mark(name, high, f"x{scale}"): path for name, path in low.items()}
     for name in high:
         if name not in low:
             raise ValueError(f"data.{split}_low: {high[name]} has no partner in {root / place}; name it {name!r} too")
@@ -112,5 +126,6 @@ def pairs(split: str, config: DataConfig) -> tuple[dict[str, Path], dict[str, Pa
     return high, {name: low[name] for name in high}
 
 
-def _without_marks(high: Iterable[str], low: dict[str, Path]) -> dict[str, Path]:
-    return {name if name in high else name.rpartition("x")[0] or name: path for name, path in low.items()}
+def _without_mark(name: str, high: Mapping[str, Path], mark: str) -> str:
+    plain = name.removesuffix(mark)
+    return plain if name not in high and plain in high else name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,7 +50,8 @@ def upsampling(channels: int, larger: int, tail: Tail) -> nn.Sequential:
     """From ``channels`` maps to an image of three channels, ``larger`` times as large; see ``LightTail``."""
     if tail == "direct":
         return nn.Sequential(nn.Conv2d(channels, 3 * larger**2, 3, 1, 1), nn.PixelShuffle(larger))
-    steps = [larger] if larger % 2 else [2] * int(math.log2(larger))
+    doublings = larger.bit_length() - 1
+    steps = [2] * doublings if larger == 2**doublings else [larger]
     layers: list[nn.Module] = []
     for step in steps:
         layers += [nn.Conv2d(channels, channels * step**2, 3, 1, 1), nn.PixelShuffle(step)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engine.build import build_blocks
 from engine.message import Message
 from tasks.local_settings import local_settings
-from tasks.super_resolution.chain import network_chain
+from tasks.super_resolution.chain import enlargement, network_chain
 from tasks.super_resolution.network import check_scale, side_multiple
 from tasks.super_resolution.task import Upscaling
 from tasks.super_resolution.tiles import enlarge
@@ -51,7 +51,8 @@ class LocalSRModel(SRModel):
 
     Every block has an optimizer and a learning-rate scheduler of its own, built as BasicSR builds its one. Saved
     networks are the plain network; what belongs to blocks is in the training state, from which training goes on with
-    the same blocks to the bit, or with others (or after SRModel), whose auxiliary networks then start fresh.
+    the same blocks, or with others (or after SRModel), whose auxiliary networks then start fresh. With the same ones
+    weights, optimizers and random state are to the bit; the order of the data starts anew, as ever in BasicSR.
     Large test images: ``val: tile`` and ``val: tile_overlap``, as ``DataConfig`` says.
 
     Raises:
@@ -64,6 +65,11 @@ class LocalSRModel(SRModel):
         super().__init__(opt)
 
     def _check(self, opt: Mapping[str, Any]) -> None:
+        val = opt.get("val") or {}
+        self.tile, self.tile_overlap = val.get("tile", 0), val.get("tile_overlap", 16)
+        for key, value, least in (("tile", self.tile, 16), ("tile_overlap", self.tile_overlap, 0)):
+            if not isinstance(value, int) or (value < least and value != 0):
+                raise ValueError(f"val.{key}: {value!r}; give 0, or a whole number of pixels from {least} on")
         if not opt["is_train"]:
             return
         local, train = opt.get("local"), opt["train"]
@@ -89,6 +95,8 @@ class LocalSRModel(SRModel):
         """Cut the network into blocks, and give each its optimizer."""
         # Shapes are inferred, and weights drawn, on the CPU whatever the device.
         chain = network_chain(self.net_g.cpu(), self.tail_parts)
+        if (found := enlargement(chain)) != self.opt["scale"]:
+            raise ValueError(f"network_g: it enlarges {found} times, and scale is {self.opt['scale']}; make them equal")
         task = GivenNetwork(self.opt["scale"], self.auxiliary_tail, self.cri_pix)
         self.blocks = build_blocks(chain, self.settings, task)
         self.net_g.to(self.device)
@@ -122,10 +130,9 @@ class LocalSRModel(SRModel):
 
     def test(self) -> None:
         network = getattr(self, "net_g_ema", self.net_g)
-        val = self.opt.get("val") or {}
         network.eval()
-        side, overlap = val.get("tile", 0), val.get("tile_overlap", 16)
-        self.output = enlarge(network, self.lq, self.opt["scale"], side_multiple(network), side, overlap)
+        multiple = side_multiple(network)
+        self.output = enlarge(network, self.lq, self.opt["scale"], multiple, self.tile, self.tile_overlap)
         self.net_g.train(self.is_train)
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
@@ -160,14 +167,20 @@ class LocalSRModel(SRModel):
         logger, saved = get_root_logger(), resume_state.get("local")
         optimizer = self._optimizer_after_srmodel(resume_state) if saved is None else saved["optimizer"]
         auxiliary = {} if saved is None else saved["tensors"]
-        same = saved is not None and saved["cut"] == self.cut and saved["auxiliary"] == self.settings.local.auxiliary
+        own = {name: tensor.shape for block in self.blocks for name, tensor in block.state()["auxiliary"].items()}
+        same = (
+            saved is not None
+            and saved["cut"] == self.cut
+            and saved["auxiliary"] == self.settings.local.auxiliary
+            and {name: tensor.shape for name, tensor in auxiliary.items()} == own
+        )
         if not same:
-            logger.warning("The training state is of other blocks: their auxiliary networks start fresh.")
+            logger.warning("The training state is of other blocks or auxiliary networks: these start fresh.")
             auxiliary, optimizer = {}, {k: v for k, v in optimizer.items() if not k.startswith("auxiliary.")}
-        for block, own in zip(self.blocks, self.optimizers, strict=True):
+        for block, stepper in zip(self.blocks, self.optimizers, strict=True):
             block.load({}, auxiliary, optimizer)
             block.next_sequence = resume_state["iter"]
-            for group in own.param_groups:
+            for group in stepper.param_groups:
                 saved_group = resume_state["optimizers"][0]["param_groups"][0]
                 group.update({key: value for key, value in saved_group.items() if key != "params"})
         for scheduler in self.schedulers:  # blocks' schedulers are all alike

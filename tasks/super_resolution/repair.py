@@ -11,7 +11,7 @@ import torch
 TENSOR_FUNCTIONS = "torchvision.transforms.functional_tensor"
 
 
-def repair() -> None:
+def repair_basicsr() -> None:
     """Make ``import basicsr`` work; to be called before it. Nothing is done where nothing is missing.
 
     - ``torchvision.transforms.functional_tensor``, of which BasicSR wants ``rgb_to_grayscale``; torchvision 0.17

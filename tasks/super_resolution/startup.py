@@ -2,7 +2,8 @@
 
 BasicSR 1.4.2 neither starts on today's torchvision nor has a way to name a module of one's own. So this writes one line
 into the environment's site-packages, ``local_learning_basicsr.pth``, by which Python imports this module first whenever
-it is started as ``-m basicsr.train`` or ``-m basicsr.test``, and never else. Deleting the file undoes it.
+it is started as ``-m basicsr.train`` or ``-m basicsr.test``, or with one of these files as a script, and never else.
+Deleting the file undoes it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import tasks.super_resolution  # noqa: F401  BasicSR repaired, LocalSRModel regi
 
 FILE = "local_learning_basicsr.pth"
 LINE = (
-    "import sys; any(word.replace('/', '.').removesuffix('.py').endswith(('basicsr.train', 'basicsr.test')) "
-    "for word in sys.orig_argv) and __import__('tasks.super_resolution.startup').super_resolution.startup.prepare()\n"
+    "import sys; (lambda word: (word in ('basicsr.train', 'basicsr.test') or ('/' + word).endswith("
+    "('/basicsr/train.py', '/basicsr/test.py'))) and __import__('tasks.super_resolution.startup')"
+    ".super_resolution.startup.prepare())(next((word for before, word in zip(sys.orig_argv, sys.orig_argv[1:]) "
+    "if before == '-m' or not word.startswith('-')), ''))\n"
 )
+"""Looks at the module or script that Python is started with, and at nothing else."""
 
 
 def prepare() -> None:

@@ -52,8 +52,8 @@ class Upscaling:
 
     def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> LightTail:
         shallow = message.features.get("shallow")
-        if shallow is not None and shallow.shape[2:] != message.x.shape[2:]:
-            raise ValueError("local.auxiliary: reduce must be 1 for super-resolution: the early map is added as it is")
+        if message.x.shape[2:] != chain.shapes()[0].x.shape[2:]:
+            raise ValueError("local.auxiliary: reduce must be 1 for super-resolution, which is about the pixels")
         channels = 0 if shallow is None else shallow.shape[1]
         larger = self.enlargement(chain, message.x)
         return LightTail(
@@ -125,12 +125,15 @@ class SuperResolution(Upscaling):
             yield [Message({"x": low}, targets=high) for low, high in micro_batches]
 
     def test_batches(self) -> Iterator[Message]:
-        """Each test image, in tiles if the config says so; the truth is left to the metrics."""
+        """Each test image, in tiles if the config says so; the truth is left to the metrics.
+
+        A whole image may be larger than a training micro-batch.
+        """
         data = self.config.data
         for number in range(len(self.test)):
             low = self.test[0, number][0][None]
             size = tuple(low.shape[2:])
-            parts = tiles(*size, data.tile, data.tile_overlap)
+            parts = tiles(*size, data.tile, data.tile_overlap, self._multiple)
             for tile in parts:
                 targets = {"image": number, "size": size, "tile": astuple(tile), "tiles": len(parts)}
                 yield Message({"x": tile.of(low, self._multiple)}, targets)
@@ -140,7 +143,7 @@ class SuperResolution(Upscaling):
         return SuperResolutionMetrics(self.test, data.pictures, newest_evaluation(data.beside) if data.beside else None)
 
     def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
-        """What BasicSR's ``pretrain_network_g`` and spandrel load."""
+        """What BasicSR's ``pretrain_network_g`` loads (and spandrel, of the networks that it knows)."""
         return {"params": dict(state)}
 
 

@@ -41,8 +41,11 @@ class Tile:
         image[..., self.top * scale : self.bottom * scale, self.left * scale : self.right * scale] = part
 
 
-def tiles(height: int, width: int, side: int, overlap: int) -> list[Tile]:
+def tiles(height: int, width: int, side: int, overlap: int, multiple: int = 1) -> list[Tile]:
     """Tiles of at most ``side`` that cover an image of ``height`` x ``width`` once; 0: a single one.
+
+    What is computed of each is ``overlap`` pixels larger, and as much more as makes its edges multiples of
+    ``multiple``: SwinIR's windows lie where they do in the whole image.
 
     Example:
         >>> [(tile.left, tile.right, tile.wide[2:]) for tile in tiles(4, 10, 4, 1)]
@@ -54,10 +57,10 @@ def tiles(height: int, width: int, side: int, overlap: int) -> list[Tile]:
         for left in range(0, width, broad):
             bottom, right = min(top + tall, height), min(left + broad, width)
             wide = (
-                max(top - overlap, 0),
-                min(bottom + overlap, height),
-                max(left - overlap, 0),
-                min(right + overlap, width),
+                max(top - overlap, 0) // multiple * multiple,
+                min(-(-(bottom + overlap) // multiple) * multiple, height),
+                max(left - overlap, 0) // multiple * multiple,
+                min(-(-(right + overlap) // multiple) * multiple, width),
             )
             found.append(Tile(top, bottom, left, right, wide))
     return found
@@ -76,6 +79,6 @@ def enlarge(
     """
     height, width = image.shape[2:]
     result = image.new_zeros(3, height * scale, width * scale, dtype=torch.float32)
-    for tile in tiles(height, width, side, overlap):
+    for tile in tiles(height, width, side, overlap, multiple):
         tile.put(network(tile.of(image, multiple))[0].float(), result, scale)
     return result[None]

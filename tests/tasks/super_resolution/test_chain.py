@@ -6,7 +6,7 @@ from basicsr.archs.srvgg_arch import SRVGGNetCompact
 from torch import nn
 
 from engine.message import Message
-from tasks.super_resolution.chain import network_chain
+from tasks.super_resolution.chain import enlargement, network_chain
 from tests.tasks.super_resolution.networks import EVERY_KIND, SMALL, image, small_network
 
 
@@ -47,6 +47,18 @@ def test_other_forms_of_swinir(options: dict[str, object]) -> None:
     theirs = network(low)
     torch.manual_seed(0)
     assert network_chain(network)(Message({"x": low})).equal(theirs)
+
+
+def test_swinir_with_the_window_that_basicsr_gives_it() -> None:
+    chain = network_chain(small_network("SwinIR", window_size=7, img_size=14))
+    assert chain.example.x.shape[-1] == 49
+    assert enlargement(chain) == 2
+
+
+@pytest.mark.parametrize("kind", ["EDSR", "SwinIR"])
+def test_images_are_not_for_half_precision(kind: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network_chain(small_network(kind))(Message({"x": image(1, 3, 16, 16)})).dtype == torch.float32
 
 
 def test_swinir_with_nearest_neighbours() -> None:
@@ -106,7 +118,9 @@ def test_other_networks_are_refused_by_name() -> None:
         network_chain(SRVGGNetCompact())
     with pytest.raises(ValueError, match="upsampler '' enlarges nothing"):
         network_chain(small_network("SwinIR", upsampler="").train())
+    with pytest.raises(ValueError, match="SwinIR's use_checkpoint is not for blocks"):
+        network_chain(small_network("SwinIR", use_checkpoint=True))
     with pytest.raises(ValueError, match="SwinIR with absolute positions .ape. takes images of one size alone"):
         network_chain(small_network("SwinIR", ape=True))
-    with pytest.raises(ValueError, match="EDSR does not take images of three channels"):
+    with pytest.raises(ValueError, match=r"EDSR does not take images \(3, 48, 48\)"):
         network_chain(small_network("EDSR", num_in_ch=1))

@@ -1,6 +1,7 @@
 """Pairs of images: which file with which, of what size, which patches."""
 
 import random
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tasks.loader import Batches, load
 from tasks.super_resolution.bicubic import resized
 from tasks.super_resolution.config import DataConfig
 from tasks.super_resolution.data import Patches, as_pixels, as_tensor, load_pairs
-from tasks.super_resolution.files import read_image
+from tasks.super_resolution.files import ORIENTATION, image_size, read_image
 from tests.shared import SHARED, needs_shared
 from tests.tasks.super_resolution.networks import small_task, write_images
 
@@ -84,7 +86,7 @@ def test_what_makes_no_pair_is_named(root: Path) -> None:
         load_pairs("train", config(root, train_low="low"), 2)
     (root / "low/three.png").unlink()
     with pytest.raises(ValueError, match=r"one.png is 40 x 32, not model.scale = 4 times the 20 x 16 of .*one.png"):
-        load_pairs("train", config(root, train_low="low"), 4)
+        load_pairs("train", config(root, train_low="low", patch=4), 4)
 
 
 def test_places_that_hold_nothing_are_named(root: Path) -> None:
@@ -95,9 +97,41 @@ def test_places_that_hold_nothing_are_named(root: Path) -> None:
 
 
 def test_an_image_smaller_than_the_patch_is_named_before_training(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"two.png is 12 x 18, smaller than data.patch, 16; .* leave .*two.png out"):
+    said = (
+        r"two.png is 24 x 36, smaller than the 32 px that data.patch = 16 times model.scale = 2 needs; .* smaller patch"
+    )
+    with pytest.raises(ValueError, match=said):
         load_pairs("train", config(root, patch=16), 2, root / "made")
+    assert not (root / "made").exists(), "before any image is scaled down"
     assert len(load_pairs("test", config(root, patch=16), 2, root / "made")) == 2, "test images may be"
+    with pytest.raises(ValueError, match="two.png is 24 x 36, smaller than the 27 px that SSIM needs; leave it out"):
+        load_pairs("test", config(root), 8, root / "made")
+
+
+def test_two_images_of_one_name_are_refused(root: Path) -> None:
+    write_images(root / "high", {"one.jpg": (32, 40)})
+    with pytest.raises(ValueError, match=r"data.train: .*one.jpg and one.png have the same name"):
+        load_pairs("train", config(root), 2, root / "made")
+
+
+def test_another_scales_mark_is_not_taken_off(root: Path) -> None:
+    write_images(root / "low", {"onex2.png": (16, 20), "twox2.png": (18, 12), "onex4.png": (8, 10)})
+    with pytest.raises(ValueError, match=r"data.train: .*onex4.png has no partner"):
+        load_pairs("train", config(root, train_low="low"), 2)
+
+
+def test_images_larger_than_pillow_likes_and_turned_ones(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert image_size(root / "high/one.png") == (40, 32)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    monkeypatch.undo()
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    for name in ("turned.jpg", "turned.png"):
+        Image.new("RGB", (40, 32)).save(root / name, exif=turned)
+        assert image_size(root / name) == read_image(root / name).shape[1::-1]
 
 
 @pytest.mark.parametrize("content", [b"", b"no image"])

@@ -90,3 +90,18 @@ def test_pictures_and_strips(test: Pairs, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "new/one_strip.png").size == (5 * 80, 64 + TITLE), "the other run's has its place"
     assert Image.open(tmp_path / "new/two_strip.png").size == (4 * 96, 48 + TITLE), "if there is one"
     assert STRIP_SIDE >= 96
+    beside.beside = ("itself", tmp_path / "new")
+    give(beside, test, 0)
+    beside.save(tmp_path / "new")
+    strip = np.asarray(Image.open(tmp_path / "new/one_strip.png"))
+    before, after = strip[TITLE:, 160:240], strip[TITLE:, 240:320]
+    assert (after == test.pair("one")[1][..., ::-1]).all()
+    assert (before != after).mean() > 0.5, "what was there, not what is written now"
+
+
+def test_results_of_another_size_have_no_place_in_a_strip(test: Pairs, tmp_path: Path) -> None:
+    Image.new("RGB", (78, 64)).save(tmp_path / "one.png")
+    metrics = SuperResolutionMetrics(test, pictures=1, beside=("other", tmp_path))
+    give(metrics, test, 0)
+    metrics.save(tmp_path / "new")
+    assert Image.open(tmp_path / "new/one_strip.png").size == (4 * 80, 64 + TITLE)

@@ -8,7 +8,7 @@ from engine.bank import FeatureBank
 from engine.cut import Span
 from engine.message import Message
 from tasks.super_resolution.chain import network_chain
-from tasks.super_resolution.heads import LightTail, enlarged
+from tasks.super_resolution.heads import LightTail, enlarged, upsampling
 from tasks.super_resolution.task import Upscaling
 from tests.tasks.super_resolution.networks import EVERY_KIND, image, small_network
 
@@ -71,6 +71,9 @@ def test_other_resolutions_and_families_are_refused() -> None:
         build_auxiliary({"type": "glcan", "reduce": 2}, chain, Span(0, 2, 0, 2), FeatureBank(), task, 0)
     with pytest.raises(ValueError, match="'dgl' is not for super_resolution"):
         build_auxiliary("dgl", chain, Span(0, 2, 0, 2), FeatureBank(), task, 0)
+    msrresnet = network_chain(small_network("MSRResNet"))
+    with pytest.raises(ValueError, match="reduce must be 1 for super-resolution"):
+        build_auxiliary({"type": "glcan", "reduce": 2}, msrresnet, Span(0, 2, 0, 2), FeatureBank(), task, 0)
     assert {"glcan", "greedy", "local_sr"} <= set(known_families(task))
 
 
@@ -91,3 +94,18 @@ def test_the_released_recipe_has_three_convolutions_at_full_width_and_an_own_tai
     network = build_auxiliary("local_sr", chain, Span(0, 2, 0, 3), FeatureBank(), Upscaling(4, "direct"), 0)
     shapes = [tuple(p.shape) for name, p in network.named_parameters() if name.endswith("weight")]
     assert shapes == [(8, 8, 3, 3)] * 3 + [(32, 8, 3, 3)] * 2 + [(3, 8, 3, 3)]
+
+
+def test_without_the_global_part_neither_the_early_map_nor_the_image_counts() -> None:
+    chain, given = network_chain(small_network("EDSR")), message(side=48)
+    other = Message({**given.features, "shallow": given.x * 3, "image": given.features["image"] / 2})
+    for use_bank in (True, False):
+        spec = {"type": "glcan", "use_bank": use_bank}
+        network = build_auxiliary(spec, chain, Span(0, 2, 0, 3), FeatureBank(), Upscaling(2, "direct"), 0)
+        assert network(given, FeatureBank()).equal(network(other, FeatureBank())) != use_bank
+
+
+@pytest.mark.parametrize("larger", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("tail", ["direct", "own"])
+def test_tails_enlarge_as_often_as_they_say(larger: int, tail: str) -> None:
+    assert upsampling(4, larger, tail)(torch.rand(1, 4, 5, 6)).shape == (1, 3, 5 * larger, 6 * larger)

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,6 @@ from basicsr.models.sr_model import SRModel
 from tasks.super_resolution.local_model import LocalSRModel
 from tasks.super_resolution.startup import FILE, LINE, install
 from tests.tasks.super_resolution.networks import write_images
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def options(room: Path, **changes: Any) -> dict[str, Any]:
@@ -170,6 +170,15 @@ def test_it_goes_on_with_other_blocks_where_srmodel_asserts_equal_numbers(tmp_pa
     steps(two, 6, 7)
 
 
+def test_it_goes_on_with_other_auxiliary_networks(tmp_path: Path) -> None:
+    direct = built(tmp_path)
+    steps(direct, 1, 2)
+    direct.save(0, 2)
+    own = resumed(tmp_path, 2, local__auxiliary_tail="own")
+    assert all(tensor.equal(state(direct)[name]) for name, tensor in state(own).items())
+    steps(own, 3, 3)
+
+
 def test_it_goes_on_where_srmodel_stopped(tmp_path: Path) -> None:
     stock = built(tmp_path, model_type="SRModel")
     steps(stock, 1, 3)
@@ -212,6 +221,9 @@ def test_swinir_and_tiles_in_validation(tmp_path: Path) -> None:
         ({"train__perceptual_opt": {"type": "x"}}, "train.perceptual_opt: blocks learn from pixel_opt alone"),
         ({"train__pixel_opt": None}, "train.pixel_opt: missing"),
         ({"scale": 3, "network_g__type": "RRDBNet"}, "RRDBNet has no scale 3; it has 2 and 4"),
+        ({"network_g__upscale": 4}, "network_g: it enlarges 4 times, and scale is 2; make them equal"),
+        ({"val__tile": -1}, "val.tile: -1; give 0, or a whole number of pixels from 16 on"),
+        ({"val__tile_overlap": "8"}, "val.tile_overlap: '8'; give 0"),
     ],
 )
 def test_options_that_cannot_be_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -222,23 +234,16 @@ def test_options_that_cannot_be_are_refused(changes: dict[str, Any], said: str, 
 
 
 def basicsr(room: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """``python -m basicsr.train`` as a user types it, in an environment with the startup file."""
-    site = room / "site"
-    site.mkdir(exist_ok=True)
-    install(site)
-    # Files of that kind are read in site-packages alone; what it says is done here.
-    code = f"import sys; sys.orig_argv = ['python', '-m', 'basicsr.train']\n{(site / FILE).read_text()}"
-    code += "import runpy\nrunpy.run_module('basicsr.train', run_name='__main__', alter_sys=True)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-c", code, *words],
-        cwd=room,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    """``python -m basicsr.train`` as a user types it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "basicsr.train", *words]
+    return subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_environment_knows_local_sr_model() -> None:
+    installed = Path(sysconfig.get_path("purelib")) / FILE
+    assert installed.is_file(), "make install-all writes it; so does python -m tasks.super_resolution.startup"
+    assert installed.read_text() == LINE
 
 
 def test_basicsrs_own_command_trains_resumes_and_validates(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -259,10 +264,35 @@ def test_basicsrs_own_command_trains_resumes_and_validates(tmp_path: Path, reque
     again = basicsr(tmp_path, "-opt", str(file))
     assert again.returncode == 0, again.stderr[-2000:]
     assert "Resuming training from epoch: 0, iter: 3" in again.stdout + again.stderr
-    assert "their auxiliary networks start fresh" in again.stdout + again.stderr
+    assert (
+        "The training state is of other blocks or auxiliary networks: these start fresh" in again.stdout + again.stderr
+    )
 
 
-def test_the_startup_line_does_nothing_for_other_programs(tmp_path: Path) -> None:
-    code = f"import sys\n{LINE}print('tasks' in sys.modules, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.split() == ["False", "False"]
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        ("python -m basicsr.train -opt x", True),
+        ("python -u basicsr/test.py", True),
+        ("python -m pytest tests/basicsr/test.py", False),
+        ("python tool.py --log runs/basicsr.test", False),
+        ("python -m pip install basicsr", False),
+        ("torchrun basicsr/train.py", False),
+        ("python", False),
+    ],
+)
+def test_the_startup_line_is_for_basicsrs_commands_alone(command: str, wanted: bool) -> None:
+    called = []
+    words = "/bin/torchrun" if command.startswith("torchrun") else ""
+    argv = ["python", words, *command.split()[1:]] if words else command.split()
+    fake_sys = types.SimpleNamespace(orig_argv=argv)
+    code = LINE.replace("import sys; ", "").replace("__import__('tasks.super_resolution.startup')", "called()")
+    answer = types.SimpleNamespace(startup=types.SimpleNamespace(prepare=lambda: None))
+    eval(code, {"sys": fake_sys, "called": lambda: called.append(1) or types.SimpleNamespace(super_resolution=answer)})
+    assert bool(called) == wanted
+
+
+def test_it_installs_itself(tmp_path: Path) -> None:
+    assert install(tmp_path).read_text() == LINE
+    assert LINE.startswith("import ")
+    assert LINE.count("\n") == 1, "Python reads such files line by line"

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tasks.super_resolution.network import side_multiple
 from tasks.super_resolution.tiles import enlarge, tiles
 from tests.tasks.super_resolution.networks import image, small_network
 
@@ -26,6 +27,17 @@ def test_tiles_leave_no_seam_if_they_overlap_as_far_as_the_network_sees() -> Non
     tiled = enlarge(network, low, 2, side=12, overlap=8)
     assert torch.allclose(tiled, whole, atol=1e-5)
     assert not torch.allclose(enlarge(network, low, 2, side=12, overlap=0), whole, atol=1e-3)
+
+
+@pytest.mark.parametrize(("side", "overlap"), [(48, 40), (47, 40), (48, 41), (44, 40)])
+@pytest.mark.parametrize("kind", ["RRDBNet", "SwinIR"])
+def test_tiles_of_networks_with_windows_lie_as_in_the_whole(kind: str, side: int, overlap: int) -> None:
+    network = small_network(kind, 2).eval()
+    low = image(1, 3, 104, 136)
+    with torch.no_grad():
+        whole = network(low)
+    tiled = enlarge(network, low, 2, side_multiple(network), side, overlap)
+    assert torch.allclose(tiled, whole, atol=1e-3), "to what this far away still counts"
 
 
 @pytest.mark.parametrize("size", [(16, 24), (17, 30), (3, 5)])
