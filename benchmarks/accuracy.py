@@ -3,7 +3,7 @@
 python -m benchmarks.accuracy --config FILE [--auxiliaries glcan dgl greedy] [--seeds 0 1 2] [--json FILE]
                               [--section.key value ...]
 
-glcan@8 is glcan in 8 blocks of equal numbers of units, whatever the config's cut.
+glcan@8 is glcan in 8 blocks of equal numbers of units, whatever the config's cut; glcan:depth=1,width=0.5 has options.
 
 Every run is a process of its own that runs tools/train.py; its folder stays under --output.root.
 """
@@ -87,15 +87,28 @@ def main(argv: Sequence[str]) -> None:
         write_tables(known.html, about, [sheet], [])
 
 
+def overrides(kind: str) -> list[str]:
+    """The words of a local variant.
+
+    Example:
+        >>> overrides("glcan:depth=1@8")
+        ['--local.auxiliary', 'glcan', '--local.auxiliary.depth', '1', '--local.cut', '[]', '--local.blocks', '8']
+    """
+    network, _, blocks = kind.partition("@")
+    family, _, options = network.partition(":")
+    words = ["--local.auxiliary", family]
+    for option in filter(None, options.split(",")):
+        key, _, value = option.partition("=")
+        words += [f"--local.auxiliary.{key}", value]
+    return [*words, "--local.cut", "[]", "--local.blocks", blocks] if blocks else words
+
+
 def _train(argv: Sequence[str], kind: str, seed: int, root: str, threads: int) -> dict[str, Any]:
     """Run tools/train.py on one variant and read its summary."""
     name = f"accuracy_{kind}_{seed}"
     if (Path(root) / name).exists():
         raise ValueError(f"--output.root: {root} has a run {name} already; give another folder")
-    family, _, blocks = kind.partition("@")
-    chosen = ["--local.schedule", "end_to_end"] if kind == "end_to_end" else ["--local.auxiliary", family]
-    if blocks:
-        chosen += ["--local.cut", "[]", "--local.blocks", blocks]
+    chosen = ["--local.schedule", "end_to_end"] if kind == "end_to_end" else overrides(kind)
     more = ["--train.seed", str(seed), "--output.name", name]
     command = [sys.executable, "tools/train.py", *argv, *chosen, *more]
     done = subprocess.run(

@@ -127,6 +127,7 @@ def _blocks(count: int, *auxiliary: str) -> tuple[str, ...]:
 
 LOCAL, LOCAL_CHECKPOINTED = CONFIGURED[2:]
 ONE_PART = ("--model.tail_parts", "1")
+_OWN = ("--local.auxiliary", "glcan")
 UPSCALERS = [
     Network(
         f"EDSR-baseline, scale {scale}, batch 16 of 48 x 48 px",
@@ -140,6 +141,8 @@ UPSCALERS = [
             *(_with(LOCAL, f"glcan K={count}, tail in 4 parts", *_blocks(count)) for count in (2, 4, 17)),
             _with(LOCAL, "glcan K=4, tail whole", *ONE_PART),
             _with(LOCAL, "glcan K=4, own tails in auxiliary networks", "--model.auxiliary_tail", "own"),
+            _with(LOCAL, "glcan K=4, one unit, tail in 4 parts", *_OWN, "--local.auxiliary.depth", "1"),
+            _with(LOCAL, "glcan K=4, half as wide, tail in 4 parts", *_OWN, "--local.auxiliary.width", "0.5"),
             _with(LOCAL, "local_sr K=4, tail in 4 parts", "--local.auxiliary", "local_sr"),
             _with(LOCAL_CHECKPOINTED, "glcan K=4 + checkpointing, tail in 4 parts"),
         ],
