@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     known, overrides = parser.parse_known_args(list(argv))
     run = open_run(known.run, overrides)
     values = evaluate(run.task, run.predict, run.folder / "evaluation" / f"step_{run.step}")
-    result = {"run": str(run.folder), "step": run.step, "metric": run.task.metric, **values}
+    result = {"run": str(run.folder), "step": run.step, "metric": run.task.metric, **values, "overrides": overrides}
     write_text(run.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
     print(f"step {run.step}: {shown}")

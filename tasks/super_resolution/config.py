@@ -105,7 +105,5 @@ class SuperResolutionConfig(Config):
         for key, place in places.items():
             if data.name == "photographs" and place:
                 raise ValueError(f"data.{key}: data.name=photographs does not read it; data.name=files does")
-            if data.name == "files" and not place and key in ("train", "test"):
-                raise ValueError(f"data.{key}: not given; data.name=files needs a folder or a pattern of images")
             if key != "root" and "*" in place and (place.count("*") > 1 or "*" not in place.rpartition("/")[2]):
                 raise ValueError(f"data.{key}: {place!r}: give one * at most, in the name of the files")

@@ -110,6 +110,8 @@ def pairs(split: str, config: DataConfig, scale: int) -> tuple[dict[str, Path], 
     if config.name == "photographs":
         return photographs(split), None
     root = Path(config.root)
+    if not getattr(config, split):
+        raise ValueError(f"data.{split}: not given; data.name=files needs a folder or a pattern of images")
     high = images_at(split, root, getattr(config, split))
     place = getattr(config, f"{split}_low")
     if not place:

@@ -97,6 +97,7 @@ class LocalSRModel(SRModel):
         chain = network_chain(self.net_g.cpu(), self.tail_parts)
         if (found := enlargement(chain)) != self.opt["scale"]:
             raise ValueError(f"network_g: it enlarges {found} times, and scale is {self.opt['scale']}; make them equal")
+        self._check_patch()
         task = GivenNetwork(self.opt["scale"], self.auxiliary_tail, self.cri_pix)
         self.blocks = build_blocks(chain, self.settings, task)
         self.net_g.to(self.device)
@@ -116,6 +117,13 @@ class LocalSRModel(SRModel):
             added = sum(parameter.numel() for parameter in block.auxiliary.parameters()) if block.auxiliary else 0
             logger.info(f"Block {block.index}: {block.title}; {added:,d} parameters in its auxiliary network.")
         chain.check()
+
+    def _check_patch(self) -> None:
+        """See that the training patches' size suits the network: BasicSR itself finds out in the first step."""
+        size = ((self.opt.get("datasets") or {}).get("train") or {}).get("gt_size")
+        unit = self.opt["scale"] * side_multiple(self.net_g)
+        if size is not None and size % unit:
+            raise ValueError(f"datasets.train.gt_size: {size}; this network and scale need a multiple of {unit}")
 
     def optimize_parameters(self, current_iter: int) -> None:
         """A local step of every block; ``l_pix`` is the network's own loss, ``l_K`` that of block K."""
@@ -175,7 +183,8 @@ class LocalSRModel(SRModel):
             and {name: tensor.shape for name, tensor in auxiliary.items()} == own
         )
         if not same:
-            logger.warning("The training state is of other blocks or auxiliary networks: these start fresh.")
+            what = "SRModel: auxiliary networks" if saved is None else "other blocks or auxiliary networks: these"
+            logger.warning(f"The training state is of {what} start fresh.")
             auxiliary, optimizer = {}, {k: v for k, v in optimizer.items() if not k.startswith("auxiliary.")}
         for block, stepper in zip(self.blocks, self.optimizers, strict=True):
             block.load({}, auxiliary, optimizer)

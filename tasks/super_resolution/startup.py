@@ -9,33 +9,56 @@ Deleting the file undoes it.
 from __future__ import annotations
 
 import sysconfig
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
+from basicsr.utils import options
 
 import tasks.super_resolution  # noqa: F401  BasicSR repaired, LocalSRModel registered
 
+_parse_options = options.parse_options
+
 FILE = "local_learning_basicsr.pth"
+ROOT = Path(__file__).resolve().parents[2]
 LINE = (
     "import sys; (lambda word: (word in ('basicsr.train', 'basicsr.test') or ('/' + word).endswith("
-    "('/basicsr/train.py', '/basicsr/test.py'))) and __import__('tasks.super_resolution.startup')"
-    ".super_resolution.startup.prepare())(next((word for before, word in zip(sys.orig_argv, sys.orig_argv[1:]) "
+    f"('/basicsr/train.py', '/basicsr/test.py'))) and (sys.path.append({str(ROOT)!r}) or "
+    "__import__('tasks.super_resolution.startup')).super_resolution.startup.prepare())("
+    "next((word for before, word in zip(sys.orig_argv, sys.orig_argv[1:]) "
     "if before == '-m' or not word.startswith('-')), ''))\n"
 )
 """Looks at the module or script that Python is started with, and at nothing else."""
 
 
 def prepare() -> None:
-    """Without a GPU, let BasicSR resume: it loads training states onto the current GPU, and fails for want of one."""
-    if torch.cuda.is_available():
-        return
+    """Mend what BasicSR's commands do wrong where it is installed by pip, or without a GPU.
 
-    def stay(storage: Any, device: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return storage
+    It writes experiments/ beside its own package, in site-packages, and looks for runs to resume in the current folder;
+    here both are in the current folder. It loads training states onto the current GPU, and fails for want of one.
+    """
+    if Path(options.__file__).is_relative_to(sysconfig.get_path("purelib")):
+        options.parse_options = _parse_options_here
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: 0  # type: ignore[assignment]
+        torch.UntypedStorage.cuda = _stay  # type: ignore[assignment,method-assign]
 
-    torch.cuda.current_device = lambda: 0  # type: ignore[assignment]
-    torch.UntypedStorage.cuda = stay  # type: ignore[assignment,method-assign]
+
+class _OptionsHere(OrderedDict[str, Any]):
+    """Options whose root is the current folder, whatever BasicSR sets."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, str(Path.cwd()) if key == "root_path" else value)
+
+
+def _parse_options_here(root: str, is_train: bool = True) -> tuple[Any, Any]:
+    parsed, arguments = _parse_options(str(Path.cwd()), is_train)
+    return _OptionsHere(parsed), arguments
+
+
+def _stay(storage: Any, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+    return storage
 
 
 def install(folder: Path) -> Path:

@@ -139,8 +139,12 @@ class SuperResolution(Upscaling):
                 yield Message({"x": tile.of(low, self._multiple)}, targets)
 
     def metrics(self) -> SuperResolutionMetrics:
-        data = self.config.data
-        return SuperResolutionMetrics(self.test, data.pictures, newest_evaluation(data.beside) if data.beside else None)
+        data, beside = self.config.data, None
+        if data.beside:
+            beside = newest_evaluation(data.beside)
+            if not any((beside[1] / f"{name}.png").is_file() for name in self.test.names[: data.pictures]):
+                raise ValueError(f"data.beside: {beside[1]} has no picture of the images tested here")
+        return SuperResolutionMetrics(self.test, data.pictures, beside)
 
     def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
         """What BasicSR's ``pretrain_network_g`` loads (and spandrel, of the networks that it knows)."""

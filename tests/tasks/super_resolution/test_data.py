@@ -221,7 +221,7 @@ def test_photographs_come_with_scikit_image(tmp_path: Path, monkeypatch: pytest.
     ("overrides", "said"),
     [
         (["--data.train", "x"], "data.train: data.name=photographs does not read it"),
-        (["--data.name", "files"], "data.train: not given; data.name=files needs"),
+        (["--data.name", "files"], "data.test: not given; data.name=files needs"),
         (["--data.name", "files", "--data.train", "*/x.png", "--data.test", "t"], "give one \\* at most, in the name"),
         (["--model.scale", "1"], "model.scale: 1 is too small"),
         (["--data.tile", "4"], "data.tile: 4 is too small; the least is 16"),

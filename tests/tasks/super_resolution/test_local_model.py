@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -222,6 +221,7 @@ def test_swinir_and_tiles_in_validation(tmp_path: Path) -> None:
         ({"train__pixel_opt": None}, "train.pixel_opt: missing"),
         ({"scale": 3, "network_g__type": "RRDBNet"}, "RRDBNet has no scale 3; it has 2 and 4"),
         ({"network_g__upscale": 4}, "network_g: it enlarges 4 times, and scale is 2; make them equal"),
+        ({"datasets__train__gt_size": 17}, "datasets.train.gt_size: 17; this network and scale need a multiple of 2"),
         ({"val__tile": -1}, "val.tile: -1; give 0, or a whole number of pixels from 16 on"),
         ({"val__tile_overlap": "8"}, "val.tile_overlap: '8'; give 0"),
     ],
@@ -231,6 +231,10 @@ def test_options_that_cannot_be_are_refused(changes: dict[str, Any], said: str, 
     made.update(is_train=True, dist=changes.get("dist", False), rank=0, world_size=1)
     with pytest.raises(ValueError, match=said):
         build_model(made)
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stdout + done.stderr
 
 
 def basicsr(room: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -246,18 +250,19 @@ def test_the_environment_knows_local_sr_model() -> None:
     assert installed.read_text() == LINE
 
 
-def test_basicsrs_own_command_trains_resumes_and_validates(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_basicsrs_own_command_trains_resumes_and_validates(tmp_path: Path) -> None:
     file = tmp_path / "options.yml"
     name = f"test_{os.getpid()}_{time.time_ns()}"
     made = options(tmp_path, name=name)
-    root = Path(basicsr_package.__file__).resolve().parents[1] / "experiments" / name  # where BasicSR puts all runs
-    request.addfinalizer(lambda: shutil.rmtree(root, ignore_errors=True))
+    root = tmp_path / "experiments" / name  # and not where the package lies
+    assert not (Path(basicsr_package.__file__).resolve().parents[1] / "experiments" / name).exists()
     file.write_text(yaml.safe_dump(json.loads(json.dumps(made))))
     done = basicsr(tmp_path, "-opt", str(file))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Block 0: stem ... body.0;" in done.stdout + done.stderr
     assert "# psnr:" in done.stdout + done.stderr
     assert (root / "models/net_g_latest.pth").is_file()
+    assert "Resuming training from epoch: 0, iter: 6" in _said(basicsr(tmp_path, "-opt", str(file), "--auto_resume"))
     made["path"]["resume_state"] = str(root / "training_states/3.state")
     made["local"]["blocks"] = 2
     file.write_text(yaml.safe_dump(json.loads(json.dumps(made))))
@@ -288,6 +293,7 @@ def test_the_startup_line_is_for_basicsrs_commands_alone(command: str, wanted: b
     fake_sys = types.SimpleNamespace(orig_argv=argv)
     code = LINE.replace("import sys; ", "").replace("__import__('tasks.super_resolution.startup')", "called()")
     answer = types.SimpleNamespace(startup=types.SimpleNamespace(prepare=lambda: None))
+    fake_sys.path = []
     eval(code, {"sys": fake_sys, "called": lambda: called.append(1) or types.SimpleNamespace(super_resolution=answer)})
     assert bool(called) == wanted
 

@@ -18,7 +18,7 @@ from engine.task import Part
 from tasks import load
 from tests.ranks import run_ranks, values
 from tests.runs import course, fit, joined, words
-from tests.tasks.super_resolution.networks import SMALL, small_network, small_task
+from tests.tasks.super_resolution.networks import SMALL, small_network, small_task, write_images
 from tests.toy import assert_equal
 from tools import evaluate, export, plan, train
 
@@ -113,6 +113,11 @@ def test_evaluation_writes_pictures_and_takes_other_settings(
     assert half["psnr"] == pytest.approx(own["psnr"], abs=0.1)
     strip = Image.open(run / "evaluation/step_3/chelsea_strip.png")
     assert strip.size[0] == 5 * 240
+    assert half["overrides"][:2] == ["--local.precision", "bf16"]
+    images = write_images(tmp_path / "mine", {"other.png": (64, 64)})
+    with pytest.raises(ValueError, match="data.beside: .*step_3 has no picture of the images tested here"):
+        evaluated("--data.name", "files", "--data.test", str(images), "--data.beside", str(run))
+    assert evaluated("--data.name", "files", "--data.test", str(images))["bicubic_psnr"] != own["bicubic_psnr"]
     assert "psnr" in capsys.readouterr().out
 
 
