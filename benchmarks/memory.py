@@ -121,10 +121,6 @@ def _with(variant: Variant, name: str, *overrides: str) -> Variant:
     return Variant(name, (*variant.overrides, *overrides))
 
 
-def _blocks(count: int, *auxiliary: str) -> tuple[str, ...]:
-    return ("--local.cut", "[]", "--local.blocks", str(count), *auxiliary)
-
-
 LOCAL, LOCAL_CHECKPOINTED = CONFIGURED[2:]
 ONE_PART = ("--model.tail_parts", "1")
 _OWN = ("--local.auxiliary", "glcan")
@@ -138,7 +134,7 @@ UPSCALERS = [
             _with(CHECKPOINTED, "end-to-end + checkpointing", *ONE_PART),
             _with(END_TO_END, "end-to-end, tail in 4 parts"),
             _with(CHECKPOINTED, "end-to-end + checkpointing, tail in 4 parts"),
-            *(_with(LOCAL, f"glcan K={count}, tail in 4 parts", *_blocks(count)) for count in (2, 4, 17)),
+            *(_with(LOCAL, f"glcan K={count}, tail in 4 parts", "--local.blocks", str(count)) for count in (2, 4, 17)),
             _with(LOCAL, "glcan K=4, tail whole", *ONE_PART),
             _with(LOCAL, "glcan K=4, own tails in auxiliary networks", "--model.auxiliary_tail", "own"),
             _with(LOCAL, "glcan K=4, one unit, tail in 4 parts", *_OWN, "--local.auxiliary.depth", "1"),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -48,3 +52,24 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def made_once(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``target`` at the end of the block, or is removed after an error.
+
+    Raises:
+        ValueError: ``target`` is not there in the end, be it from here or from a faster run beside this one.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
+    try:
+        whole = room / target.name  # a temporary folder itself is its owner's alone
+        whole.mkdir()
+        yield whole
+        with suppress(OSError):  # another run may have been faster
+            os.replace(whole, target)
+        if not target.is_dir():
+            raise ValueError(f"{target} could not be made")
+    finally:
+        shutil.rmtree(room, ignore_errors=True)

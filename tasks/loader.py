@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,6 @@ def load(
     part: Part = WHOLE,
     shuffle: int | None = None,
     workers: int = 0,
-    collate: Callable[[Sequence[Any]], Any] | None = None,
 ) -> Iterator[list[Any]]:
     """Of each batch from ``start`` on in ``epoch`` the part of its micro-batches, collated.
 
@@ -79,7 +78,6 @@ def load(
 
     Args:
         shuffle: seed of the order, which differs from epoch to epoch; None keeps that of the data set.
-        collate: from samples to a micro-batch; torch's default one.
     """
     order = list(range(batches.count))
     if shuffle is not None:
@@ -93,7 +91,6 @@ def load(
         dataset,
         batch_sampler=[samples for lot in lots for samples in lot],  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=collate,
         generator=torch.Generator(),
         worker_init_fn=_own_session,
     )

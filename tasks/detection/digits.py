@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from engine.files import made_once
 
 Pixels = npt.NDArray[np.float64]
 
@@ -43,19 +41,10 @@ def digits_on_photographs(folder: Path) -> Path:
     """
     target = digits_folder(folder)
     if not target.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(dir=folder, prefix=".drawing-"))
-        try:
-            whole = room / target.name
-            (whole / "annotations").mkdir(parents=True)
+        with made_once(target) as whole:
+            (whole / "annotations").mkdir()
             for split in COUNTS:
                 _draw_split(whole, split)
-            with contextlib.suppress(OSError):  # another run may have been faster
-                os.replace(whole, target)
-            if not target.is_dir():
-                raise ValueError(f"{target} could not be made")
-        finally:
-            shutil.rmtree(room, ignore_errors=True)
     return target
 
 

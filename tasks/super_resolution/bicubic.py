@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ import numpy as np
 from basicsr.utils import imwrite
 from basicsr.utils.matlab_functions import imresize
 
+from engine.files import made_once
 from engine.log import progress_bar
 from tasks.super_resolution.files import read_image
 
@@ -43,17 +40,7 @@ def low_resolution(high: Mapping[str, Path], scale: int, folder: Path) -> dict[s
     mark = hashlib.sha256(repr(about).encode()).hexdigest()[:8]
     target = folder / f"bicubic-x{scale}-{mark}"
     if not target.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(dir=folder, prefix=".scaling-"))
-        try:
-            with progress_bar() as bar:
-                for name, path in bar.track(high.items(), description=f"scaling images down, x{scale}"):
-                    imwrite(resized(cropped(read_image(path), scale), 1 / scale), str(room / f"{name}.png"))
-            room.chmod(0o755)  # a temporary folder is its owner's alone
-            with contextlib.suppress(OSError):  # another run may have been faster
-                os.replace(room, target)
-            if not target.is_dir():
-                raise ValueError(f"{target} could not be made")
-        finally:
-            shutil.rmtree(room, ignore_errors=True)
+        with made_once(target) as room, progress_bar() as bar:
+            for name, path in bar.track(high.items(), description=f"scaling images down, x{scale}"):
+                imwrite(resized(cropped(read_image(path), scale), 1 / scale), str(room / f"{name}.png"))
     return {name: target / f"{name}.png" for name in high}

@@ -167,8 +167,16 @@ def _rcan(network: RCAN) -> tuple[list[Unit], nn.Module]:
     return units, _Scaled(network, network.upsample, network.conv_last)
 
 
-def _group(name: str, blocks: list[nn.Module], convolution: nn.Module, map_of: Any = None) -> list[Unit]:
-    run = map_of or (lambda module, x: module(x))
+def _plainly(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)  # type: ignore[no-any-return]
+
+
+def _group(
+    name: str,
+    blocks: list[nn.Module],
+    convolution: nn.Module,
+    run: Callable[[nn.Module, Tensor], Tensor] = _plainly,
+) -> list[Unit]:
     units = []
     for number, block in enumerate(blocks):
         units.append(Unit(f"{name}.{number}", block, partial(_block, run=run, opens=number == 0), "body"))
@@ -231,7 +239,7 @@ class _NearestTail(nn.Module):
 
 
 def _rrdbnet(network: RRDBNet) -> tuple[list[Unit], nn.Module]:
-    fold = {1: 4, 2: 2}.get(network.scale, 1)
+    fold = side_multiple(network)
     prepare: Callable[[Tensor], Tensor] = partial(pixel_unshuffle, scale=fold) if fold > 1 else (lambda x: x)
     units = [Unit("stem", network.conv_first, partial(_first, prepare=prepare), "stem")]
     units += [Unit(f"body.{number}", block, stage="body") for number, block in enumerate(network.body)]

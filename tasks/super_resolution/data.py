@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,15 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def check(self) -> None:
-        """See, by the files' headers alone, that they are images of fitting sizes.
+    def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """See, by the low-resolution files' headers, that they fit high-resolution ones of these widths and heights.
 
         Raises:
             ValueError: one is not, or is not ``scale`` times as large as its partner.
         """
         for name in self.names:
             width, height = image_size(self.low[name])
-            large = image_size(self.high[name])
+            large = sizes[name]
             wanted = [side - side % self.scale for side in large] if self.made else large
             if list(wanted) != [width * self.scale, height * self.scale]:
                 raise ValueError(
@@ -136,14 +137,14 @@ def load_pairs(split: str, config: DataConfig, scale: int, folder: Path = Path("
     high, low = pairs(split, config, scale)
     # SSIM looks at 11 pixels at a time, of what the shaved border leaves.
     least = config.patch * scale if split == "train" else 2 * scale + 11
-    for path in high.values():
-        width, height = image_size(path)
+    sizes = {name: image_size(path) for name, path in high.items()}
+    for name, (width, height) in sizes.items():
         if min(width, height) < least:
             for_what = f"data.patch = {config.patch} times model.scale = {scale}" if split == "train" else "SSIM"
             raise ValueError(
-                f"{path} is {width} x {height}, smaller than the {least} px that {for_what} needs; leave it out"
+                f"{high[name]} is {width} x {height}, smaller than the {least} px that {for_what} needs; leave it out"
                 + (" or take a smaller patch" if split == "train" else "")
             )
     loaded = Pairs(high, low or low_resolution(high, scale, folder), scale, made=low is None)
-    loaded.check()
+    loaded.check(sizes)
     return loaded

@@ -186,11 +186,11 @@ class LocalSRModel(SRModel):
             what = "SRModel: auxiliary networks" if saved is None else "other blocks or auxiliary networks: these"
             logger.warning(f"The training state is of {what} start fresh.")
             auxiliary, optimizer = {}, {k: v for k, v in optimizer.items() if not k.startswith("auxiliary.")}
+        saved_group = resume_state["optimizers"][0]["param_groups"][0]
         for block, stepper in zip(self.blocks, self.optimizers, strict=True):
             block.load({}, auxiliary, optimizer)
             block.next_sequence = resume_state["iter"]
             for group in stepper.param_groups:
-                saved_group = resume_state["optimizers"][0]["param_groups"][0]
                 group.update({key: value for key, value in saved_group.items() if key != "params"})
         for scheduler in self.schedulers:  # blocks' schedulers are all alike
             scheduler.load_state_dict(resume_state["schedulers"][0])

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from mmdet.apis import inference_detector, init_detector
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.build import build_blocks, prepare
@@ -20,12 +20,13 @@ from engine.schedules import SCHEDULES
 from engine.shapes import shapes_of
 from engine.task import Part
 from engine.trainer import Trainer
-from engine.world import join
 from tasks.detection.config import DetectionConfig
 from tasks.detection.plain_config import without_downloads
 from tasks.detection.targets import samples_of
 from tasks.detection.task import Detection, _resized_to
+from tests import runs
 from tests.ranks import run_ranks, values
+from tests.runs import joined
 from tests.tasks.detection.detectors import SMALL, message, small_task
 from tests.toy import assert_equal
 from tools import evaluate, export, plan, train
@@ -37,32 +38,9 @@ def options(**changes: Any) -> str:
     return json.dumps({**own, **{f"model.{key.replace('__', '.')}": value for key, value in changes.items()}})
 
 
-def words(room: Path, *overrides: str) -> list[str]:
-    return ["--config", SMALL, "--output.root", str(room), "--output.name", "run", *overrides]
-
-
-def fit(room: Path, *overrides: str) -> dict[str, Any]:
-    """One rank's part of a run."""
-    config = parse(DetectionConfig, words(room, "--train.device", "cpu", *overrides))
-    world = join(config.placement, "cpu")
-    with world.failing_together():
-        made = Trainer(config, Detection(config), world)
-        made.fit()
-    state: dict[str, Tensor] = {}
-    for block in made.blocks:
-        for tensors in block.state().values():
-            state.update({name: tensor.clone() for name, tensor in tensors.items()})
-    world.leave()
-    return state
-
-
-def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: part[name] for part in parts for name in sorted(part)}
-
-
-def lines(room: Path) -> list[Any]:
-    read = [json.loads(line) for line in (room / "run/metrics.jsonl").read_text().splitlines()]
-    return [line.get("train_loss", line.get("mAP")) for line in read]
+words = partial(runs.words, SMALL)
+fit = partial(runs.fit, SMALL)
+lines = partial(runs.course, metric="mAP")
 
 
 FROM_SCRATCH = (
