@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,12 +157,13 @@ def time_units(config: Config, task: Task, device: torch.device) -> UnitTimes:
         message = _made_up(shape, targets, device)
         units += _least([_running(unit, message, config, index > 0)], device)
         shape = infer_shapes(unit, shape, [unit.module])
+        span = Span(int(last), 2, index, index + 1)
+        (criterion,) = task.criteria(chain, [span])
         if last:
             network: torch.nn.Module = _Head(chain)
         else:
-            span = Span(0, 2, index, index + 1)
             network = build_auxiliary(config.local.auxiliary, chain, span, FeatureBank(), task, config.train.seed)
-        ends += _least([_ending(network, _made_up(shape, targets, device), config, task)], device)
+        ends += _least([_ending(network, criterion, _made_up(shape, targets, device), config)], device)
     return UnitTimes(units, ends)
 
 
@@ -195,16 +197,18 @@ def _running(unit: Unit, message: Message, config: Config, inner: bool) -> Calla
     return run
 
 
-def _ending(network: torch.nn.Module, message: Message, config: Config, task: Task) -> Callable[[], None]:
+def _ending(
+    network: torch.nn.Module, criterion: Callable[[Any, Any], Tensor], message: Message, config: Config
+) -> Callable[[], None]:
     """A block's end in a step: auxiliary network or head, the loss, and back to what the block sends."""
     device = message.x.device
-    network.to(device)
-    step = _updating(network, config)
+    learning = torch.nn.ModuleList([part for part in (network, criterion) if isinstance(part, torch.nn.Module)])
+    step = _updating(learning.to(device), config)
 
     def run() -> None:
         arriving = message.with_x(message.x.detach().requires_grad_())
         with autocast(device, config.local.precision):
-            loss = task.loss(network(arriving, arriving.bank), arriving.targets)
+            loss = criterion(network(arriving, arriving.bank), arriving.targets)
         loss.backward()  # type: ignore[no-untyped-call]
         step()
 
@@ -267,9 +271,12 @@ def arriving_messages(blocks: Sequence[Block], task: Task) -> list[Message]:
 
 def keep_only(own: Sequence[Block], blocks: Sequence[Block]) -> None:
     """Free the parameters and buffers of the blocks that other ranks have; their shapes stay known."""
+    kept = {id(module) for block in own for module in block.modules()}  # losses may share frozen networks
     for block in blocks:
         if block not in own:
-            block.to("meta")
+            for module in block.modules():
+                if id(module) not in kept:
+                    module._apply(lambda tensor: tensor.to("meta"), recurse=False)  # type: ignore[no-untyped-call]
 
 
 class Sizes:

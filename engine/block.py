@@ -23,6 +23,7 @@ from engine.task import Task
 
 if TYPE_CHECKING:
     from engine.replication.protocol import Replication
+    from engine.shared import SharedEncoder
 
 _recomputes = ContextVar("recomputes", default=False)
 
@@ -74,8 +75,9 @@ class Block(nn.Module):
                         v                                   v
         message' <------+        backward stops at the block's input
 
-    No gradient of the input is computed: the message arrives detached. In the last block the task's own
-    head stands in the auxiliary network's place.
+    No gradient of the input is computed: the message arrives detached. (Shared conditioning apart, whose
+    gradient goes to its encoder: see ``engine.shared``.) In the last block the task's own head stands in the
+    auxiliary network's place.
 
     Args:
         chain: the network the units belong to.
@@ -92,6 +94,7 @@ class Block(nn.Module):
         clip_norm: clip the gradient norm of *this block* (units and auxiliary network together) to
             this value; 0 clips nothing. It is not the norm over the whole network.
         keeps_key_features: add key features to the message's bank, since a later block reads them.
+        criterion: a loss with networks of its own, in place of the task's ``loss`` (see ``Task.criteria``).
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Block(nn.Module):
         offload: bool = False,
         clip_norm: float = 0.0,
         keeps_key_features: bool = False,
+        criterion: nn.Module | None = None,
     ) -> None:
         super().__init__()
         assert (auxiliary is None) == span.last, "the last block, and only it, has the task's own head"
@@ -115,6 +119,9 @@ class Block(nn.Module):
         self.unit_modules = nn.ModuleList([unit.module for unit in self.units])
         self.auxiliary = auxiliary
         self.head_module = chain.head.module if span.last else None
+        self.criterion = criterion
+        self.encoders: tuple[SharedEncoder, ...] = ()
+        """The encoder of shared conditioning, if there is one; in a tuple, since it is no part of this block."""
         self.precision, self.checkpointing, self.clip_norm = precision, checkpointing, clip_norm
         self.offload, self.keeps_key_features = offload, keeps_key_features
         self.optimizer: torch.optim.Optimizer | None = None
@@ -158,12 +165,15 @@ class Block(nn.Module):
         return self.chain.names(*self.unit_modules, *head)
 
     def named_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers, those of the model by its own names, then ``auxiliary.K.name``."""
+        """Parameters and buffers, those of the model by its own names, then ``auxiliary.K.name``, the loss's too."""
         model = self.chain.model.state_dict(keep_vars=True)
         state = {name: model[name] for name in self.model_names()}
         if self.auxiliary is not None:
             own = self.auxiliary.state_dict(keep_vars=True)
             state.update({f"auxiliary.{self.index}.{name}": tensor for name, tensor in own.items()})
+        if self.criterion is not None:
+            own = self.criterion.state_dict(keep_vars=True)
+            state.update({f"auxiliary.{self.index}.criterion.{name}": tensor for name, tensor in own.items()})
         return state
 
     def parameters_by_name(self) -> Named:
@@ -290,13 +300,18 @@ class Block(nn.Module):
         replica = [] if self.replication is None else [self.replication.rank]
         torch.manual_seed(derive(self.seed, "step", self.index, message.sequence, *replica))
         way = self.replication or self
+        for name in self.chain.shared_names:
+            message.features[name].requires_grad_()
         with self.autocast(), offloading(self.device) if self.offload else nullcontext():
             output, loss = way.train_forward(message, update)
         output = self._outgoing(output.detach(), message)
+        leaves = {name: message.features[name] for name in self.chain.shared_names}
         if self.on_output is not None:
             self.on_output()
         share = loss if weight == 1 else loss * weight
         way.train_backward(share)
+        for encoder in self.encoders:
+            encoder.collect(leaves)
         norm = way.train_update() if update else loss.new_full((), float("nan"))
         self.next_sequence += 1
         return output, Report(self.index, loss.detach(), norm, self.skipped)
@@ -314,7 +329,7 @@ class Block(nn.Module):
         output, prediction = self._predict(message)
         token = _recomputes.set(self.checkpointing)
         try:
-            return output, self.task.loss(prediction, message.targets)
+            return output, (self.criterion or self.task.loss)(prediction, message.targets)
         finally:
             _recomputes.reset(token)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -16,6 +17,7 @@ from engine.config import Config, LocalConfig
 from engine.cut import Span, cut_by_count, cut_by_names
 from engine.optimizer import build_optimizer
 from engine.replication import replicate
+from engine.shared import SharedEncoder, with_encoder
 from engine.task import Task
 
 
@@ -45,23 +47,42 @@ def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = B
             None if last else build_auxiliary(local.auxiliary, chain, span, bank, task, config.train.seed)
         )
         bank = bank.add(span.index, task.key_features(chain, chain.shapes()[span.stop - 1]))
+    options: dict[str, Any] = {
+        "seed": config.train.seed,
+        "precision": local.precision,
+        "checkpointing": local.checkpoint,
+        "offload": local.offload,
+        "clip_norm": config.optimizer.clip_norm,
+    }
     blocks = []
-    for span, auxiliary in zip(spans, auxiliaries, strict=True):
+    for span, auxiliary, criterion in zip(spans, auxiliaries, task.criteria(chain, spans), strict=True):
         later = auxiliaries[span.index + 1 :]
         block = make(
             chain,
             span,
             auxiliary,
             task,
-            seed=config.train.seed,
-            precision=local.precision,
-            checkpointing=local.checkpoint,
-            offload=local.offload,
-            clip_norm=config.optimizer.clip_norm,
             keeps_key_features=any(other is not None and other.uses_bank for other in later),
+            criterion=criterion if isinstance(criterion, torch.nn.Module) else None,
+            **options,
         )
         blocks.append(block)
+    if chain.shared is not None:
+        _check_shared(chain.shared.name, local)
+        encoder = SharedEncoder(chain, task, index=len(blocks), **options)
+        for block in blocks:
+            block.encoders = (encoder,)
     return blocks
+
+
+def _check_shared(name: str, local: LocalConfig) -> None:
+    """Refuse what cannot be had with a shared encoder."""
+    if local.schedule == "streams":
+        raise ValueError(f"local.schedule: {name!r} learns from every block, so no two overlap; use sequential")
+    if local.precision == "fp16":
+        raise ValueError(
+            f"local.precision: {name!r} sums the gradients of blocks, which fp16 would scale differently; use bf16"
+        )
 
 
 def batch_norm_name(blocks: Sequence[Block]) -> str | None:
@@ -89,15 +110,19 @@ def prepare(
         for block in blocks:
             block.to(device)
         blocks[0].chain.check()
+    blocks = with_encoder(blocks)
     if config.local.compile:
         # Blocks share the code that is compiled, and a graph is kept for each: more than dynamo's limit of 8.
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 4 * len(blocks)))
     for block in blocks:
         block.task.group = group
-        if config.local.compile:
+        shared = isinstance(block, SharedEncoder)
+        if isinstance(block, SharedEncoder):
+            block.group = group
+        elif config.local.compile:
             block.compile_forward()
-        if group is None:
+        if group is None or shared:
             block.attach(lambda named: build_optimizer(config.optimizer, named))
         else:
             replicate(block, config, group, lambda named: build_optimizer(config.optimizer, named))

@@ -74,6 +74,9 @@ class Chain:
         head: maps the last unit's message to the prediction (in ``x``). It stays with the last block.
         example: a message as the first unit gets it (any batch size of at least 2), for shapes.
         layout: order of the axes of ``x`` between units: ``NCHW``, ``NHWC`` or ``NLC`` (tokens).
+        shared: an encoder of what several units read (a style, a prompt). It runs before the first unit and adds
+            tensors to the message's features, which stay in it; it learns from all blocks (see ``engine.shared``).
+        shared_names: the features it adds.
 
     Raises:
         ValueError: names are repeated, or a parameter or buffer is in no unit or in several (named).
@@ -87,18 +90,27 @@ class Chain:
     """
 
     def __init__(
-        self, model: nn.Module, units: Sequence[Unit], head: Unit, example: Message, layout: str = "NCHW"
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        head: Unit,
+        example: Message,
+        layout: str = "NCHW",
+        shared: Unit | None = None,
+        shared_names: Sequence[str] = (),
     ) -> None:
         if layout not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"layout {layout!r} is none of NCHW, NHWC, NLC")
         self.model, self.units, self.head, self.example, self.layout = model, list(units), head, example, layout
+        assert (shared is None) == (not shared_names), "a shared encoder, and the features it adds"
+        self.shared, self.shared_names = shared, tuple(shared_names)
         self._shapes: list[Message] | None = None
 
         self.check()
 
     def check(self) -> None:
         """See that the chain is exact (again: moving a model replaces buffers)."""
-        _check_exact(self.model, [*self.units, self.head])
+        _check_exact(self.model, [*([self.shared] if self.shared else []), *self.units, self.head])
 
     def __len__(self) -> int:
         return len(self.units)
@@ -123,6 +135,8 @@ class Chain:
         """The message after each unit, as meta tensors: shapes and dtypes without the arithmetic."""
         if self._shapes is None:
             message, self._shapes = self.example, []
+            if self.shared is not None:
+                message = infer_shapes(self.shared, message, [self.shared.module])
             for unit in self.units:
                 message = infer_shapes(unit, message, [unit.module])
                 self._shapes.append(message)
@@ -130,6 +144,8 @@ class Chain:
 
     def __call__(self, message: Message) -> Tensor:
         """The plain forward pass of the whole network."""
+        if self.shared is not None:
+            message = self.shared(message)
         for unit in self.units:
             message = unit(message)
         return self.head(message).x

@@ -146,7 +146,7 @@ class Config:
     """What every task's config has; a task adds `model` and `data`."""
 
     task: str = ""
-    """Folder under tasks/: classification, ..."""
+    """Folder under tasks/: classification, style_transfer/scin, ..."""
     local: LocalConfig = field(default_factory=LocalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -220,7 +220,7 @@ def task_name(argv: Sequence[str]) -> str:
         return named[-1]
     file = config_file(argv)
     if file is None:
-        raise ValueError("--config: no file given; tasks/*/configs/ has them")
+        raise ValueError("--config: no file given; tasks/*/configs/ and tasks/*/*/configs/ have them")
     return str(read_yaml(file).get("task", ""))
 
 

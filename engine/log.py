@@ -67,7 +67,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def block_table(blocks: Sequence[Block], bounds: Sequence[int] = ()) -> Table:
-    """Units, parameters and the auxiliary network's share of each block; its stage, if ``bounds`` make several."""
+    """Units, parameters and what auxiliary networks (and losses with their own) have of each block; its stage, if
+    ``bounds`` make several."""
     table, stages = Table(title="Blocks"), len(bounds) > 2
     for name in ("stage", "block", "units") if stages else ("block", "units"):
         table.add_column(name)
@@ -76,7 +77,8 @@ def block_table(blocks: Sequence[Block], bounds: Sequence[int] = ()) -> Table:
     sums = [0, 0, 0]
     for block in blocks:
         own = sum(p.numel() for p in block.parameters())
-        extra = sum(p.numel() for p in block.auxiliary.parameters()) if block.auxiliary else 0
+        dropped = [part for part in (block.auxiliary, block.criterion) if part is not None]
+        extra = sum(p.numel() for part in dropped for p in part.parameters())
         counts = len(block.units), own - extra, extra
         where = [str(sum(block.index >= bound for bound in bounds) - 1)] if stages else []
         table.add_row(*where, str(block.index), block.title, *_counts(*counts))

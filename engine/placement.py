@@ -36,8 +36,11 @@ class Placement:
         return [seconds / max(stages) for seconds in stages]
 
 
-def place(config: Config, task: Task, world: World, blocks: int) -> Placement:
+def place(config: Config, task: Task, world: World, blocks: int, shared: str = "") -> Placement:
     """The placement that the config names, or the one that measured times balance.
+
+    Args:
+        shared: name of the encoder of shared conditioning, if there is one.
 
     Raises:
         ValueError: more stages than blocks, stages that are not the ranks' or out of order, or a budget of
@@ -48,6 +51,11 @@ def place(config: Config, task: Task, world: World, blocks: int) -> Placement:
         raise ValueError(
             f"local.schedule: end_to_end is one block, which {world.size} ranks can only share; set "
             f"placement.replicas {world.size}, or another schedule"
+        )
+    if shared and stages > 1:
+        raise ValueError(
+            f"placement: {shared!r} learns from the gradients of all blocks, which would have to travel back; ranks "
+            f"can be replicas: placement.replicas {world.size}"
         )
     if stages > blocks:
         raise ValueError(

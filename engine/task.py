@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from engine.bank import FeatureBank
 from engine.chain import Chain
+from engine.cut import Span
 from engine.message import Message
 
 
@@ -87,6 +88,15 @@ class Task(Protocol):
 
     def loss(self, prediction: Any, targets: Any) -> Tensor:
         """The scalar loss of a prediction, averaged over the batch."""
+        ...
+
+    def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Callable[[Any, Any], Tensor]]:
+        """The loss of each block: ``loss`` itself, or modules, called alike, with networks of their own.
+
+        Parameters of such a module learn with its block (a projection, a discriminator), and are dropped after
+        training like auxiliary networks. Several may share frozen networks, which want to be buffers that are not
+        saved.
+        """
         ...
 
     def key_features(self, chain: Chain, message: Message) -> Any:

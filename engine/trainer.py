@@ -40,6 +40,7 @@ from engine.placement import place
 from engine.run_folder import JOB, find_start, run_folder
 from engine.schedules import SCHEDULES, Pipeline
 from engine.shapes import evaluating
+from engine.shared import with_encoder
 from engine.task import Metrics, Part, Task
 from engine.timeline import Recorder, recording
 from engine.transport import LinkError
@@ -72,7 +73,8 @@ class Trainer:
             raise ValueError("data.batch: larger than the training set, and data.drop_last leaves nothing")
         self.folder = world.from_main(run_folder(config, world.job) if world.main else Path())
         saved = self._saved()
-        self.placement = place(config, task, world, len(self.all_blocks))
+        shared = self.chain.shared.name if self.chain.shared else ""
+        self.placement = place(config, task, world, len(self.all_blocks), shared)
         self.blocks = [self.all_blocks[index] for index in self.placement.blocks_of(world.stage)]
         if world.stages > 1:
             keep_only(self.blocks, self.all_blocks)
@@ -152,7 +154,7 @@ class Trainer:
             save(self.config, folder / "config.yaml")
             if self.world.job:
                 write_text(folder / JOB, self.world.job)
-            console.print(block_table(self.all_blocks, self.placement.bounds))
+            console.print(block_table(with_encoder(self.all_blocks), self.placement.bounds))
             for block in self.all_blocks:
                 if block.span.frozen:
                     names = ", ".join(block.span.frozen)
@@ -262,7 +264,7 @@ class Trainer:
         rate = self.config.optimizer.lr * rate_factor(
             self.config.optimizer, self.position.step, self.steps_per_epoch, self.config.train.epochs
         )
-        for block in self.blocks:
+        for block in with_encoder(self.blocks):
             assert block.optimizer is not None
             set_rate(block.optimizer, rate)
 
@@ -320,7 +322,7 @@ class Trainer:
         checkpoint = Checkpoint(
             self.folder / "checkpoints",
             replace(self.position),
-            len(self.all_blocks),
+            len(with_encoder(self.all_blocks)),
             self.config.local.auxiliary,
             self.blocks[0].optimizer_name,
             self.config.train.keep,
@@ -328,7 +330,7 @@ class Trainer:
         self.pipeline.schedule.settle()
         try:
             with recording(self.recorder, -1, "save", -1):
-                self.writer.save(checkpoint, self.blocks)
+                self.writer.save(checkpoint, with_encoder(self.blocks))
         except ValueError as error:
             raise ValueError(self._remedy(str(error))) from error
 
@@ -346,7 +348,7 @@ class Trainer:
         found = world.from_main(find_start(self.config, self.folder, world.job) if world.main else None)
         if found is None:
             return None
-        saved = Saved(found, self.all_blocks, self.config.local.auxiliary, log, verify=False)
+        saved = Saved(found, with_encoder(self.all_blocks), self.config.local.auxiliary, log, verify=False)
         if saved.position.steps_per_epoch != self.steps_per_epoch:
             raise ValueError(
                 f"train.resume: {found} has {saved.position.steps_per_epoch} steps an epoch, this config "
@@ -355,7 +357,7 @@ class Trainer:
         return saved
 
     def _resume(self, saved: Saved) -> None:
-        saved.load(self.blocks)
+        saved.load(with_encoder(self.blocks))
         self.position = saved.position
         self.world.gather(None)  # all have read before anything is renamed
         if self.world.main:

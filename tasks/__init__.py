@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.config import Config, parse, task_name
@@ -24,17 +24,18 @@ class TaskEntry:
 
 
 def find_task(name: str) -> TaskEntry:
-    """The task in the folder ``tasks/<name>``.
+    """The task in the folder ``tasks/<name>``; those of several methods are one level down (``style_transfer/scin``).
 
     Raises:
         ValueError: no such task; has the nearest known one.
     """
-    known = [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]
+    root = Path(__file__).parent
+    known = sorted(folder.parent.relative_to(root).as_posix() for folder in root.glob("**/configs"))
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f", did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"task: {name!r} is unknown{hint}; known: {', '.join(known)}")
-    entry: TaskEntry = importlib.import_module(f"tasks.{name}").TASK
+    entry: TaskEntry = importlib.import_module(f"tasks.{name.replace('/', '.')}").TASK
     return entry
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.shared import with_encoder
 from engine.trainer import Trainer
 from engine.world import join
 from tasks import load
@@ -25,7 +26,7 @@ def fit(config: str, room: Path, *overrides: str) -> dict[str, Tensor]:
     with world.failing_together():
         made = Trainer(settings, task, world)
         made.fit()
-    kinds = [kind for block in made.blocks for kind in block.state().values()]
+    kinds = [kind for block in with_encoder(made.blocks) for kind in block.state().values()]
     state = {name: tensor.clone() for tensors in kinds for name, tensor in tensors.items()}
     world.leave()
     return state

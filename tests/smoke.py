@@ -33,6 +33,15 @@ OF_TASK = {
         # Every size is compiled for anew, which takes minutes.
         "glcan, compiled": ["--local.compile", "true", "--data.sizes", "[[128, 128]]", "--local.cut", "[neck]"],
     },
+    "style_transfer/scin": {
+        # Each block would scale its share of the Perception Encoder's gradient by a scale of its own.
+        "glcan, fp16": ["--local.precision", "fp16", "--model.style_encoder", "vgg"],
+        "AdaIN in SCIN's place": ["--model.normalisation", "adain", "--local.auxiliary.width", "1"],
+        "AdaIN's network": [
+            *("--model.transfer", "adain", "--model.normalisation", "none", "--model.style_encoder", "vgg"),
+            *("--loss.adversarial", "0", "--loss.contrastive", "0", "--loss.identity", "0"),
+        ],
+    },
     "super_resolution": {
         "local_sr": ["--local.auxiliary", "local_sr"],
         "glcan, tails in parts, own in auxiliary networks": [

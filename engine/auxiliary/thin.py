@@ -10,6 +10,7 @@ def thin(module: nn.Module, width: float, name: str) -> nn.Module:
 
     Weights are drawn anew (He initialisation, fan out).
 
+    A module that knows how to make a thinner one of its kind (``thinned(width)``) is asked for that, instead.
     Grouped convolutions keep the width of a group and change the number of groups; depthwise ones stay
     depthwise.
 
@@ -18,7 +19,7 @@ def thin(module: nn.Module, width: float, name: str) -> nn.Module:
     """
 
     for path, child in list(module.named_modules()):
-        if not any(True for _ in child.parameters(recurse=False)):
+        if not (hasattr(child, "thinned") or any(True for _ in child.parameters(recurse=False))):
             continue
         try:
             new = _thinned(child, width)
@@ -36,6 +37,9 @@ def thin(module: nn.Module, width: float, name: str) -> nn.Module:
 
 def _thinned(layer: nn.Module, width: float) -> nn.Module:
     """A new layer of exactly the same type; a subclass may do more than its base, and is refused."""
+    if hasattr(layer, "thinned"):
+        thinner: nn.Module = layer.thinned(width)
+        return thinner
 
     def scaled(channels: int) -> int:
         return max(1, round(channels * width))

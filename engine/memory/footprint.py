@@ -15,6 +15,7 @@ from engine.config import Config
 from engine.memory.tracker import MemoryTracker, Moment
 from engine.message import Message
 from engine.schedules import SCHEDULES, Schedule
+from engine.shared import SharedEncoder, with_encoder
 
 CATEGORIES = {
     "parameters": "of the units and the head",
@@ -23,6 +24,7 @@ CATEGORIES = {
     "optimizer": "state of the optimizer for these parameters",
     "activations": "the batch, messages between blocks, and what the forward pass keeps for backward",
     "auxiliary": "all that auxiliary networks add: parameters, buffers, gradients, optimizer state, activations",
+    "loss": "the same of losses with networks of their own",
     "temporary": "made by backward and update, and gone when they end",
 }
 """Every byte counts under one of these."""
@@ -72,7 +74,7 @@ def count_bytes(
     peaks: dict[int, Moment] = {}
 
     with ExitStack() as stack:
-        for block in blocks:
+        for block in with_encoder(blocks):
             stack.enter_context(followed(tracker, block, peaks))
         stack.enter_context(tracker)
         optimizer_step(schedule, message, count)
@@ -100,12 +102,16 @@ def _whole(moment: Moment) -> dict[str, int]:
 @contextmanager
 def followed(tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> Iterator[None]:
     """Meanwhile ``block``'s state is known to the tracker, and its peak is noted in ``peaks``."""
-    auxiliary, optimizer = block.auxiliary, block.optimizer
+    auxiliary, criterion, optimizer = block.auxiliary, block.criterion, block.optimizer
     assert optimizer is not None
-    extra = {id(tensor) for tensor in [*auxiliary.parameters(), *auxiliary.buffers()]} if auxiliary else set()
+    extra = {
+        id(tensor): name
+        for name, part in (("auxiliary", auxiliary), ("loss", criterion))
+        for tensor in ([*part.parameters(), *part.buffers()] if part is not None else ())
+    }
 
     def category(tensor: Tensor, own: str) -> str:
-        return "auxiliary" if id(tensor) in extra else own
+        return extra.get(id(tensor), own)
 
     def count_gradient(parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -118,11 +124,19 @@ def followed(tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> 
 
     plain_step = block.local_step
 
+    def note(run: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            tracker.block = block.index
+            tracker.reset_peak()
+            result = run(*arguments)
+            highest = max(tracker.peak, peaks.get(block.index, tracker.peak), key=lambda moment: moment.bytes)
+            peaks[block.index] = highest
+            return result
+
+        return noted
+
     def local_step(message: Message, **options: Any) -> tuple[Message, Report]:
-        tracker.block = block.index
-        tracker.reset_peak()
-        output, report = plain_step(message, **options)
-        peaks[block.index] = max(tracker.peak, peaks.get(block.index, tracker.peak), key=lambda moment: moment.bytes)
+        output, report = note(lambda: plain_step(message, **options))()
         tracker.keep(output.tensors())
         return output, report
 
@@ -144,6 +158,9 @@ def followed(tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> 
         stack.callback(optimizer.register_step_post_hook(count_state).remove)
         if auxiliary is not None:
             stack.callback(auxiliary.register_forward_pre_hook(made_in("auxiliary")).remove)
+        if criterion is not None:
+            stack.callback(criterion.register_forward_pre_hook(made_in("loss")).remove)
+        if auxiliary is not None or criterion is not None:
             way = block.replication or block
             plain_backward = way.train_backward
 
@@ -153,6 +170,10 @@ def followed(tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> 
 
             way.train_backward = train_backward  # type: ignore[method-assign]
             stack.callback(lambda: delattr(way, "train_backward"))
+        if isinstance(block, SharedEncoder):
+            for name in ("encode", "learn"):
+                setattr(block, name, note(getattr(block, name)))
+                stack.callback(delattr, block, name)
         block.local_step = local_step  # type: ignore[method-assign]
         stack.callback(lambda: delattr(block, "local_step"))
         yield

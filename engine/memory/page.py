@@ -23,7 +23,11 @@ from engine.memory.footprint import CATEGORIES
 from engine.memory.report import Row, Sheet, notes, sheets
 
 COLOURS = dict(
-    zip(CATEGORIES, ("#4477aa", "#88ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb"), strict=True)
+    zip(
+        CATEGORIES,
+        ("#4477aa", "#88ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#332288", "#bbbbbb"),
+        strict=True,
+    )
 )
 
 

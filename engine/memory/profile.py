@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.auxiliary import AuxiliaryNetwork, build_auxiliary
@@ -22,6 +25,7 @@ from engine.memory.work import Speed, WorkCounter
 from engine.message import Message
 from engine.optimizer import build_optimizer
 from engine.shapes import shapes_of
+from engine.shared import with_encoder
 from engine.task import Task
 
 
@@ -160,23 +164,29 @@ class Profile:
             shapes = tuple((name, tuple(value.shape)) for name, value in network.state_dict().items())
             key = type(network), shapes, tuple(message.x.shape), message.x.dtype
             if key not in self._alike:
-                self._alike[key] = self._step(network, message)
+                (criterion,) = self._task.criteria(trace.chain, [span])
+                self._alike[key] = self._step(network, criterion, message)
             return self._alike[key]
 
-    def _step(self, network: AuxiliaryNetwork, message: Message) -> EndCost:
-        """Two steps of an auxiliary network on its own; the second counts."""
-        optimizer = build_optimizer(self._config.optimizer, list(network.named_parameters()))
+    def _step(self, network: AuxiliaryNetwork, criterion: Callable[[Any, Any], Tensor], message: Message) -> EndCost:
+        """Two steps of an auxiliary network and its loss on their own; the second counts."""
+        learning = list(network.named_parameters())
+        held: list[Tensor] = [*network.parameters(), *network.buffers()]
+        if isinstance(criterion, torch.nn.Module):
+            learning += [(name, p) for name, p in criterion.named_parameters() if p.requires_grad]
+            held += [*criterion.parameters(), *criterion.buffers()]
+        optimizer = build_optimizer(self._config.optimizer, learning)
         tracker, work = MemoryTracker(), WorkCounter(self._speed)
         tracker.add(message.tensors(), "activations")
         before = tracker.live_bytes
-        tracker.add([*network.parameters(), *network.buffers()], "auxiliary")
+        tracker.add(held, "auxiliary")
         with tracker, work:
             for _ in range(2):
                 state, seconds = tracker.live_bytes - before, work.seconds
                 tracker.reset_peak()
                 arriving = message.with_x(message.x.detach().requires_grad_())
                 with autocast(torch.device("cpu"), self._config.local.precision):
-                    loss = self._task.loss(network(arriving, arriving.bank), arriving.targets)
+                    loss = criterion(network(arriving, arriving.bank), arriving.targets)
                 loss.backward()  # type: ignore[no-untyped-call]
                 del loss, arriving
                 peak = tracker.peak.bytes - before - state
@@ -211,10 +221,22 @@ class _Trace:
             tracker, work = MemoryTracker(), WorkCounter(speed)
             tracker.add(message.tensors(), "activations")
             self.batch = tracker.live_bytes
-            with followed(tracker, block, {}), tracker, work:
-                block.local_step(message)
-                self.fixed = tracker.live_bytes
-                self._trace(block, replace(message, sequence=1), tracker, work)
+            with ExitStack() as stack:
+                for each in with_encoder([block]):
+                    stack.enter_context(followed(tracker, each, {}))
+                stack.enter_context(tracker)
+                stack.enter_context(work)
+                for sequence in range(2):
+                    arriving = replace(message, sequence=sequence)
+                    for encoder in block.encoders:
+                        arriving = encoder.encode(arriving)
+                    if sequence == 0:
+                        block.local_step(arriving)
+                    else:
+                        self.fixed = tracker.live_bytes
+                        self._trace(block, arriving, tracker, work)
+                    for encoder in block.encoders:
+                        encoder.learn(update=True)
 
     def _trace(self, block: Block, message: Message, tracker: MemoryTracker, work: WorkCounter) -> None:
         head = UnitCost()

@@ -50,10 +50,14 @@ class Sequential:
 
     def step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> tuple[Message, list[Report]]:
         reports = []
+        for encoder in self.blocks[0].encoders:
+            message = encoder.encode(message)
         for block in self.blocks:
             with recording(self.recorder, block.index, "train", message.sequence):
                 message, report = block.local_step(message, update=update, weight=weight)
             reports.append(report)
+        for encoder in self.blocks[0].encoders:
+            encoder.learn(update)
         return message, reports
 
     def settle(self) -> None:
@@ -63,6 +67,6 @@ class Sequential:
     def predict(self, message: Message) -> Any:
         *before, last = self.blocks
         with recording(self.recorder, -1, "evaluate", message.sequence):
-            for block in before:
+            for block in (*self.blocks[0].encoders, *before):
                 message = block(message)
             return last.predict(message) if last.span.last else last(message)

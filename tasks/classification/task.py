@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from engine.auxiliary.spatial import as_map
 from engine.bank import FeatureBank
 from engine.chain import Chain
+from engine.cut import Span
 from engine.message import Message
 from engine.seed import seeded
 from engine.task import WHOLE, Part
@@ -100,6 +101,9 @@ class Classification:
 
     def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(prediction, targets)
+
+    def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
+        return [self.loss] * len(spans)
 
     def key_features(self, chain: Chain, message: Message) -> Tensor:
         return pool(message.x, chain.layout)

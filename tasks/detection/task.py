@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 from engine.bank import FeatureBank
 from engine.block import recomputes
 from engine.chain import Chain
+from engine.cut import Span
 from engine.memory.estimate import make_fake
 from engine.message import Message
 from engine.seed import seeded
@@ -141,6 +142,9 @@ class Detection:
             loss, named = prediction.detector.parse_losses(prediction.losses(samples_of(targets)))
         self.named = {name: value.detach() for name, value in named.items()}
         return loss
+
+    def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
+        return [self.loss] * len(spans)
 
     def key_features(self, chain: Chain, message: Message) -> dict[str, Tensor]:
         """Nothing beyond what travels anyway: a detector's bank are the maps of all stages on their way to the neck."""

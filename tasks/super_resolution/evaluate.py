@@ -15,7 +15,7 @@ from torch import Tensor
 from tasks.super_resolution.bicubic import resized
 from tasks.super_resolution.data import Pairs, as_pixels
 from tasks.super_resolution.files import read_image
-from tasks.super_resolution.tiles import Tile
+from tasks.tiles import Tile
 
 STRIP_SIDE = 240
 """Side in pixels of what a strip shows of each image: its middle."""

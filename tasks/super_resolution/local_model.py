@@ -20,7 +20,7 @@ from tasks.local_settings import local_settings
 from tasks.super_resolution.chain import enlargement, network_chain
 from tasks.super_resolution.network import check_scale, side_multiple
 from tasks.super_resolution.task import Upscaling
-from tasks.super_resolution.tiles import enlarge
+from tasks.tiles import enlarge
 
 OWN = {"tail_parts": 1, "auxiliary_tail": "direct"}
 """Keys of ``local`` beside the engine's, and their defaults; ``ModelConfig`` says what they do."""

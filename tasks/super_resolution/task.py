@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from engine.bank import FeatureBank
 from engine.chain import Chain
+from engine.cut import Span
 from engine.message import Message
 from engine.seed import seeded
 from engine.task import WHOLE, Part
@@ -24,7 +25,7 @@ from tasks.super_resolution.data import Pairs, Patches, load_pairs
 from tasks.super_resolution.evaluate import SuperResolutionMetrics
 from tasks.super_resolution.heads import LightTail
 from tasks.super_resolution.network import build_network, image_range, side_multiple
-from tasks.super_resolution.tiles import tiles
+from tasks.tiles import tiles
 
 
 class Upscaling:
@@ -45,6 +46,9 @@ class Upscaling:
 
     def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
         return F.l1_loss(prediction.float(), targets)
+
+    def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
+        return [self.loss] * len(spans)
 
     def key_features(self, chain: Chain, message: Message) -> dict[str, Tensor]:
         """Nothing beyond what travels anyway: the early map, up to where the network adds it."""

@@ -11,7 +11,7 @@ from PIL import Image
 from tasks.super_resolution.config import DataConfig
 from tasks.super_resolution.data import Pairs, load_pairs
 from tasks.super_resolution.evaluate import STRIP_SIDE, TITLE, SuperResolutionMetrics, figures
-from tasks.super_resolution.tiles import tiles
+from tasks.tiles import tiles
 from tests.shared import SHARED, needs_shared
 from tests.tasks.super_resolution.networks import write_images
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.super_resolution.network import side_multiple
-from tasks.super_resolution.tiles import enlarge, tiles
+from tasks.tiles import enlarge, tiles
 from tests.tasks.super_resolution.networks import image, small_network
 
 

@@ -26,11 +26,7 @@ class Tile:
     def of(self, image: Tensor, multiple: int) -> Tensor:
         """What to compute of ``image`` (N, C, H, W): mirrored at the far sides up to a multiple of ``multiple``."""
         top, bottom, left, right = self.wide
-        part = image[..., top:bottom, left:right]
-        down, across = (-(bottom - top)) % multiple, (-(right - left)) % multiple
-        # Mirroring needs more pixels than it adds; few images are so small.
-        mirrored = down < bottom - top and across < right - left
-        return F.pad(part, (0, across, 0, down), "reflect" if mirrored else "replicate") if down or across else part
+        return padded(image[..., top:bottom, left:right], multiple)
 
     def put(self, computed: Tensor, image: Tensor, scale: int) -> None:
         """Put the tile of ``computed`` (C, scale h, scale w), made of what ``of`` gave, into ``image``."""
@@ -39,6 +35,15 @@ class Tile:
         across = [(edge - start) * scale for edge, start in ((self.left, left), (self.right, left))]
         part = computed[..., own[0] : own[1], across[0] : across[1]]
         image[..., self.top * scale : self.bottom * scale, self.left * scale : self.right * scale] = part
+
+
+def padded(image: Tensor, multiple: int, least: int = 1) -> Tensor:
+    """``image`` (N, C, H, W) mirrored at the far sides up to multiples of ``multiple`` that are ``least`` at least."""
+    height, width = image.shape[2:]
+    down, across = (-(-max(side, least) // multiple) * multiple - side for side in (height, width))
+    # Mirroring needs more pixels than it adds; few images are so small.
+    mirrored = down < height and across < width
+    return F.pad(image, (0, across, 0, down), "reflect" if mirrored else "replicate") if down or across else image
 
 
 def tiles(height: int, width: int, side: int, overlap: int, multiple: int = 1) -> list[Tile]:

@@ -1,0 +1,29 @@
+"""Repainted pictures that keep the photograph's colours."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Y of YIQ: shares of red, green and blue."""
+
+
+def luminance(image: Tensor) -> Tensor:
+    """Y of ``image`` (3, H, W): (1, H, W)."""
+    return (image * image.new_tensor(LUMINANCE)[:, None, None]).sum(0, keepdim=True)
+
+
+def keep_colour(picture: Tensor, content: Tensor) -> Tensor:
+    """The luminance of ``picture`` with the chroma of ``content``, both (3, H, W), cut off at 0 and 1.
+
+    The luminance-only transfer of Gatys et al., "Preserving Color in Neural Artistic Style Transfer", 2016,
+    arXiv 1606.05897. Red, green and blue all take Y as it is, so that other Y with the same I and Q (or Cb and Cr)
+    is the same number added to each of them.
+
+    Example:
+        >>> import torch
+        >>> red, grey = torch.tensor([1.0, 0, 0]).view(3, 1, 1), torch.full((3, 1, 1), 0.2)
+        >>> keep_colour(grey, red).flatten()
+        tensor([0.9010, 0.0000, 0.0000])
+    """
+    return (content + (luminance(picture) - luminance(content))).clamp(0, 1)

@@ -1,0 +1,205 @@
+"""Pictures: finding, reading, resizing and writing them. Pixels are (H, W, 3) RGB uint8, tensors (3, H, W) 0..1."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+
+MAX_PIXELS = 120_000_000
+"""Pixels of the largest picture that is read: 10,000 x 10,000 and some room."""
+
+Pixels = NDArray[np.uint8]
+
+_pillow = threading.Lock()  # its limit is one for all threads
+
+
+def find_images(key: str, folders: Sequence[Path]) -> list[Path]:
+    """All image files of ``folders`` and their subfolders, each once, sorted; hidden files and folders are left out.
+
+    Args:
+        key: of the config, or option of a tool, that names the folders.
+
+    Raises:
+        ValueError: a folder is missing, cannot be read, or has no image.
+    """
+    found: set[Path] = set()
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{key}: there is no folder {folder}")
+        here: set[Path] = set()
+        for where, names, files in os.walk(folder, onerror=_refuse):
+            names[:] = [name for name in names if not name.startswith(".")]  # the others are not entered
+            images = [Path(where, name) for name in files if not name.startswith(".")]
+            here.update(path for path in images if path.suffix.lower() in SUFFIXES)
+        if not here:
+            raise ValueError(f"{key}: no image in {folder} and its subfolders; images end in {', '.join(SUFFIXES)}")
+        found |= here
+    return sorted(found)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise ValueError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+def read_image(path: Path) -> Pixels:
+    """The pixels of a file, (H, W, 3) RGB uint8, turned as EXIF says.
+
+    Grey is repeated, 16 bits are scaled to 8, what is transparent lies on white; of an animation the first frame.
+
+    Raises:
+        ValueError: there is no such file, it is no image, damaged, or larger than ``MAX_PIXELS``.
+    """
+    with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            return _from_16_bits(image)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+        if image.has_transparency_data:
+            over = image.convert("RGBA")
+            image = Image.new("RGBA", over.size, "white")
+            image.alpha_composite(over)
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height that ``read_image`` will give, by the file's header.
+
+    Known limit: a PNG file that says how to turn it only behind its pixels is taken as it lies.
+
+    Raises:
+        ValueError: as ``read_image``, as far as the header shows it.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        if image.format == "PNG" and "exif" not in image.info:
+            return width, height  # Pillow would decode it to look for EXIF behind the pixels
+        if image.getexif().get(ExifTags.Base.Orientation, 1) < 5:
+            return width, height
+        if image.format != "TIFF":
+            return height, width
+    turned = read_image(path)  # what Pillow tells beforehand differs from version to version
+    return turned.shape[1], turned.shape[0]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Pillow's image of a file, not decoded yet; whatever goes wrong with it becomes a ValueError with its name."""
+    try:
+        with _pillow:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                with Image.open(path) as image:
+                    width, height = image.size
+                    if width * height > MAX_PIXELS:
+                        raise ValueError(f"{width} x {height} px are more than {MAX_PIXELS:,}; make it smaller")
+                    yield image
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: cannot be read: not an image, or damaged") from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read: {reason}") from error
+
+
+def _from_16_bits(image: Image.Image) -> Pixels:
+    values = np.asarray(image).astype(np.int32)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its pixels go from {values.min()} to {values.max()}; save it with 8 or 16 bits")
+    grey = ((values + 128) // 257).astype(np.uint8)  # rounded: 65535 / 257 = 255
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        grey[values == transparent] = 255
+    return grey[..., None].repeat(3, 2)
+
+
+def as_tensor(image: Pixels) -> Tensor:
+    """(H, W, 3) uint8 to (3, H, W) float32 from 0 to 1."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
+
+
+def as_pixels(image: Tensor) -> Pixels:
+    """Inverse of ``as_tensor``, rounded; values beyond 0 and 1 are cut off."""
+    pixels = (image.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(pixels.cpu().numpy().transpose(1, 2, 0))
+
+
+def resized_sides(height: int, width: int, shorter: int) -> tuple[int, int]:
+    """Height and width once the shorter side is brought to ``shorter`` px.
+
+    Raises:
+        ValueError: that makes more than ``MAX_PIXELS``, as of a picture that is but a line.
+
+    Example:
+        >>> resized_sides(300, 451, 100)
+        (100, 150)
+    """
+    least = min(height, width)
+    # Whole numbers: Python's round would bring 0.5 to 0.
+    tall, broad = ((2 * side * shorter + least) // (2 * least) for side in (height, width))
+    if tall * broad > MAX_PIXELS:
+        raise ValueError(
+            f"{width} x {height} px would become {broad} x {tall}, more than {MAX_PIXELS:,} px, "
+            f"if the shorter side is to be {shorter}; take a smaller one"
+        )
+    return tall, broad
+
+
+def resized(image: Tensor, shorter: int) -> Tensor:
+    """``image`` (3, H, W) with its shorter side brought to ``shorter`` px, bicubic and antialiased.
+
+    Raises:
+        ValueError: as ``resized_sides``.
+    """
+    height, width = image.shape[1:]
+    sides = resized_sides(height, width, shorter)
+    if sides == (height, width):
+        return image
+    return F.interpolate(image[None], sides, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
+
+
+def fitted(image: Pixels, longer: int) -> Pixels:
+    """``image`` with its longer side brought to ``longer`` px, bicubic and antialiased; no float copy is made."""
+    height, width = image.shape[:2]
+    most = max(height, width)
+    sides = [max(1, (2 * side * longer + most) // (2 * most)) for side in (width, height)]
+    if sides == [width, height]:
+        return image
+    return np.array(Image.fromarray(image).resize((sides[0], sides[1]), Image.Resampling.BICUBIC))
+
+
+def write_image(path: Path, image: Pixels) -> None:
+    """Write a PNG or, by the suffix, a JPEG file, under another name first.
+
+    Raises:
+        ValueError: another suffix, or the file cannot be written.
+    """
+    kinds: dict[str, dict[str, Any]] = {
+        ".png": {"format": "PNG"},
+        ".jpg": {"format": "JPEG", "quality": 95},
+        ".jpeg": {"format": "JPEG", "quality": 95},
+    }
+    options = kinds.get(path.suffix.lower())
+    if options is None:
+        raise ValueError(f"{path}: cannot be written: its name must end in {', '.join(kinds)}")
+    room = path.with_name(f".{path.name}.writing")
+    try:
+        Image.fromarray(image).save(room, **options)
+        os.replace(room, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,7 @@
+"""Arbitrary style transfer with SCIN, ICL and the Perception Encoder (arXiv 2404.13584), trained by local learning."""
+
+from tasks import TaskEntry
+from tasks.style_transfer.scin.config import SCINConfig
+from tasks.style_transfer.scin.task import SCINTransfer
+
+TASK = TaskEntry(SCINConfig, SCINTransfer)

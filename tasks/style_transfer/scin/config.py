@@ -1,0 +1,157 @@
+"""The config of a run that trains an arbitrary style transfer network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.config import Config, at_least
+
+
+@dataclass
+class VGGConfig:
+    """The frozen network that content features and losses are made with."""
+
+    name: Literal["vgg16", "vgg19"] = "vgg19"
+    """A network of torchvision, up to its last convolution of the fourth or fifth stage, as far as its weights go."""
+    weights: str = ""
+    """File with weights under torchvision's names; empty downloads torchvision's own; `random`: untrained ones, which
+    serve to try the machinery and nothing else."""
+    pixels: Literal["imagenet", "bytes"] = "imagenet"
+    """What it sees: `imagenet`, ImageNet's mean taken off 0..1 and divided by its deviation, as torchvision's weights
+    want it; `bytes`, the mean taken off 0..255."""
+
+
+@dataclass
+class ModelConfig:
+    """The network; its defaults are SCIN's, the others its ablations and AdaIN's network."""
+
+    vgg: VGGConfig = field(default_factory=VGGConfig)
+    transfer: Literal["attention", "adain"] = "attention"
+    """How content features meet style features: cross-attention, or AdaIN."""
+    normalisation: Literal["scin", "adain", "none"] = "scin"
+    """Of the decoder's four stages: SCIN; AdaIN with VGG's statistics of the painting; none."""
+    style_encoder: Literal["pe", "vgg"] = "pe"
+    """What makes style features: the Perception Encoder, which learns, or the frozen VGG."""
+    scin_width: int = 128
+    """Width of SCIN's transformers."""
+    scin_depth: int = 2
+    """Layers of each of SCIN's transformers."""
+
+
+@dataclass
+class LossConfig:
+    """Weights of the losses (0 leaves one out) and what they look at."""
+
+    style: float = 1.0
+    """Mean and deviation of VGG's features, as the painting has them."""
+    content: float = 1.0
+    """VGG's features, each channel normalised, as the content has them."""
+    identity: float = 50.0
+    """A picture in its own style is itself: its pixels."""
+    identity_features: float = 1.0
+    """The same for VGG's features."""
+    adversarial: float = 5.0
+    """Discriminators at several scales tell pictures from paintings (LSGAN); they learn beside the network."""
+    contrastive: float = 0.3
+    """ICL: pictures that share content or painting lie nearer than others."""
+    temperature: float = 0.2
+    """Of the contrastive loss."""
+    identity_pairs: int = 0
+    """Pairs of a micro-batch that the identity losses take: each is two more pictures. 0: all."""
+    style_layers: list[str] = field(default_factory=lambda: ["relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"])
+    """Layers of VGG whose statistics are style."""
+    content_layers: list[str] = field(default_factory=lambda: ["relu4_1", "relu5_1"])
+    """Layers of VGG whose features are content."""
+    clip: str = ""
+    """Folder or hub name of a CLIP model in the layout of transformers, for ICL; empty: the frozen VGG's features."""
+
+
+@dataclass
+class DataConfig:
+    """Photographs and paintings: any folders of images, searched with all their subfolders.
+
+    MS-COCO's train2017 and WikiArt's folder with a folder a style are such folders.
+    """
+
+    name: Literal["photographs", "folders"] = "photographs"
+    """`photographs`: scikit-image's photographs as contents, its textures as styles; `folders`: those named below."""
+    contents: list[str] = field(default_factory=list)
+    """Folders of photographs."""
+    styles: list[str] = field(default_factory=list)
+    """Folders of paintings."""
+    test_contents: list[str] = field(default_factory=list)
+    """Folders of photographs to test with; empty: every `hold_out`-th of `contents`, which training then leaves out."""
+    test_styles: list[str] = field(default_factory=list)
+    """Folders of paintings to test with; empty: likewise."""
+    hold_out: int = 10
+    """Of so many images one is kept for testing, where no folders for that are given."""
+    resize: int = 512
+    """Pixels that the shorter side of every image is brought to before a square is cut out."""
+    crop: int = 256
+    """Side in pixels of these squares, at random in training, from the middle in testing."""
+    batch: int = 6
+    """Pairs of a photograph and a painting per optimizer step. Every painting is used for two photographs, its own and
+    the next pair's, so that there are twice as many pictures."""
+    repeat: int = 1
+    """Times that an epoch takes every photograph."""
+    workers: int = 0
+    """Processes that load images; 0 loads in the training process. Any number gives the same bits."""
+    tests: int = 8
+    """Test photographs and test paintings, at most so many of each; every photograph is tested with every painting."""
+    sheet: int = 5
+    """Photographs and paintings on the contact sheet of an evaluation, at most so many of each."""
+    lpips: Literal["", "alex", "vgg"] = ""
+    """Network for LPIPS, alex or vgg, whose weights torchvision downloads; empty leaves it out."""
+    fid_weights: str = ""
+    """File of torch-fidelity's Inception weights, for FID and ArtFID (which needs `lpips` too); empty: left out."""
+
+
+@dataclass
+class SCINConfig(Config):
+    """Train a network that repaints any photograph in the style of any painting, by blocks or end to end."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def check(self) -> None:
+        super().check()
+        data, loss, model = self.data, self.loss, self.model
+        at_least(
+            ("model.scin_width", model.scin_width, 8),
+            ("model.scin_depth", model.scin_depth, 1),
+            ("loss.identity_pairs", loss.identity_pairs, 0),
+            ("data.hold_out", data.hold_out, 2),
+            ("data.crop", data.crop, 64),
+            ("data.resize", data.resize, data.crop),
+            ("data.batch", data.batch, 1),
+            ("data.repeat", data.repeat, 1),
+            ("data.workers", data.workers, 0),
+            ("data.tests", data.tests, 1),
+            ("data.sheet", data.sheet, 0),
+        )
+        for key in ("style", "content", "identity", "identity_features", "adversarial", "contrastive"):
+            at_least((f"loss.{key}", getattr(loss, key), 0))
+        if loss.temperature <= 0:
+            raise ValueError(f"loss.temperature: {loss.temperature} must be above 0")
+        if not loss.style_layers or not loss.content_layers:
+            raise ValueError("loss.style_layers, loss.content_layers: name at least one layer each, as relu4_1")
+        if model.scin_width % 4:
+            raise ValueError(f"model.scin_width: {model.scin_width} is no multiple of 4, its number of heads")
+        if data.crop % 16:
+            raise ValueError(f"data.crop: {data.crop}; the network needs a multiple of 16")
+        if data.batch % self.train.accumulate:
+            raise ValueError(f"train.accumulate: {self.train.accumulate} does not divide data.batch, {data.batch}")
+        pairs = data.batch // self.train.accumulate // self.placement.replicas
+        if loss.contrastive and pairs < 2:
+            raise ValueError(
+                f"data.batch: {pairs} pair(s) in a replica's micro-batch have no negatives for the contrastive loss; "
+                "the least is 2, or set loss.contrastive 0"
+            )
+        if data.name == "photographs" and (data.contents or data.styles or data.test_contents or data.test_styles):
+            raise ValueError("data.name: photographs reads no folders; set data.name folders")
+        if data.name == "folders" and not (data.contents and data.styles):
+            raise ValueError("data.contents, data.styles: data.name folders needs at least one folder each")
+        if data.fid_weights and not data.lpips:
+            raise ValueError("data.fid_weights: ArtFID needs LPIPS too; set data.lpips alex")

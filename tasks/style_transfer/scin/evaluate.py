@@ -1,0 +1,130 @@
+"""How good repainted photographs are, and a contact sheet of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image import FrechetInceptionDistance, LearnedPerceptualImagePatchSimilarity
+from torchvision.transforms.functional import rgb_to_grayscale
+
+from tasks.style_transfer.images import write_image
+from tasks.style_transfer.scin.config import DataConfig
+from tasks.style_transfer.scin.data import TestPairs
+from tasks.style_transfer.sheet import contact_sheet
+
+Measure = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of pictures, contents and styles, all (N, 3, H, W), each picture's style and content loss (N)."""
+
+
+class StyleMetrics:
+    """Style and content loss, SSIM, LPIPS, FID and ArtFID; the first four are averaged over all pairs.
+
+    - ``ssim`` (Wang et al. 2004): of the picture to its content, on luminance; 1 for the content itself.
+    - ``lpips`` (Zhang et al. 2018), with ``data.lpips``: of the picture to its content; 0 for the content itself.
+    - ``fid`` (Heusel et al. 2017), with ``data.fid_weights``: of all pictures to the test paintings, each counted once.
+      It is biased, the more the fewer there are: compare figures of one ``data.tests`` only.
+    - ``artfid`` (Wright and Ommer 2022): (1 + ``lpips``) (1 + ``fid``).
+
+    Pictures are cut off at 0 and 1 before; FID sees them with 8 bits, as if read from files.
+
+    Args:
+        measure: what makes ``style_loss`` and ``content_loss``.
+
+    Raises:
+        ValueError: weights for LPIPS or FID cannot be loaded, or there are too few test paintings for FID.
+    """
+
+    def __init__(self, test: TestPairs, config: DataConfig, measure: Measure) -> None:
+        self.test, self.measure, self.sheet = test, measure, config.sheet
+        self._lpips = _lpips(config.lpips) if config.lpips else None
+        self._fid = _fid(Path(config.fid_weights), len(test.styles)) if config.fid_weights else None
+        self._figures: list[tuple[int, dict[str, float]]] = []
+        self._shown: dict[tuple[int, int], Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, prediction: Tensor, targets: dict[str, Tensor]) -> None:
+        """Add pictures (n, 3, s, s).
+
+        Args:
+            targets: ``content`` and ``style`` (n, 3, s, s), and ``pair`` (n), their numbers in the test set.
+        """
+        pictures = prediction.float().clamp(0, 1)
+        contents, styles = (targets[key].to(pictures.device) for key in ("content", "style"))
+        pairs = targets["pair"].tolist()
+        found = dict(zip(("style_loss", "content_loss"), self.measure(pictures, contents, styles), strict=True))
+        grey = rgb_to_grayscale(pictures), rgb_to_grayscale(contents)
+        found["ssim"] = torch.as_tensor(structural_similarity_index_measure(*grey, data_range=1.0, reduction="none"))
+        if self._lpips is not None:
+            found["lpips"] = self._lpips.to(pictures.device)(pictures, contents).reshape(-1)
+        if self._fid is not None:
+            fid = self._fid.to(pictures.device)
+            fid.update(_bytes(pictures), real=False)
+            new = torch.tensor([self.test.place(pair)[0] == 0 for pair in pairs])  # each painting comes once so
+            if new.any():
+                fid.update(_bytes(styles[new.to(styles.device)]), real=True)
+        columns = {key: values.tolist() for key, values in found.items()}
+        for row, pair in enumerate(pairs):
+            self._figures.append((pair, {key: values[row] for key, values in columns.items()}))
+            if max(self.test.place(pair)) < self.sheet:
+                self._shown[self.test.place(pair)] = pictures[row].cpu()
+
+    def compute(self) -> dict[str, float]:
+        assert sorted(pair for pair, _ in self._figures) == list(range(len(self.test))), "not every pair once"
+        found = {
+            key: math.fsum(each[key] for _, each in self._figures) / len(self._figures) for key in self._figures[0][1]
+        }
+        if self._fid is not None:
+            found["fid"] = float(self._fid.compute())
+            found["artfid"] = (1 + found["lpips"]) * (1 + found["fid"])
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write sheet.png: the first ``data.sheet`` photographs by as many paintings; nothing if that is 0."""
+        if not self.sheet:
+            return
+        contents = [self.test.content(number) for number in range(min(self.sheet, len(self.test.contents)))]
+        styles = [self.test.style(number) for number in range(min(self.sheet, len(self.test.styles)))]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_image(folder / "sheet.png", contact_sheet(contents, styles, self._shown))
+
+
+def _bytes(pictures: Tensor) -> Tensor:
+    return (pictures * 255).round().to(torch.uint8)
+
+
+def _lpips(network: str) -> LearnedPerceptualImagePatchSimilarity:
+    try:
+        return LearnedPerceptualImagePatchSimilarity(network, reduction="none", normalize=True)  # type: ignore[arg-type]
+    except Exception as error:
+        raise ValueError(
+            f"data.lpips: {network} and its weights, which torchvision downloads into {torch.hub.get_dir()}, cannot be "
+            f"loaded: {_cause(error)}"
+        ) from error
+
+
+def _fid(weights: Path, paintings: int) -> FrechetInceptionDistance:
+    if paintings < 2:
+        raise ValueError(f"data.fid_weights: FID needs 2 test paintings at least, there is {paintings}; see data.tests")
+    if not weights.is_file():
+        raise ValueError(f"data.fid_weights: there is no file {weights}")
+    try:
+        torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
+        # One rank evaluates; the others would not answer.
+        return FrechetInceptionDistance(feature_extractor_weights_path=str(weights), sync_on_compute=False)
+    except ModuleNotFoundError as error:
+        raise ValueError("data.fid_weights: FID needs torch-fidelity; pip install torch-fidelity") from error
+    except Exception as error:
+        raise ValueError(
+            f"data.fid_weights: {weights} does not hold the weights of torch-fidelity's Inception, as "
+            f"weights-inception-2015-12-05-6726825d.pth of its releases does: {_cause(error)}"
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    """Its first sentence; PyTorch goes on for long."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:120]

@@ -1,0 +1,342 @@
+"""Losses of style transfer: style, content, identity, adversarial, contrastive (ICL)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from engine.log import console
+from tasks.style_transfer.scin.config import LossConfig
+from tasks.style_transfer.scin.instance import instance_statistics
+from tasks.style_transfer.vgg import VGG
+
+Features = Mapping[str, Tensor]
+TINY = 1e-8
+SCALES = 3
+"""Discriminators, each on half the resolution of the one before."""
+EMBEDDING = 128
+
+
+class Perception(nn.Module):
+    """How far pictures are from contents and styles, by a frozen VGG.
+
+    Style is mean and deviation of every channel, content the normalised features (Huang and Belongie 2017). Ours:
+    each layer's distance is divided by the mean square of what the painting, or the content, has there, so that no
+    VGG's scale and no layer outweighs the others; a picture of no style and no content has a loss of about 1 a layer.
+    """
+
+    def __init__(self, vgg: VGG, config: LossConfig) -> None:
+        super().__init__()
+        self.vgg = vgg
+        self.style_layers, self.content_layers = tuple(config.style_layers), tuple(config.content_layers)
+
+    @torch.no_grad()
+    def targets(self, images: Tensor) -> Features:
+        """Features of contents or paintings (N, 3, H, W)."""
+        found: Features = self.vgg(images)
+        return found
+
+    def style(self, features: Features, style: Features) -> Tensor:
+        """(N): the sum over layers."""
+        return torch.stack([_style_distance(features[name], style[name]) for name in self.style_layers]).sum(0)
+
+    def content(self, features: Features, content: Features) -> Tensor:
+        """(N): the sum over layers."""
+        distances = [_normal(features[name]) - _normal(content[name]) for name in self.content_layers]
+        return torch.stack([distance.square().mean((1, 2, 3)) for distance in distances]).sum(0)
+
+    def identity(self, features: Features, image: Features) -> Tensor:
+        """(N): the plain features' distance, summed over layers."""
+        found = []
+        for name in {*self.style_layers, *self.content_layers}:
+            wanted = image[name].float()
+            distance = (features[name].float() - wanted).square().mean((1, 2, 3))
+            found.append(distance / (wanted.square().mean((1, 2, 3)) + TINY))
+        return torch.stack(found).sum(0)
+
+    @torch.no_grad()
+    def measure(self, pictures: Tensor, contents: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
+        """Style and content loss of each picture (N, 3, H, W)."""
+        features = self.vgg(pictures)
+        return self.style(features, self.vgg(styles)), self.content(features, self.vgg(contents))
+
+
+def _style_distance(x: Tensor, style: Tensor) -> Tensor:
+    mean, deviation = instance_statistics(x)
+    wanted_mean, wanted_deviation = instance_statistics(style)
+    distance = (mean - wanted_mean).square() + (deviation - wanted_deviation).square()
+    size = wanted_mean.square() + wanted_deviation.square()
+    return distance.mean((1, 2, 3)) / (size.mean((1, 2, 3)) + TINY)
+
+
+def _normal(x: Tensor) -> Tensor:
+    mean, deviation = instance_statistics(x)
+    return torch.addcmul(-mean / deviation, x.float(), 1 / deviation)
+
+
+class Discriminator(nn.Module):
+    """Whether patches are of paintings: 4x4 convolutions of stride 2 (PatchGAN, Isola et al. 2017)."""
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, channels, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(channels, 2 * channels, 4, 2, 1),
+            nn.InstanceNorm2d(2 * channels),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * channels, 4 * channels, 3, 1, 1),
+            nn.InstanceNorm2d(4 * channels),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * channels, 1, 3, 1, 1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.layers(images * 2 - 1).float()
+        return scores
+
+
+class Adversary(nn.Module):
+    """Discriminators at several scales; least squares (LSGAN, Mao et al. 2017, arXiv 1611.04076).
+
+    Both sides learn in one backward pass from one sum: the network's part goes through the discriminators with their
+    weights held, the discriminators' part sees detached pictures. So neither leaves a gradient in the other, and a
+    block's one optimizer serves both.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.discriminators = nn.ModuleList(Discriminator() for _ in range(SCALES))
+
+    def for_network(self, pictures: Tensor) -> Tensor:
+        """How far the pictures are from being taken for paintings; the discriminators get no gradient."""
+        losses = []
+        for number, discriminator in enumerate(self.discriminators):
+            held = {name: tensor.detach() for name, tensor in discriminator.state_dict().items()}
+            scores = functional_call(discriminator, held, (_halved(pictures, number),))
+            losses.append((scores - 1).square().mean())
+        return torch.stack(losses).mean()
+
+    def for_itself(self, pictures: Tensor, paintings: Tensor) -> Tensor:
+        """How badly pictures and paintings are told apart; the network gets no gradient."""
+        losses = []
+        for number, discriminator in enumerate(self.discriminators):
+            of_pictures = discriminator(_halved(pictures.detach(), number))
+            of_paintings = discriminator(_halved(paintings, number))
+            losses.append(of_pictures.square().mean() + (of_paintings - 1).square().mean())
+        return torch.stack(losses).mean()
+
+
+def _halved(images: Tensor, times: int) -> Tensor:
+    return F.avg_pool2d(images, 2**times) if times else images
+
+
+class CLIPFeatures(nn.Module):
+    """The frozen image encoder of a CLIP model in transformers' layout; gradients go through it to the pictures."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        from transformers import CLIPVisionModelWithProjection
+
+        try:
+            model = CLIPVisionModelWithProjection.from_pretrained(name)
+        except Exception as error:
+            cause = " ".join(str(error).split())[:200]
+            raise ValueError(f"loss.clip: no CLIP model can be loaded from {name!r}: {cause}") from error
+        self.side, self.width = int(model.config.image_size), int(model.config.projection_dim)
+        self.model = _frozen(model)
+        mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        self.mean: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.deviation: Tensor
+        self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
+
+    def forward(self, pictures: Tensor, features: Features) -> Tensor:
+        """(N, width)."""
+        small = F.interpolate(pictures, (self.side, self.side), mode="bicubic", antialias=True)
+        embedding: Tensor = self.model(pixel_values=(small - self.mean) / self.deviation).image_embeds
+        return embedding
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """``model`` with buffers that are not saved in its parameters' places: no optimizer and no checkpoint has them."""
+    for module in model.eval().modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach(), persistent=False)
+        module._non_persistent_buffers_set.update(module._buffers)
+    return model
+
+
+class VGGFeatures(nn.Module):
+    """The frozen VGG's in CLIP's place (our choice): statistics and coarse layout of relu4_1."""
+
+    width = 6 * 512
+
+    def forward(self, pictures: Tensor, features: Features) -> Tensor:
+        """(N, width)."""
+        x = features["relu4_1"].float()
+        parts = [*instance_statistics(x), F.adaptive_avg_pool2d(x, 2)]
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
+class Contrast(nn.Module):
+    """Instance-based contrastive learning on stylised pictures (arXiv 2404.13584).
+
+    From the paper: a frozen image encoder, a trainable projection, InfoNCE; pictures that share the content or the
+    painting are positives, those that share neither negatives. Ours: the temperature, the projection's form, and what
+    stands in for CLIP.
+
+    Args:
+        temperature: the smaller, the more the nearest negatives count.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, temperature: float) -> None:
+        super().__init__()
+        self.encoder, self.temperature = encoder, temperature
+        self.projection = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, EMBEDDING)
+        )
+
+    def forward(self, pictures: Tensor, features: Features, contents: Tensor, styles: Tensor) -> Tensor:
+        """Of pictures (N, 3, H, W) and the numbers (N) of the content and the painting that each was made of."""
+        embeddings = self.projection(self.encoder(pictures, features))
+        return info_nce(embeddings, contents, styles, self.temperature)
+
+
+def info_nce(embeddings: Tensor, contents: Tensor, styles: Tensor, temperature: float) -> Tensor:
+    """InfoNCE with several positives: for each pair of an anchor and a positive, against all the anchor's negatives.
+
+    Args:
+        embeddings: (N, d); only their directions count.
+        contents, styles: (N) numbers: two pictures that share one of them are positives, else negatives.
+
+    Example:
+        >>> z = torch.eye(2).repeat(2, 1)  # pictures 0 and 2 alike, 1 and 3 alike
+        >>> loss = info_nce(z, torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 0, 1]), 1.0)
+        >>> round(loss.item(), 4)  # log(1 + 2 exp(0) / exp(1))
+        0.5514
+    """
+    z = F.normalize(embeddings.float(), dim=1)
+    similarity = z @ z.T / temperature
+    shared = (contents[:, None] == contents) | (styles[:, None] == styles)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive, negative = shared & ~itself, ~shared
+    against = similarity.masked_fill(~negative, -torch.inf).logsumexp(1, keepdim=True)
+    losses = torch.logaddexp(similarity, against) - similarity
+    return (losses * positive).sum() / positive.sum()
+
+
+class LocalLoss(nn.Module):
+    """Style and content of an auxiliary network's image, at that image's resolution; every block's but the last.
+
+    Called with the image (N, 3, h, w) and the targets of ``pictures_of``.
+    """
+
+    def __init__(self, perception: Perception, config: LossConfig) -> None:
+        super().__init__()
+        self.perception, self.config = perception, config
+
+    def forward(self, image: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+        size = tuple(image.shape[2:])
+        content, style, identity = (_brought(targets[name], size) for name in ("content", "style", "identity"))
+        content_features, style_features = self.perception.targets(content), self.perception.targets(style)
+        wanted_content, wanted_style = shifted(content_features), doubled(style_features)
+        features = self.perception.vgg(image)
+        if len(identity):
+            own = self.perception.targets(identity)
+            wanted_content, wanted_style = _joined(wanted_content, own), _joined(wanted_style, own)
+        losses = self.config.style * self.perception.style(features, wanted_style)
+        return (losses + self.config.content * self.perception.content(features, wanted_content)).mean()
+
+
+class NetworkLoss(nn.Module):
+    """All losses, of the network's own pictures.
+
+    L = l1 style + l2 content + l3 identity + l4 adversarial + l5 contrastive (arXiv 2404.13584; the weights are ours).
+
+    Called with the pictures (2 P + 2 I, 3, H, W) and the targets of ``pictures_of``.
+    """
+
+    def __init__(self, perception: Perception, config: LossConfig) -> None:
+        super().__init__()
+        self.perception, self.config = perception, config
+        self.adversary = Adversary() if config.adversarial else None
+        self.contrast: Contrast | None = None
+        if config.contrastive:
+            encoder = CLIPFeatures(config.clip) if config.clip else VGGFeatures()
+            self.contrast = Contrast(encoder, encoder.width, config.temperature)
+            of = f"CLIP, {config.clip}" if config.clip else "the frozen VGG (loss.clip names no CLIP)"
+            console.print(f"contrastive loss on features of {of}")
+
+    def forward(self, pictures: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack(list(self.parts(pictures, targets).values())).sum()
+
+    def parts(self, pictures: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each loss by name, weighted."""
+        config, perception = self.config, self.perception
+        content, style, identity = (targets[name] for name in ("content", "style", "identity"))
+        pairs = len(content)
+        features = perception.vgg(pictures)
+        stylised = {name: maps[: 2 * pairs] for name, maps in features.items()}
+        content_features, style_features = perception.targets(content), perception.targets(style)
+        found = {
+            "style": config.style * perception.style(stylised, doubled(style_features)).mean(),
+            "content": config.content * perception.content(stylised, shifted(content_features)).mean(),
+        }
+        if len(identity):
+            own = {name: maps[2 * pairs :] for name, maps in features.items()}
+            found["identity"] = config.identity * F.mse_loss(pictures[2 * pairs :], identity)
+            distance = perception.identity(own, perception.targets(identity))
+            found["identity_features"] = config.identity_features * distance.mean()
+        if self.adversary is not None:
+            found["adversarial"] = config.adversarial * self.adversary.for_network(pictures[: 2 * pairs])
+            found["discriminators"] = self.adversary.for_itself(pictures[: 2 * pairs], style)
+        if self.contrast is not None:
+            numbers = torch.arange(pairs, device=pictures.device)
+            contents, styles = torch.cat([numbers, numbers.roll(-1)]), numbers.repeat(2)
+            contrast = self.contrast(pictures[: 2 * pairs], stylised, contents, styles)
+            found["contrastive"] = config.contrastive * contrast
+        return found
+
+
+def pictures_of(contents: Tensor, styles: Tensor, identities: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A message's features and targets, of P photographs and P paintings, both (P, 3, H, W).
+
+    Every painting is used for its own photograph and for the next one (the last one's next is the first), so that every
+    photograph and every painting has two pictures; of ``identities`` pairs photograph and painting, each in its
+    own style, come last::
+
+        x:      c0 c1 ... c(P-1)   c1 c2 ... c0    c0 .. s0 ..
+        style:  s0 s1 ... s(P-1)   s0 s1 ... s(P-1)    c0 .. s0 ..
+    """
+    identity = torch.cat([contents[:identities], styles[:identities]])
+    features = {
+        "x": torch.cat([contents, contents.roll(-1, 0), identity]),
+        "style": torch.cat([styles, styles, identity]),
+    }
+    return features, {"content": contents, "style": styles, "identity": identity}
+
+
+def shifted(features: Features) -> Features:
+    """Of the contents of all pictures: the photographs', then those of the next ones."""
+    return {name: torch.cat([maps, maps.roll(-1, 0)]) for name, maps in features.items()}
+
+
+def doubled(features: Features) -> Features:
+    """Of the paintings of all pictures."""
+    return {name: torch.cat([maps, maps]) for name, maps in features.items()}
+
+
+def _joined(first: Features, second: Features) -> Features:
+    return {name: torch.cat([first[name], second[name]]) for name in first}
+
+
+def _brought(images: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Images at ``size``, by averaging: it divides theirs."""
+    return F.adaptive_avg_pool2d(images, size) if tuple(images.shape[2:]) != size and len(images) else images

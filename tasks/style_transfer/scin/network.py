@@ -1,0 +1,231 @@
+"""The network as a chain: frozen VGG, transfer, four decoder stages; and how auxiliary networks end in an image."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.bank import FeatureBank
+from engine.chain import Chain, Unit
+from engine.message import Message
+from tasks.style_transfer.scin.attention import CrossAttention
+from tasks.style_transfer.scin.config import ModelConfig
+from tasks.style_transfer.scin.encoder import NAMES, PerceptionEncoder, vgg_style
+from tasks.style_transfer.scin.instance import instance_statistics
+from tasks.style_transfer.scin.scin import SCIN, AdaIN, Unchanged
+from tasks.style_transfer.vgg import VGG
+
+STRIDE = 8
+"""How many times smaller than the picture VGG's relu4_1 is."""
+MULTIPLE = 16
+"""The sides of pictures must be multiples of this."""
+SIDES = (16, 32, 64, 128)
+"""Pixels that the painting is brought to for each stage's SCIN."""
+LEVELS = ("relu4_1", "relu3_1", "relu2_1", "relu1_1")
+"""VGG's layers at the resolution, and with the channels, of each stage's input."""
+CHANNELS = (512, 256, 128, 64)
+EXAMPLE_SIDE = 64
+
+
+class Stage(nn.Module):
+    """A decoder stage: normalise in the painting's style, convolve, double the resolution (but in the last).
+
+    The convolutions are those of AdaIN's decoder, VGG mirrored; four stages with SCIN at 16, 32, 64 and 128 px are the
+    paper's. (That the last stage is at the output's 256 px and none at 16 px or 1/16 is ours: relu4_1 is at 1/8.)
+
+    Args:
+        number: 0 to 3.
+        config: which normalisation, and SCIN's size.
+        width: factor on the channels, as in auxiliary networks.
+
+    Raises:
+        ValueError: channels other than VGG's, which AdaIN's statistics have.
+    """
+
+    def __init__(self, number: int, config: ModelConfig, width: float = 1.0) -> None:
+        super().__init__()
+        self.number, self.config = number, config
+        if width != 1 and config.normalisation == "adain":
+            raise ValueError("VGG's statistics have the backbone's channels")
+        before, after = (max(1, round(width * each)) for each in (CHANNELS[number], (*CHANNELS[1:], 64)[number]))
+        self.normalise: nn.Module = Unchanged()
+        if config.normalisation == "scin":
+            self.normalise = SCIN(before, SIDES[number], config.scin_width, config.scin_depth)
+        elif config.normalisation == "adain":
+            self.normalise = AdaIN(number)
+        between = [before] if number in (1, 2) else []
+        channels = [before, *between, after]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(wide, narrow, 3, 1, 1, padding_mode="reflect") for wide, narrow in itertools.pairwise(channels)
+        )
+        for convolution in self.convolutions:
+            nn.init.kaiming_normal_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+
+    def thinned(self, width: float) -> Stage:
+        """A new stage of the same kind with ``width`` times the channels."""
+        return Stage(self.number, self.config, width)
+
+    def forward(self, x: Tensor, features: Mapping[str, Any]) -> Tensor:
+        x = self.normalise(x, features)
+        for convolution in self.convolutions:
+            x = convolution(F.relu(x))
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.number < 3 else x
+
+
+class ToImage(nn.Module):
+    """The last convolution: an image, 0 to 1 or a little beyond, from maps before their ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, 3, 3, 1, 1, padding_mode="reflect")
+        nn.init.xavier_normal_(self.convolution.weight, 0.1)
+        nn.init.constant_(self.convolution.bias, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image: Tensor = self.convolution(F.relu(x)).float()
+        return image
+
+
+class AdaINTransfer(nn.Module):
+    """AdaIN on VGG's relu4_1 in attention's place; nothing is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adain = AdaIN(0)
+
+    def forward(self, x: Tensor, features: Mapping[str, Any]) -> Tensor:
+        result: Tensor = self.adain(x, features)
+        return result
+
+
+class Network(nn.Module):
+    """From a photograph and a painting to the photograph in the painting's style.
+
+    After arXiv 2404.13584, whose authors have released no code: frozen VGG for the content, the Perception Encoder for
+    the style, cross-attention, a decoder of four SCIN stages. The parts' docstrings say what of them is ours.
+
+    Args:
+        load: whether to load VGG's weights; else others are about to be loaded.
+
+    Raises:
+        ValueError: VGG's weights cannot be had.
+    """
+
+    def __init__(self, config: ModelConfig, load: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.vgg = VGG(config.vgg, LEVELS, saved=True, load=load)
+        self.pe = PerceptionEncoder() if config.style_encoder == "pe" else None
+        self.transfer = CrossAttention(CHANNELS[0]) if config.transfer == "attention" else AdaINTransfer()
+        self.stages = nn.ModuleList(Stage(number, config) for number in range(4))
+        self.output = ToImage(64)
+
+
+class Encoder(nn.Module):
+    """The frozen VGG on the content, and on the painting for what is made of VGG's features there."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        config = network.config
+        self.vgg = network.vgg
+        self.wants_style = config.style_encoder == "vgg"
+        self.wants_statistics = "adain" in (config.normalisation, config.transfer)
+
+    @torch.no_grad()
+    def forward(self, message: Message) -> Message:
+        features = dict(message.features)
+        features["x"] = features["content"] = self.vgg(message.x)[LEVELS[0]]
+        if self.wants_style or self.wants_statistics:
+            style = self.vgg(features["style"])
+            if self.wants_style:
+                features.update(vgg_style(style))
+            if self.wants_statistics:
+                features["style_statistics"] = [instance_statistics(style[name]) for name in LEVELS]
+        return replace(message, features=features)
+
+
+def network_chain(network: Network) -> Chain:
+    """The chain: ``encode`` (frozen), ``transfer``, ``stage0`` to ``stage3``; ``pe`` is shared by all that follow.
+
+    Beside ``x`` travel ``style``, the painting, its features (``style_near``, ``style_far``, ``style_code``), and
+    ``content``, relu4_1 of the photograph, which auxiliary networks add where they end (GLCAN's global part).
+
+    Example:
+        >>> from tasks.style_transfer.scin.config import VGGConfig
+        >>> network = Network(ModelConfig(vgg=VGGConfig(weights="random")))
+        >>> [unit.name for unit in network_chain(network).units]
+        ['encode', 'transfer', 'stage0', 'stage1', 'stage2', 'stage3']
+    """
+    units = [Unit("encode", Encoder(network), _encode), Unit("transfer", network.transfer, _with_features)]
+    units += [Unit(f"stage{n}", stage, _with_features, f"stage{n}") for n, stage in enumerate(network.stages)]
+    side = EXAMPLE_SIDE
+    example = Message({"x": torch.zeros(2, 3, side, side), "style": torch.zeros(2, 3, side, side)})
+    shared = None if network.pe is None else Unit("pe", network.pe, _perceive)
+    return Chain(
+        network, units, Unit("output", network.output), example, shared=shared, shared_names=NAMES if shared else ()
+    )
+
+
+def _perceive(pe: nn.Module, message: Message) -> Message:
+    return replace(message, features={**message.features, **pe(message.features["style"])})
+
+
+def _encode(encoder: nn.Module, message: Message) -> Message:
+    result: Message = encoder(message)
+    return result
+
+
+def _with_features(module: nn.Module, message: Message) -> Message:
+    return message.with_x(module(message.x, message.features))
+
+
+class LightEnd(nn.Module):
+    """Ends an auxiliary network: content features added, then an image.
+
+    GLCAN's global part: ``content`` of the message, by a 1x1 convolution, at the features' resolution. Features of less
+    than half of ``least`` times the content's resolution (of auxiliary networks without a local part) are brought
+    to an image by a pixel shuffle.
+
+    Args:
+        channels: of the features.
+        content: channels of the content features; 0: none.
+        larger: how many times larger than the features the image is.
+    """
+
+    def __init__(self, channels: int, content: int, larger: int) -> None:
+        super().__init__()
+        self.content = nn.Conv2d(content, channels, 1, bias=False) if content else None
+        if self.content is not None:
+            nn.init.kaiming_normal_(self.content.weight)
+        self.larger = larger
+        self.image = nn.Conv2d(channels, 3 * larger**2, 3, 1, 1, padding_mode="reflect")
+        nn.init.xavier_normal_(self.image.weight, 0.1)
+        nn.init.constant_(self.image.bias, 0.5)
+
+    def forward(self, message: Message, bank: FeatureBank) -> Tensor:
+        x = message.x
+        if self.content is not None:
+            content = message.features["content"]
+            normal = F.instance_norm(content) if min(content.shape[2:]) > 1 else content
+            x = x + F.interpolate(self.content(normal), x.shape[2:], mode="nearest")
+        return F.pixel_shuffle(self.image(F.relu(x)), self.larger).float()
+
+
+def light_end(chain: Chain, features: Message) -> LightEnd:
+    """The end for features like those of ``features``, which were made of the chain's example.
+
+    Its image has at least a quarter of the picture's resolution: VGG has nothing to see in smaller ones.
+    """
+    side, at = chain.example.x.shape[-1], features.x.shape[-1]
+    larger = 1
+    while at * larger < side // 4:
+        larger *= 2
+    content = features.features.get("content")
+    return LightEnd(features.x.shape[1], 0 if content is None else content.shape[1], larger)

@@ -1,0 +1,81 @@
+"""Repaints pictures of any size with a trained network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.message import Message
+from tasks.style_transfer.images import resized
+from tasks.style_transfer.scin.instance import Statistics, give, look
+from tasks.style_transfer.scin.network import MULTIPLE, Network
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a whole picture gives to its tiles: every normalisation's statistics, and itself as a style."""
+
+    statistics: Mapping[str, Statistics]
+    style: Tensor
+
+
+class SCINPainter:
+    """A painter for ``tasks.style_transfer.stylize``.
+
+    Args:
+        network: whose normalisations are told what to do.
+        predict: the network's prediction for a message.
+        style_size: pixels that a painting's shorter side is best brought to: those of training.
+    """
+
+    multiple = MULTIPLE
+
+    def __init__(self, network: Network, predict: Callable[[Message], Tensor], style_size: int) -> None:
+        self.network, self.predict, self.style_size = network, predict, style_size
+
+    def look(self, content: Tensor, style: Tensor, alpha: float) -> Look:
+        """Paint a small version (1, 3, H, W) of a large picture, and note what its tiles must have in common."""
+        give(self.network, None, notes=True)
+        own = self._as_style(content)
+        self._predict(content, style, alpha, own)
+        statistics = {name: seen for name, seen in look(self.network).items() if not name.startswith(_OF_STYLE)}
+        give(self.network, None)
+        return Look(statistics, own)
+
+    def paint(self, content: Tensor, style: Tensor, alpha: float, statistics: Look | None = None) -> Tensor:
+        """The content (1, 3, H, W) in the style (1, 3, h, w), 0 to 1.
+
+        ``alpha`` below 1 mixes in the content's own style: at every stage scale and bias, and what attention finds, are
+        averaged with those of the content as painting. 0 gives the content back as well as the network knows how to.
+
+        Args:
+            statistics: of the picture that the content is a tile of.
+        """
+        if statistics is None:
+            return self._predict(content, style, alpha, self._as_style(content))
+        give(self.network, statistics.statistics)
+        try:
+            return self._predict(content, style, alpha, statistics.style)
+        finally:
+            give(self.network, None)
+
+    def _as_style(self, content: Tensor) -> Tensor:
+        shorter = resized(content[0], self.style_size)[None]
+        height, width = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in shorter.shape[2:])
+        return shorter[..., :height, :width]
+
+    def _predict(self, content: Tensor, style: Tensor, alpha: float, own: Tensor) -> Tensor:
+        features = {"x": content, "style": style}
+        if alpha < 1:
+            # Both paintings as one batch: the second is brought to the first one's size.
+            same = torch.nn.functional.interpolate(own, style.shape[2:], mode="bilinear", antialias=True)
+            features["style"] = torch.cat([style, same])
+            features["mix"] = torch.tensor([alpha, 1 - alpha], device=content.device)
+        return self.predict(Message(features)).clamp(0, 1)
+
+
+_OF_STYLE = ("pe.", "transfer.style_norm")
+"""Normalisations of the painting, which every tile sees whole."""

@@ -1,0 +1,48 @@
+"""Contact sheets: contents down the left, styles across the top, where they meet the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from tasks.style_transfer.images import Pixels, as_pixels, fitted
+
+SIDE = 128
+"""Pixels of a square's side, unless asked otherwise."""
+GAP = 4
+"""White pixels between two squares."""
+
+
+def contact_sheet(
+    contents: Sequence[Tensor | Pixels],
+    styles: Sequence[Tensor | Pixels],
+    pictures: Mapping[tuple[int, int], Tensor | Pixels],
+    side: int = SIDE,
+) -> Pixels:
+    """A table of pictures, each in the middle of a white square.
+
+    Args:
+        contents: (3, H, W) from 0 to 1, or (H, W, 3) uint8; as all others, of any size.
+        pictures: by (i, j), content i in style j; those missing stay white.
+        side: of a square, in pixels.
+
+    Returns:
+        (rows, columns, 3) uint8, of one square more than contents and than styles.
+    """
+    step = side + GAP
+    sheet = np.full(((len(contents) + 1) * step - GAP, (len(styles) + 1) * step - GAP, 3), 255, np.uint8)
+    squares = {
+        **{(i + 1, 0): content for i, content in enumerate(contents)},
+        **{(0, j + 1): style for j, style in enumerate(styles)},
+        **{(i + 1, j + 1): picture for (i, j), picture in pictures.items()},
+    }
+    for (row, column), image in squares.items():
+        assert row <= len(contents), f"a picture of content {row - 1}, of {len(contents)}"
+        assert column <= len(styles), f"a picture in style {column - 1}, of {len(styles)}"
+        small = fitted(as_pixels(image) if isinstance(image, Tensor) else image, side)
+        height, width = small.shape[:2]
+        top, left = row * step + (side - height) // 2, column * step + (side - width) // 2
+        sheet[top : top + height, left : left + width] = small
+    return sheet
