@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-
-from engine.block import recomputes
 
 if TYPE_CHECKING:
     from tasks.style_transfer.scin.config import VGGConfig
@@ -76,31 +73,18 @@ class VGG(nn.Module):
         self.register_buffer("deviation", deviation, persistent=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Feature maps by layer of ``images`` (N, 3, H, W), 0 to 1; RGB.
-
-        In a block that recomputes activations the stages' are recomputed, too.
-        """
+        """Feature maps by layer of ``images`` (N, 3, H, W), 0 to 1; RGB."""
         x = (images - self.mean) / self.deviation if self.pixels == "imagenet" else (images - self.mean) * 255
         x = x.contiguous(memory_format=torch.channels_last)
-        recompute = recomputes() and torch.is_grad_enabled()
-        found: dict[str, Tensor] = {}
-        for stage in range(1, 6):
-            names = [name for name, _ in self.named_children() if name.startswith(f"relu{stage}")]
-            if names:
-                x, made = checkpoint(self._stage, x, names, use_reentrant=False) if recompute else self._stage(x, names)
-                found.update(made)
-        return found
-
-    def _stage(self, x: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        found = {}
-        if not names[0].startswith("relu1"):
-            # A side of one pixel, of the smallest pictures, cannot be halved.
-            x = F.max_pool2d(x, 2, ceil_mode=min(x.shape[-2:]) < 2)
-        for name in names:
-            x = self.get_submodule(name)(x)
+        found, stage = {}, "1"
+        for name, layer in self.named_children():
+            if name[4] != stage:
+                # A side of one pixel, of the smallest pictures, cannot be halved.
+                x, stage = F.max_pool2d(x, 2, ceil_mode=min(x.shape[-2:]) < 2), name[4]
+            x = layer(x)
             if name in self.layers:
                 found[name] = x
-        return x, found
+        return found
 
 
 def _weights(config: VGGConfig, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
+from engine.block import recomputes
 from engine.log import console
 from tasks.style_transfer.scin.config import LossConfig
 from tasks.style_transfer.scin.instance import instance_statistics
 from tasks.style_transfer.vgg import VGG
 
-Features = Mapping[str, Tensor]
+Styles = list[tuple[Tensor, Tensor]]
+"""By layer mean and deviation, each (N, C, 1, 1)."""
+Contents = list[Tensor]
+"""By layer the normalised maps (N, C, H, W)."""
 TINY = 1e-8
 SCALES = 3
 """Discriminators, each on half the resolution of the one before."""
 EMBEDDING = 128
+PARTS = 4
+"""Where activations are recomputed, VGG works on so many parts of the pictures one after another."""
 
 
 class Perception(nn.Module):
@@ -36,39 +44,73 @@ class Perception(nn.Module):
         self.style_layers, self.content_layers = tuple(config.style_layers), tuple(config.content_layers)
 
     @torch.no_grad()
-    def targets(self, images: Tensor) -> Features:
-        """Features of contents or paintings (N, 3, H, W)."""
-        found: Features = self.vgg(images)
-        return found
+    def styles(self, paintings: Tensor) -> Styles:
+        """Of paintings (N, 3, H, W)."""
+        features = self.vgg(paintings)
+        return [instance_statistics(features[name]) for name in self.style_layers]
 
-    def style(self, features: Features, style: Features) -> Tensor:
-        """(N): the sum over layers."""
-        return torch.stack([_style_distance(features[name], style[name]) for name in self.style_layers]).sum(0)
+    @torch.no_grad()
+    def contents(self, photographs: Tensor) -> Contents:
+        """Of photographs (N, 3, H, W)."""
+        features = self.vgg(photographs)
+        return [_normal(features[name]) for name in self.content_layers]
 
-    def content(self, features: Features, content: Features) -> Tensor:
-        """(N): the sum over layers."""
-        distances = [_normal(features[name]) - _normal(content[name]) for name in self.content_layers]
-        return torch.stack([distance.square().mean((1, 2, 3)) for distance in distances]).sum(0)
+    def compare(self, pictures: Tensor, styles: Styles, contents: Contents) -> tuple[Tensor, Tensor, Tensor]:
+        """Style loss (N) and content loss (N) of pictures (N, 3, H, W), summed over layers, and their relu4_1 (if VGG
+        gives it: else empty).
 
-    def identity(self, features: Features, image: Features) -> Tensor:
-        """(N): the plain features' distance, summed over layers."""
-        found = []
-        for name in {*self.style_layers, *self.content_layers}:
-            wanted = image[name].float()
-            distance = (features[name].float() - wanted).square().mean((1, 2, 3))
-            found.append(distance / (wanted.square().mean((1, 2, 3)) + TINY))
-        return torch.stack(found).sum(0)
+        In a block that recomputes activations it works part by part, so that VGG's are alive for one part at a time.
+        """
+        style, content, deep = _in_parts(self._compare, pictures, styles, contents)
+        return style, content, deep
+
+    def _compare(self, pictures: Tensor, styles: Styles, contents: Contents) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.vgg(pictures)
+        style = [_style_distance(features[name], own) for name, own in zip(self.style_layers, styles, strict=True)]
+        content = [
+            (_normal(features[name]) - own).square().mean((1, 2, 3))
+            for name, own in zip(self.content_layers, contents, strict=True)
+        ]
+        deep = features.get("relu4_1", pictures.new_zeros(len(pictures), 0))
+        return torch.stack(style).sum(0), torch.stack(content).sum(0), deep
+
+    def identity(self, pictures: Tensor, images: Tensor) -> Tensor:
+        """(N): the distance of plain features, summed over layers."""
+        (distance,) = _in_parts(self._identity, pictures, images)
+        return distance
+
+    def _identity(self, pictures: Tensor, images: Tensor) -> tuple[Tensor]:
+        with torch.no_grad():
+            wanted = self.vgg(images)
+        features, found = self.vgg(pictures), []
+        for name in sorted({*self.style_layers, *self.content_layers}):
+            truth = wanted[name].float()
+            distance = (features[name].float() - truth).square().mean((1, 2, 3))
+            found.append(distance / (truth.square().mean((1, 2, 3)) + TINY))
+        return (torch.stack(found).sum(0),)
 
     @torch.no_grad()
     def measure(self, pictures: Tensor, contents: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
         """Style and content loss of each picture (N, 3, H, W)."""
-        features = self.vgg(pictures)
-        return self.style(features, self.vgg(styles)), self.content(features, self.vgg(contents))
+        style, content, _ = self.compare(pictures, self.styles(styles), self.contents(contents))
+        return style, content
 
 
-def _style_distance(x: Tensor, style: Tensor) -> Tensor:
+def _in_parts(function: Callable[..., tuple[Tensor, ...]], pictures: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """``function`` of pictures and what belongs to each; part by part where activations are recomputed."""
+    if not (recomputes() and torch.is_grad_enabled()):
+        return function(pictures, *others)
+    size, found = -(-len(pictures) // PARTS), []
+    for start in range(0, len(pictures), size):
+        own = slice(start, start + size)
+        part = pytree.tree_map_only(Tensor, lambda tensor, own=own: tensor[own], (pictures, *others))
+        found.append(checkpoint(function, *part, use_reentrant=False))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def _style_distance(x: Tensor, style: tuple[Tensor, Tensor]) -> Tensor:
     mean, deviation = instance_statistics(x)
-    wanted_mean, wanted_deviation = instance_statistics(style)
+    wanted_mean, wanted_deviation = style
     distance = (mean - wanted_mean).square() + (deviation - wanted_deviation).square()
     size = wanted_mean.square() + wanted_deviation.square()
     return distance.mean((1, 2, 3)) / (size.mean((1, 2, 3)) + TINY)
@@ -156,7 +198,7 @@ class CLIPFeatures(nn.Module):
         self.deviation: Tensor
         self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
 
-    def forward(self, pictures: Tensor, features: Features) -> Tensor:
+    def forward(self, pictures: Tensor, deep: Tensor) -> Tensor:
         """(N, width)."""
         small = F.interpolate(pictures, (self.side, self.side), mode="bicubic", antialias=True)
         embedding: Tensor = self.model(pixel_values=(small - self.mean) / self.deviation).image_embeds
@@ -178,9 +220,9 @@ class VGGFeatures(nn.Module):
 
     width = 6 * 512
 
-    def forward(self, pictures: Tensor, features: Features) -> Tensor:
-        """(N, width)."""
-        x = features["relu4_1"].float()
+    def forward(self, pictures: Tensor, deep: Tensor) -> Tensor:
+        """(N, width), of relu4_1, ``deep``."""
+        x = deep.float()
         parts = [*instance_statistics(x), F.adaptive_avg_pool2d(x, 2)]
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
@@ -203,9 +245,10 @@ class Contrast(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, EMBEDDING)
         )
 
-    def forward(self, pictures: Tensor, features: Features, contents: Tensor, styles: Tensor) -> Tensor:
-        """Of pictures (N, 3, H, W) and the numbers (N) of the content and the painting that each was made of."""
-        embeddings = self.projection(self.encoder(pictures, features))
+    def forward(self, pictures: Tensor, deep: Tensor, contents: Tensor, styles: Tensor) -> Tensor:
+        """Of pictures (N, 3, H, W), VGG's relu4_1 of them, and the numbers (N) of the content and the painting that
+        each was made of."""
+        embeddings = self.projection(self.encoder(pictures, deep))
         return info_nce(embeddings, contents, styles, self.temperature)
 
 
@@ -245,14 +288,14 @@ class LocalLoss(nn.Module):
     def forward(self, image: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
         size = tuple(image.shape[2:])
         content, style, identity = (_brought(targets[name], size) for name in ("content", "style", "identity"))
-        content_features, style_features = self.perception.targets(content), self.perception.targets(style)
-        wanted_content, wanted_style = shifted(content_features), doubled(style_features)
-        features = self.perception.vgg(image)
+        contents, styles = self.perception.contents(content), self.perception.styles(style)
+        contents, styles = shifted(contents), doubled(styles)
         if len(identity):
-            own = self.perception.targets(identity)
-            wanted_content, wanted_style = _joined(wanted_content, own), _joined(wanted_style, own)
-        losses = self.config.style * self.perception.style(features, wanted_style)
-        return (losses + self.config.content * self.perception.content(features, wanted_content)).mean()
+            contents = [torch.cat(pair) for pair in zip(contents, self.perception.contents(identity), strict=True)]
+            own = self.perception.styles(identity)
+            styles = [_joined(*pair) for pair in zip(styles, own, strict=True)]
+        style_loss, content_loss, _ = self.perception.compare(image, styles, contents)
+        return (self.config.style * style_loss + self.config.content * content_loss).mean()
 
 
 class NetworkLoss(nn.Module):
@@ -282,25 +325,21 @@ class NetworkLoss(nn.Module):
         config, perception = self.config, self.perception
         content, style, identity = (targets[name] for name in ("content", "style", "identity"))
         pairs = len(content)
-        features = perception.vgg(pictures)
-        stylised = {name: maps[: 2 * pairs] for name, maps in features.items()}
-        content_features, style_features = perception.targets(content), perception.targets(style)
-        found = {
-            "style": config.style * perception.style(stylised, doubled(style_features)).mean(),
-            "content": config.content * perception.content(stylised, shifted(content_features)).mean(),
-        }
+        stylised, of_identity = pictures[: 2 * pairs], pictures[2 * pairs :]
+        styles, contents = doubled(perception.styles(style)), shifted(perception.contents(content))
+        style_loss, content_loss, deep = perception.compare(stylised, styles, contents)
+        found = {"style": config.style * style_loss.mean(), "content": config.content * content_loss.mean()}
         if len(identity):
-            own = {name: maps[2 * pairs :] for name, maps in features.items()}
-            found["identity"] = config.identity * F.mse_loss(pictures[2 * pairs :], identity)
-            distance = perception.identity(own, perception.targets(identity))
+            found["identity"] = config.identity * F.mse_loss(of_identity, identity)
+            distance = perception.identity(of_identity, identity)
             found["identity_features"] = config.identity_features * distance.mean()
         if self.adversary is not None:
-            found["adversarial"] = config.adversarial * self.adversary.for_network(pictures[: 2 * pairs])
-            found["discriminators"] = self.adversary.for_itself(pictures[: 2 * pairs], style)
+            found["adversarial"] = config.adversarial * self.adversary.for_network(stylised)
+            found["discriminators"] = self.adversary.for_itself(stylised, style)
         if self.contrast is not None:
             numbers = torch.arange(pairs, device=pictures.device)
-            contents, styles = torch.cat([numbers, numbers.roll(-1)]), numbers.repeat(2)
-            contrast = self.contrast(pictures[: 2 * pairs], stylised, contents, styles)
+            of_content, of_style = torch.cat([numbers, numbers.roll(-1)]), numbers.repeat(2)
+            contrast = self.contrast(stylised, deep, of_content, of_style)
             found["contrastive"] = config.contrastive * contrast
         return found
 
@@ -323,18 +362,19 @@ def pictures_of(contents: Tensor, styles: Tensor, identities: int) -> tuple[dict
     return features, {"content": contents, "style": styles, "identity": identity}
 
 
-def shifted(features: Features) -> Features:
-    """Of the contents of all pictures: the photographs', then those of the next ones."""
-    return {name: torch.cat([maps, maps.roll(-1, 0)]) for name, maps in features.items()}
+def shifted(contents: Contents) -> Contents:
+    """Of all pictures: the photographs', then those of the next ones."""
+    return [torch.cat([maps, maps.roll(-1, 0)]) for maps in contents]
 
 
-def doubled(features: Features) -> Features:
-    """Of the paintings of all pictures."""
-    return {name: torch.cat([maps, maps]) for name, maps in features.items()}
+def doubled(styles: Styles) -> Styles:
+    """Of all pictures: each painting's twice."""
+    return [_joined(each, each) for each in styles]
 
 
-def _joined(first: Features, second: Features) -> Features:
-    return {name: torch.cat([first[name], second[name]]) for name in first}
+def _joined(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    mean, deviation = (torch.cat(pair) for pair in zip(first, second, strict=True))
+    return mean, deviation
 
 
 def _brought(images: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -28,13 +28,13 @@ MULTIPLE = 16
 SIDES = (16, 32, 64, 128)
 """Pixels that the painting is brought to for each stage's SCIN."""
 LEVELS = ("relu4_1", "relu3_1", "relu2_1", "relu1_1")
-"""VGG's layers at the resolution, and with the channels, of each stage's input."""
+"""VGG's layers with the channels of each stage's input, at the resolution of its convolutions."""
 CHANNELS = (512, 256, 128, 64)
 EXAMPLE_SIDE = 64
 
 
 class Stage(nn.Module):
-    """A decoder stage: normalise in the painting's style, convolve, double the resolution (but in the last).
+    """A decoder stage: normalise in the painting's style, double the resolution (but in the first), convolve.
 
     The convolutions are those of AdaIN's decoder, VGG mirrored; four stages with SCIN at 16, 32, 64 and 128 px are the
     paper's. (That the last stage is at the output's 256 px and none at 16 px or 1/16 is ours: relu4_1 is at 1/8.)
@@ -73,14 +73,19 @@ class Stage(nn.Module):
         return Stage(self.number, self.config, width)
 
     def forward(self, x: Tensor, features: Mapping[str, Any]) -> Tensor:
-        x = self.normalise(x, features)
-        for convolution in self.convolutions:
+        # Enlarging by repetition changes neither statistics nor ReLU: what can be done on small maps is.
+        x = F.relu(self.normalise(x, features))
+        if self.number:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        first, *others = self.convolutions
+        x = first(x)
+        for convolution in others:
             x = convolution(F.relu(x))
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.number < 3 else x
+        return F.relu_(x) if self.number == 3 else x
 
 
 class ToImage(nn.Module):
-    """The last convolution: an image, 0 to 1 or a little beyond, from maps before their ReLU."""
+    """The last convolution: an image, 0 to 1 or a little beyond."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -89,7 +94,7 @@ class ToImage(nn.Module):
         nn.init.constant_(self.convolution.bias, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        image: Tensor = self.convolution(F.relu(x)).float()
+        image: Tensor = self.convolution(x).float()
         return image
 
 
@@ -189,9 +194,8 @@ def _with_features(module: nn.Module, message: Message) -> Message:
 class LightEnd(nn.Module):
     """Ends an auxiliary network: content features added, then an image.
 
-    GLCAN's global part: ``content`` of the message, by a 1x1 convolution, at the features' resolution. Features of less
-    than half of ``least`` times the content's resolution (of auxiliary networks without a local part) are brought
-    to an image by a pixel shuffle.
+    GLCAN's global part: ``content`` of the message, by a 1x1 convolution, at the features' resolution. Features far
+    below the picture's resolution (of auxiliary networks without a local part) are brought nearer by a pixel shuffle.
 
     Args:
         channels: of the features.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.block import _recomputes
 from tasks.style_transfer.scin.losses import (
     Adversary,
     CLIPFeatures,
@@ -142,11 +143,29 @@ def test_losses_do_not_depend_on_vggs_scale() -> None:
         torch.testing.assert_close(have, want, rtol=0.03, atol=0)
 
 
+def test_parts_that_are_recomputed_give_the_same_losses_and_gradients() -> None:
+    """Ten pictures in parts of three, three, three and one."""
+    seen, contents, styles = perception(), images(10, 1), images(10, 2)
+    found = []
+    for recompute in (False, True):
+        token = _recomputes.set(recompute)
+        pictures = images(10).requires_grad_()
+        style, content, deep = seen.compare(pictures, seen.styles(styles), seen.contents(contents))
+        total = style.sum() + content.sum() + deep.square().mean() + seen.identity(pictures, contents).sum()
+        total.backward()
+        _recomputes.reset(token)
+        found.append((style.detach(), content.detach(), deep.detach(), pictures.grad))
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept, rtol=1e-3, atol=1e-5)
+
+
 def test_a_picture_of_nothing_has_a_style_loss_of_about_one_a_layer() -> None:
     seen = perception()
-    painting = images(1)
-    features = {name: torch.zeros_like(maps) for name, maps in seen.targets(painting).items()}
-    assert seen.style(features, seen.targets(painting)).item() == pytest.approx(4, rel=0.01)
+    styles = seen.styles(images(1))
+    for layer in seen.vgg.children():
+        layer.weight.zero_()
+    style, _, _ = seen.compare(images(1), styles, seen.contents(images(1)))
+    assert style.item() == pytest.approx(4, rel=0.01)
 
 
 def test_the_adversarial_step_leaves_the_networks_gradients_alone() -> None:
@@ -212,12 +231,12 @@ def test_projection_learns_to_tell_pairs() -> None:
     base, tint = images(3), images(3, seed=7)[:, :, :1, :1]
     of_content, of_style = numbers(3)
     pictures = (base[of_content] * tint[of_style]).clamp(0, 1)
-    features = seen.targets(pictures)
+    deep = seen.vgg(pictures)["relu4_1"]
     optimizer = torch.optim.Adam(contrast.projection.parameters(), 1e-3)
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
-        value = contrast(pictures, features, of_content, of_style)
+        value = contrast(pictures, deep, of_content, of_style)
         value.backward()
         optimizer.step()
         losses.append(value.item())
@@ -251,7 +270,7 @@ def test_clip_is_frozen_not_saved_and_lets_gradients_through(tmp_path: Path) -> 
     assert not list(clip.parameters())
     assert not clip.state_dict()
     pictures = images(2, side=48).requires_grad_()
-    found = clip(pictures, {})
+    found = clip(pictures, pictures)
     assert found.shape == (2, 16)
     found.square().sum().backward()
     assert pictures.grad.abs().sum() > 0
@@ -262,7 +281,7 @@ def test_clip_is_frozen_not_saved_and_lets_gradients_through(tmp_path: Path) -> 
     )
     exact = images(1)
     wanted = model.eval()(pixel_values=(exact - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)).image_embeds
-    torch.testing.assert_close(clip(exact, {}), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(clip(exact, exact), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_clip_that_is_not_there_is_named(tmp_path: Path) -> None:
