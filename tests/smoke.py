@@ -36,6 +36,7 @@ OF_TASK = {
     "style_transfer/scin": {
         # Each block would scale its share of the Perception Encoder's gradient by a scale of its own.
         "glcan, fp16": ["--local.precision", "fp16", "--model.style_encoder", "vgg"],
+        "glcan, compiled": ["--local.compile", "true", "--local.cut", "[stage3]"],  # two blocks to compile, not four
         "AdaIN in SCIN's place": ["--model.normalisation", "adain", "--local.auxiliary.width", "1"],
         "AdaIN's network": [
             *("--model.transfer", "adain", "--model.normalisation", "none", "--model.style_encoder", "vgg"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 
@@ -37,9 +39,9 @@ def thin(module: nn.Module, width: float, name: str) -> nn.Module:
 
 def _thinned(layer: nn.Module, width: float) -> nn.Module:
     """A new layer of exactly the same type; a subclass may do more than its base, and is refused."""
-    if hasattr(layer, "thinned"):
-        thinner: nn.Module = layer.thinned(width)
-        return thinner
+    thinned: Callable[[float], nn.Module] | None = getattr(layer, "thinned", None)
+    if thinned is not None:
+        return thinned(width)
 
     def scaled(channels: int) -> int:
         return max(1, round(channels * width))

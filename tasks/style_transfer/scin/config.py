@@ -63,6 +63,9 @@ class LossConfig:
     """Layers of VGG whose statistics are style."""
     content_layers: list[str] = field(default_factory=lambda: ["relu4_1", "relu5_1"])
     """Layers of VGG whose features are content."""
+    parts: int = 1
+    """Parts of the pictures that VGG works on one after another, each computed again in backward; more parts: less
+    memory, one more forward pass of VGG. `local.checkpoint` makes at least 4."""
     clip: str = ""
     """Folder or hub name of a CLIP model in the layout of transformers, for ICL; empty: the frozen VGG's features."""
 
@@ -122,6 +125,7 @@ class SCINConfig(Config):
             ("model.scin_width", model.scin_width, 8),
             ("model.scin_depth", model.scin_depth, 1),
             ("loss.identity_pairs", loss.identity_pairs, 0),
+            ("loss.parts", loss.parts, 1),
             ("data.hold_out", data.hold_out, 2),
             ("data.crop", data.crop, 64),
             ("data.resize", data.resize, data.crop),

@@ -27,7 +27,7 @@ SCALES = 3
 """Discriminators, each on half the resolution of the one before."""
 EMBEDDING = 128
 PARTS = 4
-"""Where activations are recomputed, VGG works on so many parts of the pictures one after another."""
+"""Where a block recomputes its activations, VGG works on at least so many parts of the pictures."""
 
 
 class Perception(nn.Module):
@@ -42,6 +42,7 @@ class Perception(nn.Module):
         super().__init__()
         self.vgg = vgg
         self.style_layers, self.content_layers = tuple(config.style_layers), tuple(config.content_layers)
+        self.parts = config.parts
 
     @torch.no_grad()
     def styles(self, paintings: Tensor) -> Styles:
@@ -59,9 +60,9 @@ class Perception(nn.Module):
         """Style loss (N) and content loss (N) of pictures (N, 3, H, W), summed over layers, and their relu4_1 (if VGG
         gives it: else empty).
 
-        In a block that recomputes activations it works part by part, so that VGG's are alive for one part at a time.
+        With ``loss.parts`` VGG's activations are alive for one part of the pictures at a time.
         """
-        style, content, deep = _in_parts(self._compare, pictures, styles, contents)
+        style, content, deep = self._in_parts(self._compare, pictures, styles, contents)
         return style, content, deep
 
     def _compare(self, pictures: Tensor, styles: Styles, contents: Contents) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +77,7 @@ class Perception(nn.Module):
 
     def identity(self, pictures: Tensor, images: Tensor) -> Tensor:
         """(N): the distance of plain features, summed over layers."""
-        (distance,) = _in_parts(self._identity, pictures, images)
+        (distance,) = self._in_parts(self._identity, pictures, images)
         return distance
 
     def _identity(self, pictures: Tensor, images: Tensor) -> tuple[Tensor]:
@@ -89,23 +90,25 @@ class Perception(nn.Module):
             found.append(distance / (truth.square().mean((1, 2, 3)) + TINY))
         return (torch.stack(found).sum(0),)
 
+    def _in_parts(
+        self, function: Callable[..., tuple[Tensor, ...]], pictures: Tensor, *others: Any
+    ) -> tuple[Tensor, ...]:
+        """``function`` of pictures and what belongs to each."""
+        parts = max(self.parts, PARTS if recomputes() else 1)
+        if parts == 1 or not torch.is_grad_enabled():
+            return function(pictures, *others)
+        size, found = -(-len(pictures) // parts), []
+        for start in range(0, len(pictures), size):
+            own = slice(start, start + size)
+            part = pytree.tree_map_only(Tensor, lambda tensor, own=own: tensor[own], (pictures, *others))
+            found.append(checkpoint(function, *part, use_reentrant=False))
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
     @torch.no_grad()
     def measure(self, pictures: Tensor, contents: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
         """Style and content loss of each picture (N, 3, H, W)."""
         style, content, _ = self.compare(pictures, self.styles(styles), self.contents(contents))
         return style, content
-
-
-def _in_parts(function: Callable[..., tuple[Tensor, ...]], pictures: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    """``function`` of pictures and what belongs to each; part by part where activations are recomputed."""
-    if not (recomputes() and torch.is_grad_enabled()):
-        return function(pictures, *others)
-    size, found = -(-len(pictures) // PARTS), []
-    for start in range(0, len(pictures), size):
-        own = slice(start, start + size)
-        part = pytree.tree_map_only(Tensor, lambda tensor, own=own: tensor[own], (pictures, *others))
-        found.append(checkpoint(function, *part, use_reentrant=False))
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def _style_distance(x: Tensor, style: tuple[Tensor, Tensor]) -> Tensor:
