@@ -94,7 +94,7 @@ class Block(nn.Module):
         clip_norm: clip the gradient norm of *this block* (units and auxiliary network together) to
             this value; 0 clips nothing. It is not the norm over the whole network.
         keeps_key_features: add key features to the message's bank, since a later block reads them.
-        criterion: a loss with networks of its own, in place of the task's ``loss`` (see ``Task.criteria``).
+        criterion: the block's loss (see ``Task.criteria``); else the task's.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Block(nn.Module):
         offload: bool = False,
         clip_norm: float = 0.0,
         keeps_key_features: bool = False,
-        criterion: nn.Module | None = None,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         assert (auxiliary is None) == span.last, "the last block, and only it, has the task's own head"
@@ -119,7 +119,7 @@ class Block(nn.Module):
         self.unit_modules = nn.ModuleList([unit.module for unit in self.units])
         self.auxiliary = auxiliary
         self.head_module = chain.head.module if span.last else None
-        self.criterion = criterion
+        self.criterion = criterion or task.loss
         self.encoders: tuple[SharedEncoder, ...] = ()
         """The encoder of shared conditioning, if there is one; in a tuple, since it is no part of this block."""
         self.precision, self.checkpointing, self.clip_norm = precision, checkpointing, clip_norm
@@ -171,7 +171,7 @@ class Block(nn.Module):
         if self.auxiliary is not None:
             own = self.auxiliary.state_dict(keep_vars=True)
             state.update({f"auxiliary.{self.index}.{name}": tensor for name, tensor in own.items()})
-        if self.criterion is not None:
+        if isinstance(self.criterion, nn.Module):
             own = self.criterion.state_dict(keep_vars=True)
             state.update({f"auxiliary.{self.index}.criterion.{name}": tensor for name, tensor in own.items()})
         return state
@@ -329,7 +329,7 @@ class Block(nn.Module):
         output, prediction = self._predict(message)
         token = _recomputes.set(self.checkpointing)
         try:
-            return output, (self.criterion or self.task.loss)(prediction, message.targets)
+            return output, self.criterion(prediction, message.targets)
         finally:
             _recomputes.reset(token)
 

@@ -63,7 +63,7 @@ def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = B
             auxiliary,
             task,
             keeps_key_features=any(other is not None and other.uses_bank for other in later),
-            criterion=criterion if isinstance(criterion, torch.nn.Module) else None,
+            criterion=criterion,
             **options,
         )
         blocks.append(block)

@@ -11,6 +11,7 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.block import Block
@@ -77,7 +78,7 @@ def block_table(blocks: Sequence[Block], bounds: Sequence[int] = ()) -> Table:
     sums = [0, 0, 0]
     for block in blocks:
         own = sum(p.numel() for p in block.parameters())
-        dropped = [part for part in (block.auxiliary, block.criterion) if part is not None]
+        dropped = [part for part in (block.auxiliary, block.criterion) if isinstance(part, nn.Module)]
         extra = sum(p.numel() for part in dropped for p in part.parameters())
         counts = len(block.units), own - extra, extra
         where = [str(sum(block.index >= bound for bound in bounds) - 1)] if stages else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.block import Block
+from engine.block import Block, BlockError
 from engine.chain import Chain
 from engine.cut import Span
 from engine.message import Message
+from engine.offload import offloading
 from engine.seed import derive
 from engine.task import Task
 
@@ -54,7 +56,11 @@ class SharedEncoder(Block):
         assert not self._made, "learn from this message first"
         replica = [] if self.group is None else [dist.get_rank(self.group)]
         torch.manual_seed(derive(self.seed, "step", self.index, message.sequence, *replica))
-        output: Message = self(message.detach())
+        try:
+            with offloading(self.device) if self.offload else nullcontext():
+                output: Message = self(message.detach())
+        except Exception as cause:
+            raise BlockError(self.index, message.sequence, cause) from cause
         self._made = {name: output.features[name] for name in self.chain.shared_names}
         return replace(output.detach(), sequence=message.sequence)
 
@@ -69,11 +75,14 @@ class SharedEncoder(Block):
         """One backward from the summed gradients; then the update, if it is time."""
         made, gradients, self._made, self._gradients = self._made, self._gradients, {}, {}
         pairs = [(made[name], gradient.to(made[name].dtype)) for name, gradient in gradients.items()]
-        torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
-        if update:
-            if self.group is not None:
-                self._average(self.group)
-            self.train_update()
+        try:
+            torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+            if update:
+                if self.group is not None:
+                    self._average(self.group)
+                self.train_update()
+        except Exception as cause:
+            raise BlockError(self.index, self.next_sequence, cause) from cause
         self.next_sequence += 1
 
     def _average(self, group: dist.ProcessGroup) -> None:

@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     if not 0 <= given.alpha <= 1:
         raise ValueError(f"--alpha: {given.alpha} is not from 0 to 1")
     at_least(("--tile", given.tile, LEAST_SIDE))
-    at_least(*((key, size, 1) for key, size in _wanted_sizes(given).items() if size is not None))
+    least = {"--style-size": LEAST_SIDE, "--content-size": 1}
+    at_least(*((key, size, least[key]) for key, size in _wanted_sizes(given).items() if size is not None))
     contents, styles = _files("--content", given.content), _files("--style", given.style)
     targets = _targets(given.out, contents, styles)
     sizes = {path: image_size(path) for path in (*contents, *styles)}

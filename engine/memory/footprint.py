@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.block import Block, Report
 from engine.config import Config
@@ -102,7 +102,8 @@ def _whole(moment: Moment) -> dict[str, int]:
 @contextmanager
 def followed(tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> Iterator[None]:
     """Meanwhile ``block``'s state is known to the tracker, and its peak is noted in ``peaks``."""
-    auxiliary, criterion, optimizer = block.auxiliary, block.criterion, block.optimizer
+    auxiliary, optimizer = block.auxiliary, block.optimizer
+    criterion = block.criterion if isinstance(block.criterion, nn.Module) else None
     assert optimizer is not None
     extra = {
         id(tensor): name
@@ -125,10 +126,10 @@ def followed(tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> 
     plain_step = block.local_step
 
     def note(run: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*arguments: Any) -> Any:
+        def noted(*arguments: Any, **options: Any) -> Any:
             tracker.block = block.index
             tracker.reset_peak()
-            result = run(*arguments)
+            result = run(*arguments, **options)
             highest = max(tracker.peak, peaks.get(block.index, tracker.peak), key=lambda moment: moment.bytes)
             peaks[block.index] = highest
             return result

@@ -174,7 +174,7 @@ class Profile:
         held: list[Tensor] = [*network.parameters(), *network.buffers()]
         if isinstance(criterion, torch.nn.Module):
             learning += [(name, p) for name, p in criterion.named_parameters() if p.requires_grad]
-            held += [*criterion.parameters(), *criterion.buffers()]
+            held += criterion.parameters()  # frozen networks are buffers, which blocks share and the network counts
         optimizer = build_optimizer(self._config.optimizer, learning)
         tracker, work = MemoryTracker(), WorkCounter(self._speed)
         tracker.add(message.tensors(), "activations")

@@ -30,7 +30,7 @@ class Whole(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         parts = [*block.unit_modules, block.auxiliary, block.head_module, block.criterion]
-        self.parts = nn.ModuleList([part for part in parts if part is not None])
+        self.parts = nn.ModuleList([part for part in parts if isinstance(part, nn.Module)])
         # Methods, not the module: registered as a part, the block would contain itself.
         self._forward, self._autocast = block.train_forward, block.autocast
 

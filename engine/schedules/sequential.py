@@ -51,13 +51,15 @@ class Sequential:
     def step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> tuple[Message, list[Report]]:
         reports = []
         for encoder in self.blocks[0].encoders:
-            message = encoder.encode(message)
+            with recording(self.recorder, encoder.index, "train", message.sequence):
+                message = encoder.encode(message)
         for block in self.blocks:
             with recording(self.recorder, block.index, "train", message.sequence):
                 message, report = block.local_step(message, update=update, weight=weight)
             reports.append(report)
         for encoder in self.blocks[0].encoders:
-            encoder.learn(update)
+            with recording(self.recorder, encoder.index, "train", message.sequence):
+                encoder.learn(update)
         return message, reports
 
     def settle(self) -> None:

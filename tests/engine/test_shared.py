@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.block import BlockError
 from engine.build import build_blocks
 from engine.chain import Chain, Unit
 from engine.checkpoint import export_model
@@ -18,6 +20,8 @@ from engine.config import Config
 from engine.cut import Span
 from engine.memory.estimate import estimate_step
 from engine.memory.footprint import count_bytes
+from engine.memory.profile import Profile
+from engine.memory.work import Speed
 from engine.message import Message
 from engine.optimizer import state_by_name
 from engine.placement import place
@@ -28,6 +32,7 @@ from engine.world import join
 from tests.ranks import run_ranks, values
 from tests.toy import Layer, Toy, assert_equal, blocks_of, config, state, train
 
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 PLAIN = {"optimizer__momentum": 0.0, "optimizer__nesterov": False}
 
 
@@ -54,10 +59,10 @@ class Scale(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.scale = nn.Parameter(torch.tensor([0.5]))
 
     def forward(self, prediction: Tensor, targets: Tensor) -> Tensor:
-        return ((prediction - targets).square() / self.scale.exp()).mean() + self.scale
+        return ((prediction - targets).square() / self.scale.exp()).mean() + self.scale.sum()
 
 
 class SharedToy(Toy):
@@ -153,14 +158,47 @@ def test_two_micro_batches_give_the_gradient_of_the_whole() -> None:
         torch.testing.assert_close(one, other, msg=name)
 
 
-def test_blocks_leave_no_gradient_behind_and_leaves_are_their_own() -> None:
+def test_every_block_has_a_leaf_of_its_own_and_leaves_no_gradient_behind() -> None:
     chain, blocks, schedule = blocks_of(SharedToy(), config(local__blocks=2))
-    message = SharedToy().example()
-    out, _ = schedule.step(message)
-    assert not out.features["code"].requires_grad or out.features["code"].grad is None
+    (encoder,) = blocks[0].encoders
+    assert blocks[1].encoders == (encoder,)
+    collect, seen = encoder.collect, []
+    encoder.collect = lambda leaves: (seen.append(leaves["code"]), collect(leaves))[1]
+    out, _ = schedule.step(SharedToy().example())
+    first, second = seen
+    assert first is not second
+    assert not torch.equal(first.grad, second.grad)
+    assert torch.equal(first, second)
+    assert out.features["code"].grad_fn is None
     assert all(parameter.grad is None for parameter in chain.model.parameters())
-    assert blocks[0].encoders == blocks[1].encoders
     assert "encoder" not in {name.split(".")[0] for name in blocks[0].named_state()}
+
+
+def test_a_failing_encoder_is_named() -> None:
+    _, blocks, schedule = blocks_of(SharedToy(), config(local__blocks=2))
+    message = SharedToy().example()
+    with pytest.raises(BlockError, match="block 2 failed at micro-batch 0: RuntimeError"):
+        schedule.step(replace(message, features={**message.features, "hint": torch.zeros(8, 5)}))
+    assert blocks[0].next_sequence == 0
+
+
+def test_activations_of_the_encoder_can_be_offloaded() -> None:
+    """With the same bits (a CPU has nowhere to offload them to, but takes the same way)."""
+    kept, offloaded = (blocks_of(SharedToy(), config(local__blocks=2, local__offload=each)) for each in (False, True))
+    for each in (kept, offloaded):
+        each[2].step(SharedToy().example())
+    assert_equal(state(with_encoder(kept[1])), state(with_encoder(offloaded[1])))
+
+
+def test_a_cut_is_planned_around_the_encoder() -> None:
+    """A profile is of the units; the encoder's bytes are there all the time, and a cut's estimate agrees with it."""
+    settings, task = config(local__blocks=2, optimizer__name="adamw"), SharedToy(learns=True, width=64)
+    profile = Profile(settings, task, Speed.infinite())
+    assert len(profile) == 4
+    blocks = build_blocks(task.build_chain(), settings, task)
+    exact = estimate_step(blocks, settings, shapes_of(task.example)).footprint.peak_bytes
+    found = profile.least + profile.state(0, 2) + max(profile.peak(0, 2, False), profile.peak(2, 4, False))
+    assert found == pytest.approx(exact, rel=0.1)
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -218,7 +256,8 @@ def _fit(settings: Config) -> dict[str, Tensor]:
     with world.failing_together():
         made = Trainer(settings, SharedToy(learns=True), world)
         made.fit()
-    found = {name: tensor.clone() for name, tensor in state(with_encoder(made.blocks)).items()}
+    kinds = [kind for block in with_encoder(made.blocks) for kind in block.state().values()]  # whole, whoever holds it
+    found = {name: tensor.clone() for tensors in kinds for name, tensor in tensors.items() if ":" not in name}
     world.leave()
     return found
 
@@ -229,11 +268,12 @@ def _two(room: str, replication: str) -> dict[str, Tensor]:
     return _fit(settings)
 
 
-def test_replicas_average_the_encoders_gradient(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", pytest.param("zero3", marks=[needs_deepspeed, pytest.mark.slow])])
+def test_replicas_average_the_encoders_gradient(tmp_path: Path, kind: str) -> None:
     one = config(local__blocks=2, train__steps=3)
     one.output.root = str(tmp_path / "one")
     alone = _fit(one)
-    found = values(run_ranks(2, _two, str(tmp_path / "two"), "ddp"))
+    found = values(run_ranks(2, _two, str(tmp_path / "two"), kind, timeout=400))
     for name, tensor in alone.items():
         assert torch.equal(found[0][name], found[1][name]), name
         torch.testing.assert_close(found[0][name], tensor, msg=name)

@@ -38,6 +38,11 @@ class ModelConfig:
     scin_depth: int = 2
     """Layers of each of SCIN's transformers."""
 
+    @property
+    def reads_style_features(self) -> bool:
+        """Whether anything reads what the style encoder makes: attention and SCIN do."""
+        return self.transfer == "attention" or self.normalisation == "scin"
+
 
 @dataclass
 class LossConfig:
@@ -58,7 +63,8 @@ class LossConfig:
     temperature: float = 0.2
     """Of the contrastive loss."""
     identity_pairs: int = 0
-    """Pairs of a micro-batch that the identity losses take: each is two more pictures. 0: all."""
+    """Pairs of a micro-batch (of each replica's part) that the identity losses take: each is two more pictures; 0: all.
+    """
     style_layers: list[str] = field(default_factory=lambda: ["relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"])
     """Layers of VGG whose statistics are style."""
     content_layers: list[str] = field(default_factory=lambda: ["relu4_1", "relu5_1"])
@@ -141,6 +147,14 @@ class SCINConfig(Config):
             raise ValueError(f"loss.temperature: {loss.temperature} must be above 0")
         if not loss.style_layers or not loss.content_layers:
             raise ValueError("loss.style_layers, loss.content_layers: name at least one layer each, as relu4_1")
+        if model.style_encoder == "pe" and not model.reads_style_features:
+            raise ValueError("model.style_encoder: neither attention nor SCIN is there to read pe; set it to vgg")
+        micro_batch = data.batch // self.train.accumulate
+        if micro_batch % self.placement.replicas:
+            raise ValueError(
+                f"placement.replicas: {self.placement.replicas} do not divide the {micro_batch} pairs of a "
+                "micro-batch; choose another data.batch"
+            )
         if model.scin_width % 4:
             raise ValueError(f"model.scin_width: {model.scin_width} is no multiple of 4, its number of heads")
         if data.crop % 16:

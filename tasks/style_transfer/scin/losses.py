@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -162,8 +163,9 @@ class Adversary(nn.Module):
         """How far the pictures are from being taken for paintings; the discriminators get no gradient."""
         losses = []
         for number, discriminator in enumerate(self.discriminators):
-            held = {name: tensor.detach() for name, tensor in discriminator.state_dict().items()}
-            scores = functional_call(discriminator, held, (_halved(pictures, number),))
+            discriminator.requires_grad_(False)
+            scores = discriminator(_halved(pictures, number))
+            discriminator.requires_grad_(True)
             losses.append((scores - 1).square().mean())
         return torch.stack(losses).mean()
 
@@ -186,9 +188,9 @@ class CLIPFeatures(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        from transformers import CLIPVisionModelWithProjection
-
         try:
+            from transformers import CLIPVisionModelWithProjection
+
             model = CLIPVisionModelWithProjection.from_pretrained(name)
         except Exception as error:
             cause = " ".join(str(error).split())[:200]
@@ -317,11 +319,13 @@ class NetworkLoss(nn.Module):
         if config.contrastive:
             encoder = CLIPFeatures(config.clip) if config.clip else VGGFeatures()
             self.contrast = Contrast(encoder, encoder.width, config.temperature)
-            of = f"CLIP, {config.clip}" if config.clip else "the frozen VGG (loss.clip names no CLIP)"
-            console.print(f"contrastive loss on features of {of}")
+            _say(f"CLIP, {config.clip}" if config.clip else "the frozen VGG (loss.clip names no CLIP)")
 
     def forward(self, pictures: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack(list(self.parts(pictures, targets).values())).sum()
+        parts = self.parts(pictures, targets)
+        if "discriminators" in parts:  # they learn, but their loss is none of the pictures': it counts as 0
+            parts["discriminators"] = parts["discriminators"] - parts["discriminators"].detach()
+        return torch.stack(list(parts.values())).sum()
 
     def parts(self, pictures: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each loss by name, weighted."""
@@ -345,6 +349,13 @@ class NetworkLoss(nn.Module):
             contrast = self.contrast(stylised, deep, of_content, of_style)
             found["contrastive"] = config.contrastive * contrast
         return found
+
+
+@functools.cache
+def _say(features: str) -> None:
+    """Once, however many networks are built to estimate and to plan."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(f"contrastive loss on features of {features}")
 
 
 def pictures_of(contents: Tensor, styles: Tensor, identities: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

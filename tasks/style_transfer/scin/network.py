@@ -125,7 +125,7 @@ class Network(nn.Module):
 
     def __init__(self, config: ModelConfig, load: bool = True) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.loaded = config, load
         self.vgg = VGG(config.vgg, LEVELS, saved=True, load=load)
         self.pe = PerceptionEncoder() if config.style_encoder == "pe" else None
         self.transfer = CrossAttention(CHANNELS[0]) if config.transfer == "attention" else AdaINTransfer()
@@ -140,7 +140,7 @@ class Encoder(nn.Module):
         super().__init__()
         config = network.config
         self.vgg = network.vgg
-        self.wants_style = config.style_encoder == "vgg"
+        self.wants_style = config.style_encoder == "vgg" and config.reads_style_features
         self.wants_statistics = "adain" in (config.normalisation, config.transfer)
 
     @torch.no_grad()
@@ -168,7 +168,9 @@ def network_chain(network: Network) -> Chain:
         >>> [unit.name for unit in network_chain(network).units]
         ['encode', 'transfer', 'stage0', 'stage1', 'stage2', 'stage3']
     """
-    units = [Unit("encode", Encoder(network), _encode), Unit("transfer", network.transfer, _with_features)]
+    # What an encoder shares stays with the message, since every block gives its gradient.
+    transfer = _transfer if network.pe is None else _with_features
+    units = [Unit("encode", Encoder(network), _encode), Unit("transfer", network.transfer, transfer)]
     units += [Unit(f"stage{n}", stage, _with_features, f"stage{n}") for n, stage in enumerate(network.stages)]
     side = EXAMPLE_SIDE
     example = Message({"x": torch.zeros(2, 3, side, side), "style": torch.zeros(2, 3, side, side)})
@@ -189,6 +191,12 @@ def _encode(encoder: nn.Module, message: Message) -> Message:
 
 def _with_features(module: nn.Module, message: Message) -> Message:
     return message.with_x(module(message.x, message.features))
+
+
+def _transfer(module: nn.Module, message: Message) -> Message:
+    """The last to read the painting's maps; they go no further."""
+    features = {name: value for name, value in message.features.items() if name not in ("style_near", "style_far")}
+    return replace(message, features={**features, "x": module(message.x, message.features)})
 
 
 class LightEnd(nn.Module):

@@ -16,7 +16,7 @@ from tasks.style_transfer.scin.network import MULTIPLE, Network
 
 @dataclass(frozen=True)
 class Look:
-    """What a whole picture gives to its tiles: every normalisation's statistics, and itself as a style."""
+    """What a whole picture gives to its tiles: every normalisation's statistics, and itself as a style if wanted."""
 
     statistics: Mapping[str, Statistics]
     style: Tensor
@@ -38,11 +38,13 @@ class SCINPainter:
 
     def look(self, content: Tensor, style: Tensor, alpha: float) -> Look:
         """Paint a small version (1, 3, H, W) of a large picture, and note what its tiles must have in common."""
+        own = self._as_style(content) if alpha < 1 else style
         give(self.network, None, notes=True)
-        own = self._as_style(content)
-        self._predict(content, style, alpha, own)
-        statistics = {name: seen for name, seen in look(self.network).items() if not name.startswith(_OF_STYLE)}
-        give(self.network, None)
+        try:
+            self._predict(content, style, alpha, own)
+            statistics = {name: seen for name, seen in look(self.network).items() if not name.startswith(_OF_STYLE)}
+        finally:
+            give(self.network, None)
         return Look(statistics, own)
 
     def paint(self, content: Tensor, style: Tensor, alpha: float, statistics: Look | None = None) -> Tensor:
@@ -55,7 +57,7 @@ class SCINPainter:
             statistics: of the picture that the content is a tile of.
         """
         if statistics is None:
-            return self._predict(content, style, alpha, self._as_style(content))
+            return self._predict(content, style, alpha, self._as_style(content) if alpha < 1 else style)
         give(self.network, statistics.statistics)
         try:
             return self._predict(content, style, alpha, statistics.style)

@@ -47,8 +47,11 @@ class SCIN(nn.Module):
         self.embed = nn.Conv2d(3, width, patch, patch)
         self.code = nn.Linear(CODE, width)
         self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + PATCHES**2, width))
-        layer = nn.TransformerEncoderLayer(width, HEADS, 2 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        layers = [
+            nn.TransformerEncoderLayer(width, HEADS, 2 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
+            for _ in range(depth)  # nn.TransformerEncoder would make copies of one: alike at the start
+        ]
+        self.layers = nn.Sequential(*layers, nn.LayerNorm(width))
         self.affine = nn.Linear(width, 2 * channels)
         nn.init.zeros_(self.affine.weight)
         nn.init.zeros_(self.affine.bias)

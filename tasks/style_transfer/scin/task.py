@@ -45,7 +45,6 @@ class SCINTransfer:
     def __init__(self, config: SCINConfig) -> None:
         self.config = config
         self._data: tuple[Pairs, TestPairs] | None = None
-        self._load = True
 
     @property
     def data(self) -> tuple[Pairs, TestPairs]:
@@ -69,13 +68,13 @@ class SCINTransfer:
         return loss.identity_pairs or self.config.data.batch
 
     def build_chain(self, initial: bool = True) -> Chain:
-        self._load = initial
         with seeded(self.config.train.seed, "model"):
             return network_chain(Network(self.config.model, load=initial))
 
     def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
         """All losses at the network's end, style and content at the others; one frozen VGG serves them all."""
-        perception, loss = self._perception(self._load), self.config.loss
+        assert isinstance(chain.model, Network)
+        perception, loss = self._perception(chain.model.loaded), self.config.loss
         with seeded(self.config.train.seed, "loss"):
             return [NetworkLoss(perception, loss) if span.last else LocalLoss(perception, loss) for span in spans]
 

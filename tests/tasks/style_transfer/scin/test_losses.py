@@ -19,6 +19,7 @@ from tasks.style_transfer.scin.losses import (
     NetworkLoss,
     Perception,
     VGGFeatures,
+    _say,
     info_nce,
     pictures_of,
 )
@@ -293,7 +294,17 @@ def test_a_clip_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_the_reported_loss_is_that_of_the_pictures() -> None:
+    """The discriminators learn by it, but their own loss counts as 0."""
+    criterion = NetworkLoss(perception(), loss())
+    features, targets = pictures_of(images(2), images(2, seed=1), 1)
+    parts = criterion.parts(0.5 * features["x"], targets)
+    wanted = sum(value for name, value in parts.items() if name != "discriminators")
+    torch.testing.assert_close(criterion(0.5 * features["x"], targets), wanted)
+
+
 def test_the_log_says_whose_features_the_contrast_sees(capsys: Any) -> None:
+    _say.cache_clear()
     NetworkLoss(perception(), loss())
     assert "the frozen VGG (loss.clip names no CLIP)" in capsys.readouterr().out
     NetworkLoss(perception(), loss(contrastive=0.0))

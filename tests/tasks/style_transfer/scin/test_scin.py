@@ -92,6 +92,13 @@ def test_paintings_of_any_size_and_every_stage(side: int) -> None:
     assert scin(maps(1, 4), features).shape == (1, 4, 6, 6)
 
 
+def test_no_two_layers_of_a_transformer_start_alike() -> None:
+    layers = SCIN(4, 16, 16, 2).layers
+    for (name, first), second in zip(layers[0].named_parameters(), layers[1].parameters(), strict=True):
+        if first.dim() == 2:
+            assert not torch.equal(first, second), name
+
+
 def test_adain_gives_the_paintings_statistics() -> None:
     style = maps(seed=4) * torch.linspace(0.5, 2, 8).view(1, 8, 1, 1)
     wanted = instance_statistics(style)
