@@ -82,7 +82,8 @@ def block_table(blocks: Sequence[Block], bounds: Sequence[int] = ()) -> Table:
         extra = sum(p.numel() for part in dropped for p in part.parameters())
         counts = len(block.units), own - extra, extra
         where = [str(sum(block.index >= bound for bound in bounds) - 1)] if stages else []
-        table.add_row(*where, str(block.index), block.title, *_counts(*counts))
+        number = "shared" if block.span.start == block.span.stop else str(block.index)
+        table.add_row(*where, number, block.title, *_counts(*counts))
         sums = [a + b for a, b in zip(sums, counts, strict=True)]
     table.add_row(*([""] if stages else []), "all", "", *_counts(*sums), style="bold")
     return table

@@ -52,11 +52,7 @@ def place(config: Config, task: Task, world: World, blocks: int, shared: str = "
             f"local.schedule: end_to_end is one block, which {world.size} ranks can only share; set "
             f"placement.replicas {world.size}, or another schedule"
         )
-    if shared and stages > 1:
-        raise ValueError(
-            f"placement: {shared!r} learns from the gradients of all blocks, which would have to travel back; ranks "
-            f"can be replicas: placement.replicas {world.size}"
-        )
+    _check_stages(shared, stages, world.size)
     if stages > blocks:
         raise ValueError(
             f"placement: {world.size} ranks make {stages} stages, there are {blocks} blocks; start fewer ranks, "
@@ -69,6 +65,14 @@ def place(config: Config, task: Task, world: World, blocks: int, shared: str = "
         return Placement([0, blocks])
     seconds = time_blocks(config, task, world)
     return Placement(balance(seconds, stages, Sizes(config, task) if budget else None, budget), seconds)
+
+
+def _check_stages(shared: str, stages: int, ranks: int) -> None:
+    if shared and stages > 1:
+        raise ValueError(
+            f"placement: {shared!r} learns from the gradients of all blocks, which would have to travel back; ranks "
+            f"can be replicas: placement.replicas {ranks}"
+        )
 
 
 def _named(wish: Sequence[int], stages: int, blocks: int) -> list[int]:
@@ -124,9 +128,11 @@ def plan_ranks(config: Config, task: Task, ranks: int, device: torch.device, blo
     keep it.
 
     Raises:
-        ValueError: fewer units than ranks, or a budget that no cut keeps.
+        ValueError: fewer units than ranks, a shared encoder, or a budget that no cut keeps.
     """
-    times, chain = time_units(config, task, device), task.build_chain(initial=False)
+    chain = task.build_chain(initial=False)
+    _check_stages(chain.shared.name if chain.shared else "", ranks, ranks)
+    times = time_units(config, task, device)
     least = ranks * blocks_per_rank
     if least > len(chain):
         raise ValueError(f"--ranks: {least} blocks for {ranks} stages, the network has {len(chain)} units; take fewer")

@@ -66,6 +66,9 @@ def main(argv: Sequence[str]) -> None:
     least = {"--style-size": LEAST_SIDE, "--content-size": 1}
     at_least(*((key, size, least[key]) for key, size in _wanted_sizes(given).items() if size is not None))
     contents, styles = _files("--content", given.content), _files("--style", given.style)
+    for key, place in (("--content", given.content), ("--style", given.style)):
+        if place.is_dir() and given.out.resolve().is_relative_to(place.resolve()):
+            raise ValueError(f"--out: {given.out} is in {key}, whose images would then be repainted; choose another")
     targets = _targets(given.out, contents, styles)
     sizes = {path: image_size(path) for path in (*contents, *styles)}
 

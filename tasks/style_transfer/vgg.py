@@ -99,8 +99,8 @@ def _weights(config: VGGConfig, names: Sequence[str]) -> dict[str, tuple[Tensor,
             if key not in state:
                 reached = f"goes as far as {list(found)[-1]}" if found else "holds no VGG"
                 raise ValueError(
-                    f"model.vgg.weights: {config.weights} {reached} and has no {key}; {names[-1]} is asked for: see "
-                    "loss.style_layers and loss.content_layers"
+                    f"model.vgg.weights: {config.weights} {reached} and has no {key}; {names[-1]} of {config.name} "
+                    "is asked for: see model.vgg.name, loss.style_layers and loss.content_layers"
                 )
         weight, bias = (state[key].float() for key in keys)
         found[name], at = (weight, bias), at + 2  # and the ReLU after

@@ -24,7 +24,7 @@ from engine.memory.profile import Profile
 from engine.memory.work import Speed
 from engine.message import Message
 from engine.optimizer import state_by_name
-from engine.placement import place
+from engine.placement import place, plan_ranks
 from engine.shapes import shapes_of
 from engine.shared import SharedEncoder, with_encoder
 from engine.trainer import Trainer
@@ -244,6 +244,11 @@ def test_several_stages_are_refused_with_what_else_ranks_can_do() -> None:
     settings = config(local__blocks=2)
     with pytest.raises(ValueError, match=r"'encoder' learns from the gradients of all blocks.*placement.replicas 2"):
         place(settings, SharedToy(), _TwoStages(), 2, "encoder")
+
+
+def test_ranks_are_not_planned_for_a_shared_encoder() -> None:
+    with pytest.raises(ValueError, match=r"'encoder' learns from the gradients of all blocks.*placement.replicas 2"):
+        plan_ranks(config(local__blocks=2), SharedToy(), 2, torch.device("cpu"))
 
 
 class _TwoStages:

@@ -306,7 +306,8 @@ class LocalLoss(nn.Module):
 class NetworkLoss(nn.Module):
     """All losses, of the network's own pictures.
 
-    L = l1 style + l2 content + l3 identity + l4 adversarial + l5 contrastive (arXiv 2404.13584; the weights are ours).
+    L = l1 style + l2 content + l3 identity + l4 adversarial + l5 contrastive (arXiv 2404.13584, which does not tell the
+    weights: ours are numbers of the same laboratory's earlier work, of losses that were not scaled as ours are).
 
     Called with the pictures (2 P + 2 I, 3, H, W) and the targets of ``pictures_of``.
     """

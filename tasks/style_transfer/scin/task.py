@@ -68,6 +68,8 @@ class SCINTransfer:
         return loss.identity_pairs or self.config.data.batch
 
     def build_chain(self, initial: bool = True) -> Chain:
+        if initial:
+            self.data  # noqa: B018  a folder that is not there is to be told before weights are downloaded
         with seeded(self.config.train.seed, "model"):
             return network_chain(Network(self.config.model, load=initial))
 

@@ -66,7 +66,7 @@ def test_the_smallest_images_have_features(side: int) -> None:
 def test_real_weights_as_far_as_they_go() -> None:
     vgg = VGG(REAL_VGG16, ["relu4_1"], saved=False)
     assert vgg(torch.rand(1, 3, 32, 32))["relu4_1"].std() > 0
-    with pytest.raises(ValueError, match=r"goes as far as relu4_1 and has no features.19.weight; relu5_1 is asked"):
+    with pytest.raises(ValueError, match=r"as far as relu4_1 and has no features.19.weight; relu5_1 of vgg16 is"):
         VGG(REAL_VGG16, ["relu5_1"], saved=False)
 
 
