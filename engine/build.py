@@ -122,7 +122,8 @@ def prepare(
             block.group = group
         elif config.local.compile:
             block.compile_forward()
-        if group is None or shared:
+        learns = any(parameter.requires_grad for parameter in block.parameters())
+        if group is None or shared or not learns:  # replicas of what never changes are alike
             block.attach(lambda named: build_optimizer(config.optimizer, named))
         else:
             replicate(block, config, group, lambda named: build_optimizer(config.optimizer, named))

@@ -32,12 +32,15 @@ class Unit:
             forward runs a copy of the unit inside an auxiliary network.
         stage: units of equal stage work at one resolution and width; GLCAN takes its local part from
             each stage still to come. If any unit has one, those without (a neck) are in no local part.
+        conditioned: whether it reads what the chain's shared encoder makes, which learns through it: a block of such
+            units has something to train even if they are frozen.
     """
 
     name: str
     module: nn.Module
     forward: Forward = apply_to_x
     stage: str = ""
+    conditioned: bool = False
 
     def __call__(self, message: Message) -> Message:
         return self.forward(self.module, message)
@@ -77,6 +80,8 @@ class Chain:
         shared: an encoder of what several units read (a style, a prompt). It runs before the first unit and adds
             tensors to the message's features, which stay in it; it learns from all blocks (see ``engine.shared``).
         shared_names: the features it adds.
+        load_frozen: loads what checkpoints leave out, frozen weights that have a file of their own (see
+            ``engine.frozen``). Whoever builds a chain without its initial weights to load a checkpoint calls it.
 
     Raises:
         ValueError: names are repeated, or a parameter or buffer is in no unit or in several (named).
@@ -98,12 +103,13 @@ class Chain:
         layout: str = "NCHW",
         shared: Unit | None = None,
         shared_names: Sequence[str] = (),
+        load_frozen: Callable[[], None] = lambda: None,
     ) -> None:
         if layout not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"layout {layout!r} is none of NCHW, NHWC, NLC")
         self.model, self.units, self.head, self.example, self.layout = model, list(units), head, example, layout
         assert (shared is None) == (not shared_names), "a shared encoder, and the features it adds"
-        self.shared, self.shared_names = shared, tuple(shared_names)
+        self.shared, self.shared_names, self.load_frozen = shared, tuple(shared_names), load_frozen
         self._shapes: list[Message] | None = None
 
         self.check()

@@ -129,13 +129,15 @@ def _weights(chain: Chain, balance: Balance) -> list[float]:
 def spans(chain: Chain, bounds: Sequence[int]) -> list[Span]:
     """The blocks between ``bounds``; one with nothing to train (frozen layers) is merged with the next.
 
-    The last, without a next, is merged with the one before.
+    Frozen layers that read shared conditioning do train: its encoder. The last, without a next, is merged with the one before.
 
     Raises:
         ValueError: nothing at all can be trained.
     """
 
     def trainable(start: int, stop: int) -> bool:
+        if chain.shared and any(unit.conditioned for unit in chain.units[start:stop]):
+            return True
         modules = [unit.module for unit in chain.units[start:stop]]
         modules += [chain.head.module] if stop == len(chain) else []
         return any(p.requires_grad for module in modules for p in module.parameters())

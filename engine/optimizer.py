@@ -19,7 +19,8 @@ def build_optimizer(config: OptimizerConfig, named: Named) -> torch.optim.Optimi
     It works on lists of tensors, as torch's default is on a GPU, on every device: an update takes the same
     memory everywhere (up to a copy of the block's gradients), so an estimate made on a CPU holds on a GPU.
     """
-    parameters = [parameter for _, parameter in named if parameter.requires_grad]
+    # A group, since there may be none: frozen units that shared conditioning learns through.
+    parameters = [{"params": [parameter for _, parameter in named if parameter.requires_grad]}]
     momentum, decay = config.momentum, config.weight_decay
     if config.name == "sgd":
         return torch.optim.SGD(
