@@ -11,6 +11,10 @@ MMDetection itself offers (``with_cp``, which recomputes the backbone's blocks a
 
 --of super_resolution: EDSR-baseline at scales 2 and 4, batch 16 of 48 x 48 px, with its high-resolution end whole and
 in four parts, and what each kind of auxiliary network adds.
+
+--of denoisers: Stable Diffusion 1.5 at 512 px, batch 1 and 4, in fp32: all of its denoiser trained, and ArtBank's
+prompts of it. Weights, gradients and optimizer take much there that no cut changes, so what activations take at their
+highest, auxiliary networks' included, stands beside the peak.
 """
 
 from __future__ import annotations
@@ -145,7 +149,37 @@ UPSCALERS = [
     )
     for scale in (2, 4)
 ]
-KINDS = {"classifiers": NETWORKS, "detectors": DETECTORS, "super_resolution": UPSCALERS}
+SD15 = ("--model.pretrained", "stable-diffusion-v1-5/stable-diffusion-v1-5", "--data.size", "512")
+SD15 += ("--data.resize", "512", "--local.precision", "fp32", "--local.schedule", "sequential")
+SD15_CUTS = {  # by tools/plan.py's search for the smallest peak of full training at batch 4
+    2: ["up1.0"],
+    4: ["down2.1", "up0.2", "up3.0"],
+    8: ["down0.1", "down1.1", "down3.1", "up0.1", "up1.1", "up2.2", "up3.1"],
+}
+DENOISERS = [
+    Network(
+        f"Stable Diffusion 1.5, {what}, 512 px, batch {batch}",
+        f"style_transfer/{config}",
+        (*SD15, "--data.batch", str(batch)),
+        [
+            END_TO_END,
+            CHECKPOINTED,
+            *(_with(LOCAL, f"glcan K={count}", "--local.cut", json.dumps(cut)) for count, cut in SD15_CUTS.items()),
+            _with(LOCAL_CHECKPOINTED, "glcan K=4 + checkpointing", "--local.cut", json.dumps(SD15_CUTS[4])),
+        ],
+    )
+    for what, config in (
+        ("full training", "denoiser/configs/denoiser_tiny.yaml"),
+        ("ArtBank's prompts", "artbank/configs/artbank_sd15.yaml"),
+    )
+    for batch in (1, 4)
+]
+KINDS = {
+    "classifiers": NETWORKS,
+    "detectors": DETECTORS,
+    "super_resolution": UPSCALERS,
+    "denoisers": DENOISERS,
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -196,7 +230,10 @@ def _network(network: Network, speed: Speed) -> tuple[list[dict[str, object]], S
         beside = ""
         if published:
             beside = f"{published[0] / network.published['end-to-end'][0]:.0%} ({published[1]}, {published[0]:.2f} GB)"
-        lines.append([variant.name, f"{size / GIB:.2f}", f"{share:.0%}", f"{time:.2f}", beside])
+        active = estimate.footprint.highest("activations", "auxiliary")
+        of_whole = active / base.footprint.highest("activations", "auxiliary")
+        shown = [f"{active / GIB:.2f}", f"{of_whole:.0%}"]
+        lines.append([variant.name, f"{size / GIB:.2f}", f"{share:.0%}", *shown, f"{time:.2f}", beside])
         rows.append(
             {
                 "network": network.title,
@@ -205,12 +242,15 @@ def _network(network: Network, speed: Speed) -> tuple[list[dict[str, object]], S
                 "by_category_bytes": estimate.footprint.peak,
                 "by_block_bytes": estimate.footprint.by_block_bytes,
                 "memory_ratio": share,
+                "activation_bytes": active,
+                "activation_ratio": of_whole,
                 "predicted_time_ratio": time,
                 "published_bytes": published[0] * GIGABYTE if published else None,
                 "published_of": f"{published[1]}: {published[2]}" if published else None,
             }
         )
-    columns = ["variant", "peak GiB", "of end-to-end", "time of end-to-end", "published, of its end-to-end"]
+    columns = ["variant", "peak GiB", "of end-to-end", "activations GiB", "of end-to-end's", "time of end-to-end"]
+    columns.append("published, of its end-to-end")
     if not network.published:
         columns, lines = columns[:-1], [line[:-1] for line in lines]
     return rows, Sheet(network.title, columns, lines)

@@ -129,7 +129,8 @@ def _weights(chain: Chain, balance: Balance) -> list[float]:
 def spans(chain: Chain, bounds: Sequence[int]) -> list[Span]:
     """The blocks between ``bounds``; one with nothing to train (frozen layers) is merged with the next.
 
-    Frozen layers that read shared conditioning do train: its encoder. The last, without a next, is merged with the one before.
+    Frozen layers that read shared conditioning do train: its encoder. The last, without a next, is merged with the one
+    before.
 
     Raises:
         ValueError: nothing at all can be trained.

@@ -30,5 +30,5 @@ def leave_out_frozen(model: nn.Module) -> None:
     def forgive(_: nn.Module, keys: Any) -> None:
         keys.missing_keys[:] = [name for name in keys.missing_keys if name in learns]
 
-    model.register_state_dict_post_hook(drop)
-    model.register_load_state_dict_post_hook(forgive)
+    model.register_state_dict_post_hook(drop)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_post_hook(forgive)  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +26,12 @@ VARIANTS = {
 }
 
 
-OF_TASK = {
+PROMPTS = {
+    # Each block would scale its share of the prompts' gradient by a scale of its own.
+    "glcan, fp16": None,
+    "glcan, compiled": None,  # the denoiser's task compiles the same layers
+}
+OF_TASK: dict[str, Mapping[str, list[str] | None]] = {
     "classification": {"dgl": ["--local.auxiliary", "dgl"]},
     "detection": {
         "levels": ["--local.auxiliary", "levels"],
@@ -43,6 +48,13 @@ OF_TASK = {
             *("--loss.adversarial", "0", "--loss.contrastive", "0", "--loss.identity", "0"),
         ],
     },
+    "style_transfer/denoiser": {
+        "glcan, fp16": ["--local.precision", "fp16", "--model.time", "frozen"],
+        "glcan, compiled": ["--local.compile", "true", "--local.cut", "[mid.0]"],  # two blocks to compile, not four
+        "LoRA": ["--model.trains", "lora"],
+    },
+    "style_transfer/artbank": {**PROMPTS, "released": ["--prompt.form", "released"]},
+    "style_transfer/lsast": {**PROMPTS, "released": ["--prompt.form", "released"]},
     "super_resolution": {
         "local_sr": ["--local.auxiliary", "local_sr"],
         "glcan, tails in parts, own in auxiliary networks": [
@@ -51,9 +63,17 @@ OF_TASK = {
     },
 }
 
+EXPORTS = {
+    "style_transfer/denoiser": "checkpoint",
+    "style_transfer/artbank": "bank.safetensors",
+    "style_transfer/lsast": "bank.safetensors",
+}
+
 
 def main(argv: Sequence[str]) -> None:
-    variants = {**VARIANTS, **OF_TASK[task_name(argv)]}
+    task = task_name(argv)
+    chosen = {**VARIANTS, **OF_TASK[task]}
+    variants = {name: overrides for name, overrides in chosen.items() if overrides is not None}
     with tempfile.TemporaryDirectory() as room:
         for number, (name, overrides) in enumerate(variants.items()):
             print(f"-- {name}", flush=True)
@@ -63,7 +83,8 @@ def main(argv: Sequence[str]) -> None:
             train.main([*argv, *overrides, *output, "--train.resume", "auto"])
             run = Path(room) / str(number)
             evaluate.main(["--run", str(run)])
-            export.main(["--run", str(run), "--out", str(run / "model.pth")])
+            out = "lora.safetensors" if "lora" in overrides else EXPORTS.get(task, "model.pth")
+            export.main(["--run", str(run), "--out", str(run / out)])
         print("-- memory: measured, planned for", flush=True)
         memory.main(["measure", *argv, "--steps", "1", "--html", str(Path(room) / "memory.html")])
         plan.main([*argv, "--memory", "1GiB", "--out", str(Path(room) / "plan.yaml")])

@@ -16,7 +16,9 @@ from tasks.run import open_run
 def main(argv: Sequence[str]) -> None:
     parser = ToolParser("Write a run's plain network, or what its task writes instead, without auxiliary networks.")
     parser.add_argument("--run", required=True, type=Path, help="folder that tools/train.py wrote")
-    parser.add_argument("--out", required=True, type=Path, help="FILE.safetensors, or FILE.pth for torch.load; a denoiser's: FOLDER")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="FILE.safetensors, or FILE.pth for torch.load; a denoiser's: FOLDER"
+    )
     arguments = parser.parse_args(list(argv))
     run = open_run(arguments.run)
     if hasattr(run.task, "write_export"):  # a framework with files of its own kind

@@ -46,6 +46,11 @@ class Footprint:
     def peak_bytes(self) -> int:
         return sum(self.peak.values())
 
+    def highest(self, *categories: str) -> int:
+        """The most bytes that these categories have together in the course of the step, beyond what always stays."""
+        sums = [sum(moment.live.get(name, 0) for name in categories) for moment in self.timeline]
+        return max(sums) - min(sums)
+
     @property
     def by_block_bytes(self) -> list[int]:
         return [sum(sizes.values()) for sizes in self.by_block]

@@ -1,7 +1,8 @@
-"""Whole photographs of any size in the style of a painting, by any network that can paint a part of them."""
+"""Photographs of any size in the style of a painting, by networks that can paint a part of them, or of an artist."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,8 @@ class Painter(Protocol):
     """Sides of a content that it is given must be multiples of this."""
     style_size: int
     """Pixels that it wants the painting's shorter side to have."""
+    alpha: float
+    """Strength of the style where none is asked for."""
 
     def look(self, content: Tensor, style: Tensor, alpha: float) -> Any:
         """Statistics of a whole, small content (1, 3, H, W) to paint its parts with, so that they fit together.
@@ -40,6 +43,30 @@ class Painter(Protocol):
             alpha: from 0, the content as the network reconstructs it, to 1, all of the style.
             statistics: of the whole that ``content`` is a part of, as ``look`` gave them; None: it is the whole.
         """
+        ...
+
+
+class OfArtists(Protocol):
+    """What has learnt artists' styles and repaints a photograph in one of them, as a whole."""
+
+    multiple: int
+    """Sides of a content that it is given must be multiples of this."""
+    alpha: float
+    """Strength of the style where none is asked for."""
+    artists: Sequence[str]
+    """Names of those it knows."""
+
+    def paint(self, content: Tensor, artist: str, *, name: str, alpha: float, seed: int) -> Tensor:
+        """``content`` (1, 3, H, W), RGB from 0 to 1, in the style of ``artist``: (1, 3, H, W).
+
+        Args:
+            name: of the content. What is random depends on it, the artist and ``seed``, and on nothing else.
+            alpha: from 0, the content as the network reconstructs it, to 1.
+        """
+        ...
+
+    def work(self, artist: str) -> Pixels | None:
+        """A picture by the artist, if there is one to show."""
         ...
 
 
@@ -88,3 +115,27 @@ def stylize(
         picture = with_colour_of(painted[0].float(), part[0]) if keep_colour else painted[0]
         piece.put(torch.from_numpy(as_pixels(picture)).permute(2, 0, 1), whole, 1)
     return result
+
+
+@torch.no_grad()
+def paint_whole(
+    painter: OfArtists,
+    content: Pixels,
+    artist: str,
+    *,
+    name: str,
+    device: torch.device,
+    alpha: float,
+    seed: int = 0,
+    keep_colour: bool = False,
+) -> Pixels:
+    """``content`` (H, W, 3) in the style of ``artist``, painted on ``device``: (H, W, 3) uint8.
+
+    Not in tiles: each would be denoised into something of its own. See ``OfArtists.paint``.
+    """
+    height, width = content.shape[:2]
+    whole = padded(as_tensor(content)[None].to(device), painter.multiple, LEAST_SIDE)
+    painted = painter.paint(whole, artist, name=name, alpha=alpha, seed=seed)
+    assert painted.shape == whole.shape, f"{tuple(whole.shape)} were painted as {tuple(painted.shape)}"
+    picture = with_colour_of(painted[0].float(), whole[0]) if keep_colour else painted[0]
+    return as_pixels(picture[:, :height, :width])

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.style_transfer.images import as_tensor, read_image, resized, write_image
+from tasks.style_transfer.images import as_pixels, as_tensor, read_image, resized, write_image
 from tasks.style_transfer.sheet import GAP, SIDE
-from tasks.style_transfer.stylize import stylize
-from tests.tasks.style_transfer.painters import Copying, Normalising, noise, slope
+from tasks.style_transfer.stylize import paint_whole, stylize
+from tests.tasks.style_transfer.painters import Copying, Normalising, OfArtists, noise, slope
 from tools.stylize import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,6 +220,112 @@ def test_as_a_user_types_it(room: Path) -> None:
     done = subprocess.run(command, cwd=room, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: --run: runs/r is no run: it has no config.yaml\n"
+
+
+def test_a_painter_says_how_strong_its_style_is(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    painter = Normalising()
+    painter.alpha = 0.25
+    use(painter, monkeypatch)
+    main(words())
+    assert json.loads(Path("out/new/report.json").read_text())["alpha"] == 0.25
+
+
+def test_a_seed_is_refused_where_there_is_no_chance(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    painter = Normalising()
+    use(painter, monkeypatch)
+    with pytest.raises(ValueError, match=r"^--seed: 0 changes nothing: runs/r paints without chance; leave it out$"):
+        main(words("--seed", "0"))
+    assert not painter.seen
+
+
+def test_every_content_by_every_artist(
+    room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    painter = OfArtists(["monet", "van gogh", "cezanne"])
+    use(painter, monkeypatch)
+    main(words("--seed", "4", "--keep-colour", "--content-size", "40", style="van gogh, monet,monet"))
+    contents, artists = ("deep/tower", "hill"), ("van gogh", "monet")
+    pairs = [(content, artist) for content in contents for artist in artists]
+    names = [f"{content.split('/')[-1]}_{artist}.png" for content, artist in pairs]
+    assert sorted(path.name for path in Path("out/new").iterdir()) == sorted([*names, "sheet.png", "report.json"])
+    for (content, artist), name in zip(pairs, names, strict=True):
+        photograph = as_pixels(resized(as_tensor(read_image(Path(f"content/{content}.png"))), 40))
+        settings = {"alpha": 0.6, "seed": 4, "keep_colour": True, "device": torch.device("cpu")}
+        wanted = paint_whole(painter, photograph, artist, name=Path(content).name, **settings)
+        assert (read_image(Path("out/new") / name) == wanted).all()
+    report = json.loads(Path("out/new/report.json").read_text())
+    pictures = report.pop("pictures")
+    assert report == {
+        "run": "runs/r",
+        "step": 7,
+        "alpha": 0.6,
+        "keep_colour": True,
+        "strength": 0.6,
+        "seed": 4,
+        "device": "cpu",
+    }
+    assert [picture["file"] for picture in pictures] == names
+    assert pictures[3].pop("seconds") > 0
+    assert pictures[3] == {
+        "content": "content/hill.png",
+        "artist": "monet",
+        "file": "hill_monet.png",
+        "width": 53,
+        "height": 40,
+    }
+    assert capsys.readouterr().out.startswith("4 pictures in out/new, ")
+
+
+def test_what_an_artists_painter_is_asked_for(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    painter = OfArtists(["monet"])
+    use(painter, monkeypatch)
+    main(words(content="content/deep", style="monet"))
+    main(words("--alpha", "1", "--seed", "9", content="content/deep", style="monet"))
+    assert painter.asked == [
+        ((56, 24), "monet", "tower", 0.6, 0),
+        ((56, 24), "monet", "tower", 1.0, 9),
+    ], "filled up to multiples of 8, painted whole"
+
+
+def test_an_artist_is_shown_by_a_work_or_by_nothing(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(OfArtists(["cezanne", "monet"], works={"monet": np.full((9, 9, 3), 77, np.uint8)}), monkeypatch)
+    main(words(content="content/hill.png", style="cezanne,monet"))
+    sheet = read_image(Path("out/new/sheet.png"))
+    assert sheet[SIDE // 2, SIDE // 2 :: SIDE + GAP, 0].tolist() == [255, 255, 77]
+    assert sheet.shape == (2 * SIDE + GAP, 3 * SIDE + 2 * GAP, 3)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--style", "monte"], r"^--style: 'monte' is no artist that runs/r knows; they are: cezanne, monet$"),
+        (["--style", "monet,"], r"^--style: '' is no artist that runs/r knows"),
+        (["--style", "style"], r"^--style: 'style' is no artist that runs/r knows"),
+        (["--tile", "512"], r"^--tile: 512 changes nothing: runs/r paints wholes, of artists; leave it out$"),
+        (["--style-size", "64"], r"^--style-size: 64 changes nothing"),
+        (["--alpha", "2"], r"^--alpha: 2.0 is not from 0 to 1"),
+    ],
+)
+def test_what_artists_cannot_is_said_before_anything_is_painted(
+    room: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], said: str
+) -> None:
+    painter = OfArtists(["monet", "cezanne"])
+    use(painter, monkeypatch)
+    with pytest.raises(ValueError, match=said):
+        main([*words(style="monet"), *more])
+    assert not painter.asked
+    assert not Path("out").exists()
+
+
+def test_too_large_a_picture_for_the_gpu_is_said(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hungry(OfArtists):
+        def paint(self, *_: Any, **__: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    use(Hungry(["monet"]), monkeypatch)
+    said = r"^--content-size: 20 x 50 px are too much for the memory of cpu; take less than 20$"
+    with pytest.raises(ValueError, match=said):
+        main(words(style="monet"))
 
 
 @pytest.mark.parametrize("out", ["content", "style/new"])

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
-from torchmetrics.image import FrechetInceptionDistance, LearnedPerceptualImagePatchSimilarity
 from torchvision.transforms.functional import rgb_to_grayscale
 
 from tasks.style_transfer.images import write_image
+from tasks.style_transfer.measures import as_bytes, load_fid, load_lpips
 from tasks.style_transfer.scin.config import DataConfig
 from tasks.style_transfer.scin.data import TestPairs
 from tasks.style_transfer.sheet import contact_sheet
@@ -41,8 +41,8 @@ class StyleMetrics:
 
     def __init__(self, test: TestPairs, config: DataConfig, measure: Measure) -> None:
         self.test, self.measure, self.sheet = test, measure, config.sheet
-        self._lpips = _lpips(config.lpips) if config.lpips else None
-        self._fid = _fid(Path(config.fid_weights), len(test.styles)) if config.fid_weights else None
+        self._lpips = load_lpips(config.lpips) if config.lpips else None
+        self._fid = load_fid(Path(config.fid_weights), len(test.styles)) if config.fid_weights else None
         self._figures: list[tuple[int, dict[str, float]]] = []
         self._shown: dict[tuple[int, int], Tensor] = {}
 
@@ -63,10 +63,10 @@ class StyleMetrics:
             found["lpips"] = self._lpips.to(pictures.device)(pictures, contents).reshape(-1)
         if self._fid is not None:
             fid = self._fid.to(pictures.device)
-            fid.update(_bytes(pictures), real=False)
+            fid.update(as_bytes(pictures), real=False)
             new = torch.tensor([self.test.place(pair)[0] == 0 for pair in pairs])  # each painting comes once so
             if new.any():
-                fid.update(_bytes(styles[new.to(styles.device)]), real=True)
+                fid.update(as_bytes(styles[new.to(styles.device)]), real=True)
         columns = {key: values.tolist() for key, values in found.items()}
         for row, pair in enumerate(pairs):
             self._figures.append((pair, {key: values[row] for key, values in columns.items()}))
@@ -91,40 +91,3 @@ class StyleMetrics:
         styles = [self.test.style(number) for number in range(min(self.sheet, len(self.test.styles)))]
         folder.mkdir(parents=True, exist_ok=True)
         write_image(folder / "sheet.png", contact_sheet(contents, styles, self._shown))
-
-
-def _bytes(pictures: Tensor) -> Tensor:
-    return (pictures * 255).round().to(torch.uint8)
-
-
-def _lpips(network: str) -> LearnedPerceptualImagePatchSimilarity:
-    try:
-        return LearnedPerceptualImagePatchSimilarity(network, reduction="none", normalize=True)  # type: ignore[arg-type]
-    except Exception as error:
-        raise ValueError(
-            f"data.lpips: {network} and its weights, which torchvision downloads into {torch.hub.get_dir()}, cannot be "
-            f"loaded: {_cause(error)}"
-        ) from error
-
-
-def _fid(weights: Path, paintings: int) -> FrechetInceptionDistance:
-    if paintings < 2:
-        raise ValueError(f"data.fid_weights: FID needs 2 test paintings at least, there is {paintings}; see data.tests")
-    if not weights.is_file():
-        raise ValueError(f"data.fid_weights: there is no file {weights}")
-    try:
-        torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
-        # One rank evaluates; the others would not answer.
-        return FrechetInceptionDistance(feature_extractor_weights_path=str(weights), sync_on_compute=False)
-    except ModuleNotFoundError as error:
-        raise ValueError("data.fid_weights: FID needs torch-fidelity; pip install torch-fidelity") from error
-    except Exception as error:
-        raise ValueError(
-            f"data.fid_weights: {weights} does not hold the weights of torch-fidelity's Inception, as "
-            f"weights-inception-2015-12-05-6726825d.pth of its releases does: {_cause(error)}"
-        ) from error
-
-
-def _cause(error: Exception) -> str:
-    """Its first sentence; PyTorch goes on for long."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:120]

@@ -32,6 +32,7 @@ class SCINPainter:
     """
 
     multiple = MULTIPLE
+    alpha = 1.0
 
     def __init__(self, network: Network, predict: Callable[[Message], Tensor], style_size: int) -> None:
         self.network, self.predict, self.style_size = network, predict, style_size

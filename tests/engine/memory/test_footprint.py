@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engine.build import build_blocks
 from engine.memory import CATEGORIES, Footprint, estimate_step
 from engine.memory.footprint import count_bytes
-from engine.memory.tracker import MOMENTS, MemoryTracker
+from engine.memory.tracker import MOMENTS, MemoryTracker, Moment
 from engine.memory.variant import Variant, estimate_variant
 from engine.message import Message
 from tasks import load
@@ -194,6 +194,17 @@ def test_peak_is_the_largest_blocks_not_the_sum() -> None:
             Summed(schedule).step(batch_message)
     assert tracker.peak.bytes > 0.9 * one.peak_bytes
     assert ten.peak_bytes < 0.6 * tracker.peak.bytes
+
+
+def test_the_highest_of_some_categories_is_beyond_what_always_stays() -> None:
+    live = [
+        {"activations": 5, "auxiliary": 30},
+        {"activations": 50, "auxiliary": 20, "gradients": 900},
+        {"auxiliary": 20},
+    ]
+    footprint = Footprint({}, [], [Moment(0, each) for each in live])
+    assert footprint.highest("activations") == 50
+    assert footprint.highest("activations", "auxiliary") == 50  # 50 + 20, of which 20 always stay
 
 
 def test_by_block_has_every_blocks_peak() -> None:

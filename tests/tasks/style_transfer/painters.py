@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.seed import derive
 from tasks.style_transfer.images import Pixels
 
 
@@ -16,6 +18,7 @@ class Normalising:
     """Instance normalisation: each channel gets the painting's mean and deviation, after a blur of 5 x 5 pixels."""
 
     style_size = 24
+    alpha = 1.0
 
     def __init__(self, multiple: int = 4) -> None:
         self.multiple = multiple
@@ -55,6 +58,29 @@ class Copying(Normalising):
     def paint(self, content: Tensor, style: Tensor, alpha: float, statistics: Any = None) -> Tensor:
         self._note(content)
         return content
+
+
+class OfArtists:
+    """Mixes contents with noise that depends on all that it may depend on."""
+
+    multiple = 8
+    alpha = 0.6
+
+    def __init__(self, artists: Sequence[str], works: Mapping[str, Pixels] | None = None) -> None:
+        self.artists, self.works = list(artists), dict(works or {})
+        self.asked: list[tuple[tuple[int, int], str, str, float, int]] = []
+
+    def paint(self, content: Tensor, artist: str, *, name: str, alpha: float, seed: int) -> Tensor:
+        assert not torch.is_grad_enabled()
+        height, width = content.shape[2:]
+        assert content.shape[:2] == (1, 3)
+        assert height % self.multiple == width % self.multiple == 0
+        self.asked.append(((height, width), artist, name, alpha, seed))
+        generator = torch.Generator().manual_seed(derive(seed, name, artist))
+        return content.lerp(torch.rand(content.shape, generator=generator), alpha)
+
+    def work(self, artist: str) -> Pixels | None:
+        return self.works.get(artist)
 
 
 def _blurred(image: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tasks.style_transfer.colour import keep_colour
 from tasks.style_transfer.images import as_pixels, as_tensor
-from tasks.style_transfer.stylize import stylize
-from tests.tasks.style_transfer.painters import Blind, Copying, Normalising, noise, painting, slope
+from tasks.style_transfer.stylize import paint_whole, stylize
+from tests.tasks.style_transfer.painters import Blind, Copying, Normalising, OfArtists, noise, painting, slope
 
 SIZES = [(1, 1), (1, 50), (50, 1), (17, 33), (16, 16), (31, 32), (33, 32), (64, 96), (45, 101)]
 
@@ -128,3 +128,18 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         stylize(painter, noise(20, 20), painting(), **options)
     assert not painter.seen
+
+
+@pytest.mark.parametrize("sides", [(16, 24), (17, 9), (1, 1), (40, 33)])
+@pytest.mark.parametrize("keep_colour", [False, True])
+def test_artists_paint_wholes_of_any_size(sides: tuple[int, int], keep_colour: bool) -> None:
+    content, painter, cpu = noise(*sides), OfArtists(["monet"]), torch.device("cpu")
+    asked = {"name": "hill", "device": cpu, "seed": 3, "keep_colour": keep_colour}
+    assert apart(paint_whole(painter, content, "monet", alpha=0.0, **asked), content) <= 1
+    found = paint_whole(painter, content, "monet", alpha=1.0, **asked)
+    assert found.shape == content.shape
+    assert (found == paint_whole(painter, content, "monet", alpha=1.0, **asked)).all()
+    assert len(painter.asked) == 3, "never in tiles"
+    height, width = painter.asked[0][0]
+    assert (height % 8, width % 8) == (0, 0)
+    assert sides[0] <= height < max(sides[0], 16) + 8

@@ -10,10 +10,12 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
+from tasks.style_transfer import measures
 from tasks.style_transfer.images import as_pixels
-from tasks.style_transfer.scin import data, evaluate
+from tasks.style_transfer.measures import FrechetInceptionDistance, load_fid
+from tasks.style_transfer.scin import data
 from tasks.style_transfer.scin.config import DataConfig
-from tasks.style_transfer.scin.evaluate import FrechetInceptionDistance, StyleMetrics
+from tasks.style_transfer.scin.evaluate import StyleMetrics
 from tasks.style_transfer.sheet import GAP
 
 CONTENTS, STYLES, SIDE = 2, 3, 64
@@ -84,7 +86,7 @@ def toy_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         assert feature_extractor_weights_path == str(file)
         return FrechetInceptionDistance(ToyInception(), **options)
 
-    monkeypatch.setattr(evaluate, "FrechetInceptionDistance", toy)
+    monkeypatch.setattr(measures, "FrechetInceptionDistance", toy)
     return file
 
 
@@ -277,7 +279,7 @@ def test_files_without_inceptions_weights_are_named(tmp_path: Path, content: Any
     else:
         torch.save(Touch(tmp_path / "touched") if content == "touch" else content, file)
     with pytest.raises(ValueError, match=r"^data.fid_weights: \S+weights.pth does not hold the weights of .*Inception"):
-        evaluate._fid(file, 2)
+        load_fid(file, 2)
     assert not (tmp_path / "touched").exists(), "nothing is run that the file says"
 
 
@@ -285,4 +287,4 @@ def test_fid_without_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.save({}, tmp_path / "weights.pth")
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(ValueError, match=r"^data.fid_weights: FID needs torch-fidelity; pip install torch-fidelity$"):
-        evaluate._fid(tmp_path / "weights.pth", 2)
+        load_fid(tmp_path / "weights.pth", 2)

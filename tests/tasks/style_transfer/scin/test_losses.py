@@ -148,8 +148,8 @@ def test_losses_do_not_depend_on_vggs_scale() -> None:
 def test_parts_that_are_recomputed_give_the_same_losses_and_gradients(parts: int, recompute: bool) -> None:
     """Ten pictures, in parts of three, three, three and one, or two each, or one each.
 
-    In double precision: convolutions of other numbers of pictures are rounded otherwise, and a ReLU at 0 lets a gradient
-    through or not.
+    In double precision: convolutions of other numbers of pictures are rounded otherwise, and a ReLU at 0 lets a
+    gradient through or not.
     """
     seen, contents, styles = perception().double(), images(10, 1).double(), images(10, 2).double()
     found = []

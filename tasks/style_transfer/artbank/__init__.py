@@ -1,0 +1,7 @@
+"""ArtBank: an artist's style as a prompt of a frozen denoiser (arXiv 2312.06135)."""
+
+from tasks import TaskEntry
+from tasks.style_transfer.artbank.config import ArtBankConfig
+from tasks.style_transfer.artbank.task import ArtBankTask
+
+TASK = TaskEntry(ArtBankConfig, ArtBankTask)

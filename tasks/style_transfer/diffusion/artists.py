@@ -1,0 +1,263 @@
+"""What the pipelines of ArtBank and LSAST share: a bank of artists in diffusers' image-to-image pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from torch import Tensor
+
+from engine.config import at_least
+from tasks.style_transfer.diffusion.bank import Prompt, PromptBank, load_bank
+from tasks.style_transfer.diffusion.base import Base
+from tasks.style_transfer.diffusion.batch import batch_of
+from tasks.style_transfer.diffusion.conditioner import encode_layers, prompt_tokens
+from tasks.style_transfer.diffusion.inversion import StochasticInversion
+from tasks.style_transfer.diffusion.text import encode, tokens
+
+PROMPTS = "prompts.safetensors"
+"""The bank's file in a saved pipeline's folder."""
+
+
+class ArtistPipeline(StochasticInversion):
+    """Goes before one of diffusers' image-to-image pipelines, which paints with an artist's prompt in a text's stead.
+
+    Subclasses say which ``method`` their prompts are of and how one is made (``new_prompt``), and set ``bank``.
+    """
+
+    method: str
+    new_prompt: Callable[..., Prompt]
+    bank: PromptBank
+    # Of diffusers' pipeline.
+    unet: Any
+    text_encoder: Any
+    tokenizer: Any
+    image_processor: Any
+    vae_scale_factor: int
+    get_timesteps: Any
+    maybe_free_model_hooks: Any
+    _execution_device: Any
+    # Of the call that is running: prompts (times, tokens, width).
+    _prompts: Tensor | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, prompts: str | Path | None = None, **kwargs: Any
+    ) -> Any:
+        """A pipeline with the networks of a checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: a folder in diffusers' layout or a checkpoint's name on the hub, of Stable
+                Diffusion 1.x or 2.x.
+            prompts: a bank's file; else the folder's own, as ``save_pretrained`` writes it, if it has one.
+            kwargs: as ``DiffusionPipeline.from_pretrained`` takes them. There is no safety checker unless one is given,
+                and the scheduler becomes DDIM.
+
+        Raises:
+            ValueError: the checkpoint is not there, damaged or of another architecture, or the prompts do not fit it.
+        """
+        name = str(pretrained_model_name_or_path)
+        base = Base(name, key="pretrained_model_name_or_path")
+        if base.made:
+            raise ValueError(f"{name!r} names networks that are made for training; give a folder or a name on the hub")
+        base.scheduler  # noqa: B018 (raises where it is none of Stable Diffusion 1.x or 2.x)
+        if kwargs.get("safety_checker") is None:
+            kwargs |= {"safety_checker": None, "requires_safety_checker": False}
+            kwargs.setdefault("feature_extractor", None)
+        above: Any = super()
+        try:
+            pipeline = above.from_pretrained(name, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{name}: {_one_line(error)}") from error
+        except Exception as error:
+            raise ValueError(f"{name}: cannot be read: {type(error).__name__}: {_one_line(error)}") from error
+        if "scheduler" not in kwargs:
+            own = pipeline.scheduler.config
+            changes = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+            pipeline.scheduler = DDIMScheduler.from_config(own, **changes)
+        saved = Path(name, PROMPTS)
+        if prompts is not None or saved.is_file():
+            pipeline.load_prompts(saved if prompts is None else prompts)
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As any pipeline's, and the bank beside the networks.
+
+        Raises:
+            ValueError: the folder's name is a file's.
+        """
+        above: Any = super()
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file; give a folder")
+        self.bank.save(folder / PROMPTS)  # first, since the other may upload the folder
+        above.save_pretrained(save_directory, *args, **kwargs)
+
+    def load_prompts(self, path: str | Path) -> None:
+        """Add all artists of a bank's file; those there are of the same name are replaced.
+
+        Raises:
+            ValueError: it is no bank of this method, or was learnt with a text model of another width.
+        """
+        loaded = load_bank(Path(path), type(self).new_prompt, self.method, self.text_encoder.config.hidden_size)
+        for artist, prompt in loaded.items():
+            self.bank.add(artist, prompt)
+
+    @property
+    def artists(self) -> list[str]:
+        return list(self.bank)
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of a picture must be multiples of: the autoencoder's reduction times the denoiser's."""
+        return int(self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        artist: str,
+        *,
+        strength: float = 0.7,
+        guidance_scale: float = 10.0,
+        num_inference_steps: int = 50,
+        inversion: str = "stochastic",
+        negative_prompt: str = "",
+        generator: Any = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Pictures in an artist's style.
+
+        Args:
+            image: one picture or several of one size, see ``batch.batch_of``.
+            artist: a name of ``artists``.
+            strength: from 0, the picture as the autoencoder reconstructs it, to 1, where next to nothing of it is left.
+                The part of ``num_inference_steps`` that is done.
+            guidance_scale: how far to go from ``negative_prompt`` towards the artist's; 1: the artist's prompt alone.
+            inversion: where denoising starts from, ``stochastic`` (see ``inversion``) or ``none``: plain noise.
+            generator: torch's, or a list of one a picture.
+            callback_on_step_end: as diffusers calls it. Of ``prompt_embeds`` it gets what the next step will read.
+
+        The other arguments, and what is returned, are diffusers' own.
+
+        Raises:
+            ValueError: something does not go together; before anything is computed.
+        """
+        pictures = batch_of("image", image)
+        prompt = self.bank[artist]
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength: {strength} is not from 0 to 1")
+        if not guidance_scale >= 1:
+            raise ValueError(f"guidance_scale: {guidance_scale} is too small; the least is 1, no guidance")
+        at_least(("num_inference_steps", num_inference_steps, 1))
+        times = self.scheduler.config.num_train_timesteps
+        if num_inference_steps >= times:
+            raise ValueError(f"num_inference_steps: {num_inference_steps} is too large; the most is {times - 1}")
+        self.check_inversion(inversion)
+        height, width = pictures.shape[2:]
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(
+                f"image: {width} x {height} px; sides must be multiples of {self.multiple}; resize or pad it, or use "
+                "tools/stylize.py, which does"
+            )
+        above: Any = super()
+        if int(num_inference_steps * strength) == 0:
+            return self._reconstructed(pictures, output_type, return_dict)
+        self.scheduler.set_timesteps(num_inference_steps)
+        timesteps, _ = self.get_timesteps(num_inference_steps, strength, "cpu")
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        more = self.prepare(pictures, prompt)
+        try:
+            self.inversion = inversion
+            self._prompts, nothing = self._encoded(artist, negative_prompt)
+            nothing = nothing.expand(len(pictures), -1, -1)
+            if len(self._prompts) > 1:
+                callback_on_step_end = self._turning(timesteps, nothing, callback_on_step_end)
+            return above.__call__(
+                image=pictures,
+                strength=strength,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                prompt_embeds=self.prompt_at(timesteps[0], len(pictures)),
+                negative_prompt_embeds=nothing,
+                generator=generator,
+                output_type=output_type,
+                return_dict=return_dict,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
+                **more,
+            )
+        finally:
+            self.inversion, self._prompts = "none", None
+
+    def prepare(self, pictures: Tensor, prompt: Prompt) -> dict[str, Any]:
+        """More arguments for diffusers' pipeline, to paint ``pictures`` (N, 3, H, W) with ``prompt``."""
+        return {}
+
+    def prompt_at(self, t: Tensor, count: int) -> Tensor:
+        """What the denoiser reads at time ``t`` of the course: (count, tokens, width)."""
+        assert self._prompts is not None, "outside of a call"
+        part = int(t) * len(self._prompts) // self.scheduler.config.num_train_timesteps
+        return self._prompts[part].expand(count, -1, -1)
+
+    def predict(self, latents: Tensor, t: Tensor) -> Tensor:
+        prompt = self.prompt_at(t[0], len(latents))
+        more = self.residuals(latents, t, prompt)
+        found: Tensor = self.unet(latents, t, encoder_hidden_states=prompt, return_dict=False, **more)[0]
+        return found
+
+    def residuals(self, latents: Tensor, t: Tensor, prompt: Tensor) -> dict[str, Any]:
+        """More arguments for the denoiser."""
+        return {}
+
+    def _encoded(self, artist: str, negative_prompt: str) -> tuple[Tensor, Tensor]:
+        """The artist's prompts (times, tokens, width), and a text's (1, tokens, width)."""
+        device, prompt = self._execution_device, self.bank[artist]
+        training = prompt.training
+        # Layers of torch compute with other kernels when they train, which differ in the last bits.
+        vectors = prompt.to(device).eval()()
+        prompt.train(training)
+        tables = prompt_tokens(self.tokenizer, artist, prompt)
+        ids, mask = (table.to(device).expand(len(vectors), -1) for table in tables)
+        nothing = encode(self.text_encoder, tokens(self.tokenizer, [negative_prompt]).to(device))
+        return encode_layers(self.text_encoder, ids, mask, vectors), nothing.repeat(1, vectors.shape[1], 1)
+
+    def _turning(self, timesteps: Tensor, nothing: Tensor, callback: Any) -> Any:
+        """A callback that hands the denoiser the prompt of its next step, and calls another one."""
+
+        def end_of_step(pipeline: Any, step: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+            found = {}
+            if step + 1 < len(timesteps):
+                following = self.prompt_at(timesteps[step + 1], len(nothing))
+                guided = pipeline.do_classifier_free_guidance
+                found["prompt_embeds"] = torch.cat([nothing, following]) if guided else following
+            if callback is None:
+                return found
+            seen = {name: found.get(name, value) for name, value in given.items()}
+            return {**found, **callback(pipeline, step, t, seen)}
+
+        return end_of_step
+
+    def _reconstructed(self, pictures: Tensor, output_type: str, return_dict: bool) -> Any:
+        image = self.image_processor.preprocess(pictures)
+        latents = self.content_latents(image, self.vae.dtype, self._execution_device, mode="argmax")
+        if output_type == "latent":
+            found = latents
+        else:
+            decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+            found = self.image_processor.postprocess(decoded, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return StableDiffusionPipelineOutput(images=found, nsfw_content_detected=None) if return_dict else (found, None)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,92 @@
+"""The autoencoder of small models: TAESD from a file, or one that is trained on the pictures for a minute."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.files import made_once
+from engine.log import console, progress_bar
+from engine.seed import seeded
+from tasks.weights import load_weights
+
+TAESD = Path("../shared/weights/taesd_fp16.safetensors")
+SECONDS = 60.0
+
+
+def tiny_autoencoder(file: str, pictures: Callable[[], Sequence[Tensor]], cache: Path, seed: int) -> AutoencoderTiny:
+    """The Tiny AutoEncoder of Stable Diffusion (TAESD, Bohan 2023), in evaluation mode.
+
+    Args:
+        file: with its weights; empty: ``TAESD`` if it is there, else one is trained on ``pictures`` for a minute, once.
+        pictures: (3, H, W) from 0 to 1; asked for only to train.
+        cache: folder for what was trained.
+
+    Raises:
+        ValueError: the file is not there or holds something else.
+    """
+    if file or TAESD.is_file():
+        vae = AutoencoderTiny()
+        load_weights(vae, Path(file) if file else TAESD, key="model.autoencoder")
+        return vae.eval()
+    return _trained(list(pictures()), cache, seed)
+
+
+def _trained(pictures: list[Tensor], cache: Path, seed: int) -> AutoencoderTiny:
+    digest = hashlib.sha256(repr(seed).encode())
+    for picture in pictures:
+        digest.update(picture.numpy().tobytes())
+    folder = cache / f"autoencoder_{digest.hexdigest()[:16]}"
+    vae = AutoencoderTiny()
+    if not folder.is_dir():
+        console.print(
+            f"model.autoencoder: there is no {TAESD}; training an autoencoder on {len(pictures)} pictures for "
+            f"{SECONDS:.0f} s, which blurs more than TAESD does; {folder} will have it"
+        )
+        with made_once(folder) as room, seeded(seed, "autoencoder"):
+            train_autoencoder(vae, pictures, SECONDS)
+            save_file(vae.state_dict(), room / "vae.safetensors")
+    vae.load_state_dict(load_file(folder / "vae.safetensors"))
+    return vae.eval()
+
+
+def train_autoencoder(vae: Any, pictures: Sequence[Tensor], seconds: float, side: int = 64, batch: int = 4) -> float:
+    """Adam on the mean absolute error of squares of ``pictures``, and on keeping latents near unit size.
+
+    (Squared error alone leaves a small network in one colour for long.) How many steps there are depends on the
+    machine, so the result does; it is kept in a file for that. Returns the last steps' mean error.
+    """
+    optimizer = torch.optim.Adam(vae.parameters(), 2e-3)
+    start, errors = time.monotonic(), list[float]()
+    least = min(side, min(min(picture.shape[1:]) for picture in pictures) // 8 * 8)
+    vae.train()
+    with progress_bar() as bar:
+        shown = bar.add_task("autoencoder", total=seconds)
+        while (spent := time.monotonic() - start) < seconds or not errors:
+            squares = []
+            for number in torch.randint(len(pictures), (batch,)).tolist():
+                height, width = pictures[number].shape[1:]
+                top = int(torch.randint(height - least + 1, ()))
+                left = int(torch.randint(width - least + 1, ()))
+                squares.append(pictures[number][:, top : top + least, left : left + least])
+            given = torch.stack(squares) * 2 - 1
+            latents = vae.encode(given).latents
+            error = F.l1_loss(vae.decode(latents).sample, given)
+            (error + 0.01 * (latents.square().mean() - 1).abs()).backward()
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-3 * max(0.05, 1 - spent / seconds)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            errors.append(float(error))
+            bar.update(shown, completed=min(spent, seconds))
+    vae.eval()
+    return sum(errors[-10:]) / len(errors[-10:])

@@ -1,0 +1,174 @@
+"""A bank of prompts: several artists in one file, added and removed one at a time, chosen by name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engine.files import flush
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]*")
+
+
+class Prompt(nn.Module, ABC):
+    """What is learnt of one artist.
+
+    Args:
+        settings: all it takes to make another of its kind, as JSON holds it. At least ``method``, ``form``,
+            ``template``, ``width`` (of the text model), ``tokens`` (placeholders), ``scale`` (of the text model's token
+            embeddings) and ``base`` (the checkpoint it was learnt with, for people).
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.settings = dict(settings)
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """Vectors for the placeholders: (times, layers, tokens, width).
+
+        ``times`` are equal parts of the noise's course, from the last to be denoised; ``layers`` what different layers
+        of the denoiser read. Either may be 1.
+        """
+
+
+class PromptBank(Mapping[str, Prompt]):
+    """Prompts by artist's name, all of one method.
+
+    Example:
+        >>> from tasks.style_transfer.artbank.prompts import new_prompt
+        >>> bank = PromptBank("artbank")
+        >>> bank.add("monet", new_prompt(form="released", template="a painting by {artist} *", width=8))
+        >>> list(bank)
+        ['monet']
+    """
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self._prompts: dict[str, Prompt] = {}
+
+    def __getitem__(self, artist: str) -> Prompt:
+        """Raises ValueError where there is none of that name; lists those there are."""
+        if artist not in self._prompts:
+            close = difflib.get_close_matches(artist, self._prompts, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"artist: {artist!r} is unknown{hint}; known: {', '.join(sorted(self._prompts)) or 'none'}"
+            )
+        return self._prompts[artist]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._prompts)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __contains__(self, artist: object) -> bool:
+        return artist in self._prompts
+
+    def get(self, artist: str, default: Any = None) -> Any:
+        """``default`` where there is none of that name."""
+        return self._prompts.get(artist, default)
+
+    def add(self, artist: str, prompt: Prompt) -> None:
+        """Add an artist, or replace what there is of one.
+
+        Raises:
+            ValueError: a name that files and texts cannot hold, a prompt of another method, or one of another width.
+        """
+        check_artist(artist)
+        if prompt.settings["method"] != self.method:
+            raise ValueError(
+                f"artist: {artist!r} is a prompt of {prompt.settings['method']}, this bank is of {self.method}"
+            )
+        for other in self._prompts.values():
+            if other.settings["width"] != prompt.settings["width"]:
+                raise ValueError(
+                    f"artist: {artist!r} has width {prompt.settings['width']}, the others of this bank have "
+                    f"{other.settings['width']}"
+                )
+        self._prompts[artist] = prompt
+
+    def remove(self, artist: str) -> Prompt:
+        """Take an artist out; the others stay as they are.
+
+        Raises:
+            ValueError: there is none of that name; lists those there are.
+        """
+        self[artist]
+        return self._prompts.pop(artist)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file: ``ARTIST.tensor``, and each artist's settings as JSON in its metadata."""
+        tensors = {
+            f"{artist}.{name}": tensor.detach().cpu().contiguous().clone()
+            for artist, prompt in self._prompts.items()
+            for name, tensor in prompt.state_dict().items()
+        }
+        settings = {artist: prompt.settings for artist, prompt in self._prompts.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        room = path.with_name(f".{path.name}.writing")
+        save_file(tensors, room, {"method": self.method, "artists": json.dumps(settings)})
+        flush(room)
+        room.replace(path)
+
+
+def check_artist(artist: str) -> None:
+    """See that a name can stand in files and texts.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not _NAME.fullmatch(artist):
+        raise ValueError(f"artist: {artist!r} is no name; letters, digits, spaces, '_' and '-' make one")
+
+
+def load_bank(path: Path, make: Any, method: str, width: int = 0) -> PromptBank:
+    """The bank in a file.
+
+    Args:
+        make: makes a prompt of its settings: ``new_prompt`` of a method.
+        method: that it must be of.
+        width: of the text model that its prompts are for; 0: any.
+
+    Raises:
+        ValueError: there is no such file, it is no bank or one of another method, or its prompts have another width.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file of prompts")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        found, artists = metadata.get("method"), json.loads(metadata.get("artists", "null"))
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not found or not isinstance(artists, dict):
+        raise ValueError(f"{path}: holds no prompts: a bank's metadata have `method` and `artists`")
+    if found != method:
+        raise ValueError(f"{path}: has prompts of {found}, not of {method}")
+    bank = PromptBank(method)
+    for artist, settings in artists.items():
+        if width and settings.get("width") != width:
+            raise ValueError(
+                f"{path}: the prompt of {artist!r} has width {settings.get('width')}, learnt with "
+                f"{settings.get('base')!r}; the text model of this checkpoint has width {width}"
+            )
+        try:
+            prompt = make(**{key: value for key, value in settings.items() if key != "method"})
+            own = {name.removeprefix(f"{artist}."): t for name, t in tensors.items() if name.startswith(f"{artist}.")}
+            prompt.load_state_dict(own)
+        except Exception as error:
+            cause = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: the prompt of {artist!r} cannot be made: {cause}") from error
+        bank.add(artist, prompt)
+    return bank

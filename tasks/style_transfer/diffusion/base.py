@@ -1,0 +1,357 @@
+"""The Stable Diffusion checkpoint that everything stands on: loaded, or made on the spot, and checked."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from engine.seed import seeded
+from tasks.style_transfer.diffusion.tokenizer import LENGTH, tiny_tokenizer
+
+SCALE = 8
+"""Pixels of a picture along a side, for each of its latents: of every autoencoder of Stable Diffusion 1.x and 2.x."""
+TRAINING_TIMES = 1000
+
+_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": TRAINING_TIMES,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+_SD_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+_SD_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+_SD_TEXT: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {
+        "unet": {
+            "sample_size": 16,
+            "block_out_channels": (32, 64, 64),
+            "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+            "cross_attention_dim": 64,
+            "attention_head_dim": 4,
+            "norm_num_groups": 16,
+        },
+        "text_encoder": {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "projection_dim": 64,
+            "max_position_embeddings": LENGTH,
+        },
+        "vae": {},
+    },
+    "sd1": {"unet": _SD_UNET, "text_encoder": _SD_TEXT, "vae": _SD_VAE},
+    "sd2": {
+        "unet": {
+            "sample_size": 96,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        },
+        "text_encoder": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 23,
+            "num_attention_heads": 16,
+            "projection_dim": 512,
+            "hidden_act": "gelu",
+        },
+        "vae": _SD_VAE,
+    },
+}
+"""Of untrained networks by name; what is not said is diffusers' and transformers' default."""
+HUB = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
+    "runwayml/stable-diffusion-v1-5": "sd1",
+    "CompVis/stable-diffusion-v1-4": "sd1",
+    "stabilityai/stable-diffusion-2-base": "sd2",
+    "stabilityai/stable-diffusion-2-1-base": "sd2",
+}
+"""Sizes of checkpoints on the hub, so that an estimate downloads nothing."""
+
+
+@dataclass
+class Base:
+    """A Stable Diffusion 1.x or 2.x checkpoint, by its parts; each is read when first asked for.
+
+    Args:
+        name: a folder in diffusers' layout, a checkpoint's name on the hub, or one of ``SIZES``: untrained networks.
+        seed: of untrained ones.
+        key: what names it in errors.
+
+    Every part raises ValueError, in one line, where the checkpoint is not there or is none of Stable Diffusion 1.x or
+    2.x.
+    """
+
+    name: str
+    seed: int = 0
+    key: str = "model.pretrained"
+
+    @property
+    def made(self) -> bool:
+        """Whether the networks are untrained ones, made on the spot."""
+        return self.name in SIZES
+
+    def unet(self, *, weights: bool = True) -> UNet2DConditionModel:
+        """The denoiser; without ``weights`` its parameters are all alike, for their shapes."""
+        return self._part("unet", UNet2DConditionModel, UNet2DConditionModel, weights)
+
+    def text_encoder(self, *, weights: bool = True) -> CLIPTextModel:
+        """Maps tokens to what the denoiser's cross-attention reads; in evaluation mode."""
+        if self.name in SIZES and weights:
+            # Transformers draws embeddings so small that the texts of an untrained model are hardly told apart.
+            encoder = self._part("text_encoder", CLIPTextModel, _new_text, True)
+            with seeded(self.seed, "tokens"):
+                nn.init.normal_(encoder.get_input_embeddings().weight)
+            return encoder.eval()
+        return self._part("text_encoder", CLIPTextModel, _new_text, weights).eval()
+
+    def vae(self) -> AutoencoderKL | AutoencoderTiny:
+        """The autoencoder; of ``tiny`` an untrained one, which wants weights."""
+        kind = AutoencoderTiny if self.name == "tiny" else AutoencoderKL
+        if not self.made and "Tiny" in str(self._config("vae").get("_class_name")):
+            kind = AutoencoderTiny
+        return self._part("vae", kind, kind, True).eval()
+
+    @functools.cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """Of ``sd1`` and ``sd2``, whose vocabulary is not here, that of ``tiny``."""
+        if self.made:
+            tokenizer = tiny_tokenizer()
+            tokenizer.model_max_length = LENGTH if self.name == "tiny" else 77
+            return tokenizer
+        return self._loaded("tokenizer", lambda: CLIPTokenizer.from_pretrained(self._checked, subfolder="tokenizer"))
+
+    def tokenizer_like(self, *, weights: bool) -> CLIPTokenizer:
+        """The tokenizer; without ``weights``, for shapes, another one of its length will do and is not asked for."""
+        if weights or self.made or self.name not in HUB:
+            return self.tokenizer
+        return Base(HUB[self.name]).tokenizer
+
+    def text_shape(self) -> tuple[int, int]:
+        """Tokens and width of an encoded text."""
+        known = self.name if self.made else HUB.get(self.name)
+        config = SIZES[known]["text_encoder"] if known else self._config("text_encoder")
+        return config.get("max_position_embeddings", 77), config["hidden_size"]
+
+    @functools.cached_property
+    def scheduler(self) -> DDPMScheduler:
+        """Noise by time, and what the denoiser predicts (``prediction_type``)."""
+        if self.made:
+            return DDPMScheduler(**{key: value for key, value in _SCHEDULE.items() if key != "set_alpha_to_one"})
+        return self._loaded("scheduler", lambda: DDPMScheduler.from_pretrained(self._checked, subfolder="scheduler"))
+
+    def sampler(self) -> DDIMScheduler:
+        """DDIM on the same noise."""
+        config = _SCHEDULE if self.made else self.scheduler.config
+        return DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+    def save(self, folder: Path, unet: UNet2DConditionModel, vae: nn.Module) -> None:
+        """Write a checkpoint with another ``unet`` (and the ``vae`` in use) in diffusers' layout."""
+        from diffusers import StableDiffusionPipeline
+
+        StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=self.text_encoder(),
+            tokenizer=self.tokenizer,
+            unet=unet,
+            scheduler=self.sampler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(folder)
+
+    def _part(self, part: str, kind: Any, make: Any, weights: bool) -> Any:
+        known = self.name if self.made else HUB.get(self.name) if not weights else None
+        if known:
+            config = SIZES[known][part]
+            if not weights:
+                return _for_shapes(lambda: make(**config))
+            with seeded(self.seed, part):
+                return make(**config)
+        if not weights:
+            config = self._config(part)
+            if part == "text_encoder":
+                return _for_shapes(lambda: CLIPTextModel(CLIPTextConfig.from_dict(config)))
+            return _for_shapes(lambda: kind.from_config(config))
+        return self._loaded(part, lambda: kind.from_pretrained(self._checked, subfolder=part))
+
+    def _config(self, part: str) -> dict[str, Any]:
+        kind = CLIPTextConfig if part == "text_encoder" else None
+
+        def read() -> dict[str, Any]:
+            if kind is not None:
+                return dict(kind.from_pretrained(self._checked, subfolder=part).to_dict())
+            return dict(UNet2DConditionModel.load_config(self._checked, subfolder=part))
+
+        return dict(self._loaded(part, read))
+
+    @functools.cached_property
+    def _checked(self) -> str:
+        """The name, once the checkpoint is known to be of the right kind."""
+        folder = Path(self.name)
+        if not folder.is_dir():
+            if self.name.count("/") != 1 or self.name.startswith((".", "/", "runs/")):
+                raise ValueError(f"{self.key}: there is no folder {self.name}; {_HINT}")
+        elif not (folder / "unet/config.json").is_file():
+            other = next((part for part in ("transformer", "prior") if (folder / part).is_dir()), None)
+            why = f"it has {other}/ and no unet/" if other else "it has no unet/config.json"
+            raise ValueError(f"{self.key}: {_KIND}, {self.name} is not: {why}; {_HINT}")
+        try:
+            config = UNet2DConditionModel.load_config(self.name, subfolder="unet")
+        except Exception as error:
+            raise ValueError(f"{self.key}: {self.name} cannot be read: {_cause(error)}") from error
+        check_unet(config, f"{self.key}: {_KIND}, {self.name} is not")
+        return self.name
+
+    def _loaded(self, part: str, load: Any) -> Any:
+        name = self._checked
+        try:
+            with quiet():
+                return load()
+        except Exception as error:
+            raise ValueError(f"{self.key}: {part} of {name} cannot be read: {_cause(error)}") from error
+
+
+_KIND = "Stable Diffusion 1.x and 2.x in diffusers' layout are taken"
+_HINT = (
+    "give a folder in diffusers' layout or a checkpoint's name on the hub; "
+    "tasks/style_transfer/denoiser/configs/denoiser_tiny.yaml trains a small one"
+)
+
+
+def check_unet(config: Any, trouble: str) -> None:
+    """See that a UNet, by its config, is one of Stable Diffusion 1.x or 2.x, or a smaller one of the kind.
+
+    Raises:
+        ValueError: ``trouble``, and the first key that differs.
+    """
+    wanted: dict[str, tuple[Any, ...]] = {
+        "in_channels": (4, None),
+        "out_channels": (4, None),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
+        **dict.fromkeys(
+            (
+                *("center_input_sample", "class_embed_type", "addition_embed_type", "num_class_embeds"),
+                *("encoder_hid_dim_type", "encoder_hid_dim", "time_cond_proj_dim", "dual_cross_attention"),
+                *("class_embeddings_concat", "cross_attention_norm"),
+            ),
+            (None, False),
+        ),
+    }
+    for key, values in wanted.items():
+        if config.get(key) not in values:
+            raise ValueError(f"{trouble}: its UNet has {key} {config.get(key)!r}, not {values[0]!r}")
+    kinds = {"down": ("CrossAttnDownBlock2D", "DownBlock2D"), "up": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    for way, known in kinds.items():
+        for kind in config.get(f"{way}_block_types") or ():
+            if kind not in known:
+                raise ValueError(f"{trouble}: its UNet has a {kind}; known: {', '.join(known)}")
+
+
+def _new_text(**config: Any) -> CLIPTextModel:
+    vocabulary = {"vocab_size": len(tiny_tokenizer())} if config["hidden_size"] < 768 else {}
+    ends = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
+    if vocabulary:
+        ends = {"bos_token_id": vocabulary["vocab_size"] - 2, "eos_token_id": vocabulary["vocab_size"] - 1}
+    with quiet():
+        return CLIPTextModel(CLIPTextConfig(**config, **vocabulary, **ends))
+
+
+def _for_shapes(make: Callable[[], Any]) -> Any:
+    """What ``make`` makes, without drawing its random weights, which takes seconds at real sizes."""
+
+    def keep(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+        return tensor
+
+    names = [name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")]
+    before = {name: getattr(nn.init, name) for name in names}
+    try:
+        for name in names:
+            setattr(nn.init, name, keep)
+        with quiet():
+            made = make()
+    finally:
+        for name, function in before.items():
+            setattr(nn.init, name, function)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.fill_(0.01)  # else it is whatever was in memory
+    return made
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' remarks on what they load: errors are ours to tell."""
+    loggers = [logging.getLogger("transformers"), logging.getLogger("diffusers")]
+    levels = [logger.level for logger in loggers]
+    bars = [library for library in (diffusers, transformers) if library.utils.logging.is_progress_bar_enabled()]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        for library in bars:
+            library.utils.logging.disable_progress_bar()
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for library in bars:
+            library.utils.logging.enable_progress_bar()
+
+
+def freeze(*modules: nn.Module) -> None:
+    """No parameter of them learns."""
+    for module in modules:
+        module.requires_grad_(False)
+
+
+def to_latents(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean and deviation of the latents of ``pictures`` (N, 3, H, W) from 0 to 1; a TAESD has no deviation."""
+    encoded = vae.encode(pictures * 2 - 1)
+    scale = vae.config.scaling_factor
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean * scale, encoded.latent_dist.std * scale
+    return encoded.latents * scale, None
+
+
+def to_pictures(vae: Any, latents: Tensor) -> Tensor:
+    """Inverse of ``to_latents``, cut off at 0 and 1."""
+    pictures: Tensor = vae.decode(latents / vae.config.scaling_factor).sample
+    return (pictures / 2 + 0.5).clamp(0, 1)
+
+
+def _cause(error: BaseException) -> str:
+    """Its first sentence; the libraries go on for long."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:200]

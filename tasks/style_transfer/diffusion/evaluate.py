@@ -1,0 +1,88 @@
+"""How well noise is predicted, under which condition."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PictureMaker = Callable[[Path], dict[str, float]]
+
+
+class NoiseMetrics:
+    """Mean squared errors of the predictions for held-out works, averaged over works, noises and times.
+
+    - ``noise_mse``: under a work's own condition; ``noise_mse_KIND`` under others, with the very same noise.
+    - ``zero_mse``: of predicting zero.
+    - ``own_is_best``, where there are other kinds: the share of noises for which every collection's own condition
+      gives the smallest error of all, over its works and all times.
+    - what the picture maker measures.
+
+    Args:
+        kinds: of conditions, a work's own first.
+        collections: names.
+    """
+
+    def __init__(self, kinds: Sequence[str], collections: Sequence[str], make_pictures: PictureMaker | None) -> None:
+        self.kinds, self.collections, self.make_pictures = list(kinds), list(collections), make_pictures
+        self._errors: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+        self._zero: list[float] = []
+        self._pictures: dict[str, float] = {}
+
+    @torch.no_grad()
+    def update(self, prediction: Tensor, targets: dict[str, Tensor]) -> None:
+        """Add predictions (n, 4, s, s).
+
+        Args:
+            targets: ``target`` (n, 4, s, s); ``kind``, ``noise`` and ``collection`` (n), numbers.
+        """
+        target = targets["target"].to(prediction.device)
+        errors = (prediction.float() - target).square().mean((1, 2, 3)).tolist()
+        keys = zip(*(targets[key].tolist() for key in ("kind", "collection", "noise")), strict=True)
+        for key, error in zip(keys, errors, strict=True):
+            self._errors[key].append(error)
+        self._zero += target.square().mean((1, 2, 3)).tolist()
+
+    def mean(self, kind: int, collection: int | None = None, noise: int | None = None) -> float:
+        """Over all works of a collection (or of all) and all noises (or one)."""
+        found = [
+            error
+            for (k, c, n), errors in self._errors.items()
+            if k == kind and collection in (None, c) and noise in (None, n)
+            for error in errors
+        ]
+        return math.fsum(found) / len(found)
+
+    def save(self, folder: Path) -> None:
+        if self.make_pictures is not None:
+            self._pictures = self.make_pictures(folder)
+
+    def compute(self) -> dict[str, float]:
+        found = {"noise_mse": self.mean(0)}
+        found |= {f"noise_mse_{kind}": self.mean(number) for number, kind in enumerate(self.kinds) if number}
+        found["zero_mse"] = math.fsum(self._zero) / len(self._zero)
+        places = sorted({(collection, noise) for _, collection, noise in self._errors})
+        if len(self.kinds) > 1:
+            best: dict[int, bool] = defaultdict(lambda: True)
+            for collection, noise in places:
+                own, *others = (self.mean(kind, collection, noise) for kind in range(len(self.kinds)))
+                best[noise] &= own < min(others)
+            found["own_is_best"] = sum(best.values()) / len(best)
+        if len(self.collections) > 1:
+            for number in sorted({collection for collection, _ in places}):
+                found |= {
+                    f"{self.collections[number]}_{kind}": self.mean(k, number) for k, kind in enumerate(self.kinds)
+                }
+        return {**found, **self._pictures}
+
+
+def whole_here(model: Any) -> bool:
+    """Whether all of ``model`` is in this process, so that it can make pictures."""
+    from torch.distributed.tensor import DTensor
+
+    return not any(tensor.is_meta or isinstance(tensor, DTensor) or not tensor.numel() for tensor in model.parameters())

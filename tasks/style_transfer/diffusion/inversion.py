@@ -1,0 +1,92 @@
+"""ArtBank's stochastic inversion: the noise to start from is what the denoiser takes for noise in the content."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from torch import Tensor
+
+INVERSIONS = ("stochastic", "none")
+
+
+class StochasticInversion:
+    """Goes before one of diffusers' image-to-image pipelines and replaces how it makes the latents to start from.
+
+    ArtBank (arXiv 2312.06135, section 3.4): noise the content's latents with random noise, predict the noise in them
+    once, and noise the content's latents with *that*. ::
+
+        x_t = sqrt(a_t) z + sqrt(1 - a_t) noise,  found = denoiser(x_t, t),  start = sqrt(a_t) z + sqrt(1 - a_t) found
+
+    The pipeline sets ``inversion`` for a call; until it does, latents are made as diffusers makes them.
+    """
+
+    inversion: str = "none"
+    scheduler: Any
+    vae: Any
+
+    def predict(self, latents: Tensor, t: Tensor) -> Tensor:
+        """What the denoiser makes of ``latents`` (N, 4, h, w) at times ``t`` (N), without guidance."""
+        raise NotImplementedError
+
+    def prepare_latents(
+        self,
+        image: Tensor,
+        timestep: Tensor,
+        batch_size: int,
+        num_images_per_prompt: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Any = None,
+    ) -> Tensor:
+        """As the pipeline's own; called by its ``__call__``."""
+        rest = batch_size, num_images_per_prompt, dtype, device, generator
+        base: Any = super()
+        if self.inversion == "none":
+            plain: Tensor = base.prepare_latents(image, timestep, *rest)
+            return plain
+        latents = self.content_latents(image, dtype, device, generator)
+        # Given latents instead of a picture, the pipeline's own adds noise and does no more.
+        noised = base.prepare_latents(latents, timestep, *rest)
+        found = self.predict(self.scheduler.scale_model_input(noised, timestep[0]), timestep)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            # v = sqrt(a) noise - sqrt(1 - a) z, so that noise = sqrt(a) v + sqrt(1 - a) x_t, as if x_t were v's noise.
+            found = self.scheduler.add_noise(found, noised, timestep)
+        start: Tensor = self.scheduler.add_noise(latents, found, timestep)
+        return start
+
+    def content_latents(
+        self, image: Tensor, dtype: torch.dtype, device: torch.device, generator: Any = None, mode: str = "sample"
+    ) -> Tensor:
+        """Latents (N, 4, h, w) of ``image`` (N, 3, H, W), whose values are from -1 to 1.
+
+        Args:
+            generator: one, or a list of one a picture.
+            mode: ``sample`` draws them, as diffusers does; ``argmax`` gives the likeliest.
+        """
+        image = image.to(device=device, dtype=dtype)
+        if isinstance(generator, list):
+            pairs = zip(image.split(1), generator, strict=True)
+            found: Tensor = torch.cat([retrieve_latents(self.vae.encode(each), own, mode) for each, own in pairs])
+        else:
+            found = retrieve_latents(self.vae.encode(image), generator, mode)
+        scale: float = self.vae.config.scaling_factor
+        return found * scale
+
+    def check_inversion(self, inversion: str) -> None:
+        """See that an inversion is known, and that it knows the scheduler.
+
+        Raises:
+            ValueError: it is not, or does not.
+        """
+        if inversion not in INVERSIONS:
+            raise ValueError(f"inversion: {inversion!r} is none of {', '.join(INVERSIONS)}")
+        kind = self.scheduler.config.prediction_type
+        known = kind == "epsilon" or (kind == "v_prediction" and isinstance(self.scheduler, DDIMScheduler))
+        if inversion == "stochastic" and not known:
+            raise ValueError(
+                f"inversion: a {type(self.scheduler).__name__} that predicts {kind} is unknown to it; take a "
+                "DDIMScheduler, or inversion 'none'"
+            )

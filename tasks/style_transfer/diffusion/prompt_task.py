@@ -1,0 +1,229 @@
+"""What ArtBank and LSAST share as tasks: prompts of a frozen denoiser, learnt from the noise in an artist's works."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from engine.chain import Chain, Unit
+from engine.frozen import leave_out_frozen
+from engine.log import console
+from engine.message import Message
+from engine.seed import seeded
+from engine.shapes import evaluating
+from tasks.style_transfer.diffusion.bank import Prompt, PromptBank, load_bank
+from tasks.style_transfer.diffusion.base import TRAINING_TIMES, freeze, quiet
+from tasks.style_transfer.diffusion.chain import example, unet_units
+from tasks.style_transfer.diffusion.conditioner import Conditioner
+from tasks.style_transfer.diffusion.data import pictures_in, read_resized
+from tasks.style_transfer.diffusion.evaluate import PictureMaker, whole_here
+from tasks.style_transfer.diffusion.painter import ArtistPainter
+from tasks.style_transfer.diffusion.pictures import Repainting
+from tasks.style_transfer.diffusion.prompt_config import PromptTaskConfig
+from tasks.style_transfer.diffusion.task import DiffusionTask
+
+if TYPE_CHECKING:
+    from tasks.run import Run
+
+OWN, NOTHING, RANDOM, OTHER = "own", "none", "random", "other"
+
+
+class Prompted(nn.Module):
+    """A frozen denoiser, and the prompts that learn with it."""
+
+    def __init__(self, unet: UNet2DConditionModel, conditioner: Conditioner) -> None:
+        super().__init__()
+        self.unet, self.conditioner = unet, conditioner
+
+
+class PromptTask(DiffusionTask):
+    """Learn the prompts of the artists whose collections there are; all else is frozen.
+
+    The prompts are a shared encoder (``engine.shared``): every block gets them as a leaf of its own, the leaves'
+    gradients are summed, and one backward pass goes through the text model and what makes the prompts. A block's own
+    weights never change; what gives it a gradient is its local loss, by an auxiliary network that does learn.
+    """
+
+    method: str
+    config: PromptTaskConfig
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Of new prompts, without what the checkpoint says: ``form``, ``template``, ..."""
+
+    @abstractmethod
+    def new_prompt(self, **settings: Any) -> Prompt:
+        """An untrained prompt."""
+
+    @abstractmethod
+    def make_pipeline(self, unet: UNet2DConditionModel, bank: PromptBank) -> Any:
+        """The diffusers pipeline of the method."""
+
+    def prepare(self, unet: UNet2DConditionModel) -> None:
+        """Make a denoiser's layers read their prompts, if that takes anything."""
+
+    @property
+    def bank_file(self) -> str:
+        """Of a bank to go on from, or empty."""
+        return str(self.config.prompt.bank)  # type: ignore[attr-defined]
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        assert isinstance(self.model, Prompted)
+        return self.model.unet
+
+    @property
+    def conditioner(self) -> Conditioner:
+        assert isinstance(self.model, Prompted)
+        return self.model.conditioner
+
+    @property
+    def artists(self) -> list[str]:
+        """Those that learn."""
+        return list(self.config.data.collections)
+
+    def make_chain(self, *, weights: bool) -> Chain:
+        unet, text = self.base.unet(weights=weights), self.base.text_encoder(weights=weights)
+        freeze(unet, text)
+        self.prepare(unet)
+        if weights and self.base.made:
+            console.print(
+                f"model.pretrained: {self.base.name} is untrained: prompts learn, but no style is in its reach"
+            )
+        conditioner = self._conditioner(text, weights)
+        model = Prompted(unet, conditioner)
+        leave_out_frozen(model)
+        units, head = unet_units(unet, shared_time=False, shared_prompt=True)
+        given = example(unet, self.side, 1)
+        features = {"x": given.x, "t": given.features["t"], "row": torch.zeros(2, dtype=torch.long)}
+        return Chain(
+            model,
+            units,
+            head,
+            Message(features),
+            shared=Unit("prompts", conditioner, _condition),
+            shared_names=("prompt",),
+            load_frozen=self.frozen_loader(model),
+        )
+
+    def _conditioner(self, text: Any, weights: bool) -> Conditioner:
+        """Of the artists that learn, and beside each a prompt that stays as random as his was at first."""
+        width = text.config.hidden_size
+        scale = float(text.get_input_embeddings().weight.std()) if weights else 1.0
+        settings = {**self.settings, "width": width, "scale": scale, "base": self.base.name}
+        known = PromptBank(self.method)
+        if self.bank_file:
+            known = load_bank(Path(self.bank_file), self.new_prompt, self.method, width)
+        learning, random = dict[str, Prompt](), dict[str, Prompt]()
+        for artist in self.artists:
+            with seeded(self.config.train.seed, "prompt", artist):
+                new = self.new_prompt(**settings)
+            learning[artist] = known.get(artist, new)
+            if learning[artist].settings["form"] != settings["form"]:
+                raise ValueError(
+                    f"prompt.form: {artist!r} has form {learning[artist].settings['form']!r} in {self.bank_file}, the "
+                    f"config says {settings['form']!r}"
+                )
+            template = str(learning[artist].settings["template"]).replace("{artist}", artist)
+            with seeded(self.config.train.seed, "random prompt", artist):
+                still = self.new_prompt(**{**settings, "template": template})
+            freeze(still)
+            random[f"{artist} (random)"] = still
+        tokenizer = self.base.tokenizer_like(weights=weights)
+        times = self.base.scheduler.config.num_train_timesteps if weights else TRAINING_TIMES
+        return Conditioner({**learning, **random}, text, tokenizer, times)
+
+    def bank(self) -> PromptBank:
+        """The learnt prompts, with those of the bank that the config names."""
+        bank = PromptBank(self.method)
+        if self.bank_file:
+            bank = load_bank(Path(self.bank_file), self.new_prompt, self.method)
+        for artist, prompt in zip(self.artists, self.conditioner.prompts.values(), strict=False):
+            bank.add(artist, prompt)
+        return bank
+
+    def example_conditions(self, samples: int) -> dict[str, Tensor]:
+        return {"row": torch.zeros(samples, dtype=torch.long)}
+
+    def conditions(
+        self, works: Tensor, words: Sequence[str], luck: Tensor | None, kinds: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
+        numbers = torch.tensor([number for _, number in self.works(test=bool(kinds))])[works]
+        if not kinds:
+            return {"row": numbers}
+        count = len(self.artists)
+        rows = {
+            OWN: numbers,
+            OTHER: (numbers + 1) % count,
+            RANDOM: numbers + count,
+            NOTHING: torch.full_like(numbers, 2 * count),
+        }
+        return {"row": torch.stack([rows[kind][place] for place, kind in enumerate(kinds)])}
+
+    def test_kinds(self) -> list[str]:
+        """Of several artists, ``other`` is the one after a work's own."""
+        return [OWN, NOTHING, RANDOM, *([OTHER] if len(self.artists) > 1 else [])]
+
+    def picture_maker(self) -> PictureMaker | None:
+        settings, size = self.config.pictures, self.config.data.size
+        if not settings.count:
+            return None
+        paths = pictures_in("pictures.contents", settings.contents)[: settings.count]
+        contents = [_middle(read_resized(path, size), size) for path in paths]
+        works = {
+            each.name: [_middle(read_resized(path, size), size) for path in each.test[: self.config.data.tests]]
+            for each in self.collections
+        }
+        repaint = Repainting(contents, works, settings, self.config.train.seed)
+
+        def make(folder: Path) -> dict[str, float]:
+            if not whole_here(self.model):
+                console.print("the denoiser is on several ranks: tools/evaluate.py makes the pictures")
+                return {}
+            with evaluating([self.unet, self.conditioner]):
+                return repaint(self.pipeline(), folder)
+
+        return make
+
+    def pipeline(self) -> Any:
+        """The method's pipeline with what has been learnt, quiet."""
+        with quiet():
+            made = self.make_pipeline(self.unet, self.bank())
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    def painter(self, run: Run) -> ArtistPainter:
+        """What ``tools/stylize.py`` paints with."""
+        self.vae.to(run.device)
+        works = {each.name: each.test[0] for each in self.collections}
+        return ArtistPainter(self.pipeline(), self.config.pictures, works)
+
+    def write_export(self, target: Path) -> str:
+        """Write the bank with what has been learnt.
+
+        Raises:
+            ValueError: the file's name does not end in .safetensors.
+        """
+        if target.suffix != ".safetensors":
+            raise ValueError(f"--out: {target} must end in .safetensors: prompts are such a file")
+        bank = self.bank()
+        bank.save(target)
+        return f"prompts of {', '.join(bank)} in {target}"
+
+
+def _middle(picture: Tensor, side: int) -> Tensor:
+    top, left = ((length - side) // 2 for length in picture.shape[1:])
+    return picture[:, top : top + side, left : left + side]
+
+
+def _condition(conditioner: nn.Module, message: Message) -> Message:
+    prompt = conditioner(message.features["row"], message.features["t"])
+    return replace(message, features={**message.features, "prompt": prompt})

@@ -1,0 +1,226 @@
+"""What the denoiser's and the prompts' tasks share: latents as messages, the loss, auxiliary heads, the network."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+from engine.bank import FeatureBank
+from engine.chain import Chain
+from engine.cut import Span
+from engine.device import choose_device
+from engine.message import Message
+from engine.seed import seeded
+from engine.task import WHOLE, Part
+from tasks.loader import Batches, load
+from tasks.style_transfer.diffusion.autoencoder import tiny_autoencoder
+from tasks.style_transfer.diffusion.base import SCALE, Base
+from tasks.style_transfer.diffusion.chain import LightEnd, light_end
+from tasks.style_transfer.diffusion.config import DiffusionConfig
+from tasks.style_transfer.diffusion.data import Collection, Latents, Works, collections, read_resized, test_squares
+from tasks.style_transfer.diffusion.evaluate import NoiseMetrics
+
+
+class DiffusionTask(ABC):
+    """Predict the noise in latents (or what else the checkpoint predicts), by a UNet that is cut into blocks."""
+
+    # Levels of the UNet have their strides in their first units; DGL ends in a flat vector.
+    auxiliary_options: Mapping[str, Mapping[str, Any] | None] = {
+        "glcan": {"depth": 1, "width": 0.5, "reduce": 1},
+        "dgl": None,
+    }
+    name: str
+    metric = "noise_mse"
+    single_sample = True
+    group: ProcessGroup | None = None
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        self.config, self.base = config, Base(config.model.pretrained, config.train.seed)
+        self.model: nn.Module | None = None
+        """The network of the last chain built: evaluation makes pictures with it."""
+        self._collections: list[Collection] | None = None
+        self._vae: Any = None
+        self._latents: dict[bool, Latents] = {}
+
+    @property
+    def collections(self) -> list[Collection]:
+        """The files, looked for when first asked for."""
+        if self._collections is None:
+            self._collections = collections(self.config.data.collections, self.config.data.hold_out)
+        return self._collections
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder, on the device that trains."""
+        if self._vae is None:
+            if self.base.name == "tiny":
+                seed, size = self.config.train.seed, self.config.data.resize
+                self._vae = tiny_autoencoder(
+                    self.config.model.autoencoder,
+                    lambda: [read_resized(path, size) for each in self.collections for path in each.train],
+                    Path(self.config.data.cache),
+                    seed,
+                )
+            else:
+                self._vae = self.base.vae()
+            self._vae.requires_grad_(False).to(choose_device(self.config.train.device))
+        return self._vae
+
+    def works(self, *, test: bool) -> list[tuple[Path, int]]:
+        """Files and the number of the collection of each."""
+        most = self.config.data.tests
+        return [
+            (path, number)
+            for number, each in enumerate(self.collections)
+            for path in (each.test[:most] if test else each.train)
+        ]
+
+    def latents(self, *, test: bool) -> Latents:
+        """Of all works, in the order of ``works``."""
+        if test not in self._latents:
+            paths = [path for path, _ in self.works(test=test)]
+            self._latents[test] = Latents(paths, self.vae, self.config.data.resize, Path(self.config.data.cache))
+        return self._latents[test]
+
+    @property
+    def side(self) -> int:
+        """Latents along a side of a square."""
+        return self.config.data.size // SCALE
+
+    @property
+    def batching(self) -> Batches:
+        count = len(self.works(test=False)) * self.config.data.repeat
+        return Batches(count, self.config.data.batch, self.config.train.accumulate)
+
+    def build_chain(self, initial: bool = True) -> Chain:
+        if initial:
+            self.collections  # noqa: B018  a folder that is not there is to be told before weights are loaded
+        with seeded(self.config.train.seed, "model"):
+            chain = self.make_chain(weights=initial)
+        self.model = chain.model
+        return chain
+
+    @abstractmethod
+    def make_chain(self, *, weights: bool) -> Chain:
+        """Build the network; without ``weights`` what is read from files is left out."""
+
+    @property
+    @abstractmethod
+    def unet(self) -> UNet2DConditionModel:
+        """The denoiser of the last chain built."""
+
+    def frozen_loader(self, model: nn.Module) -> Any:
+        """For a chain whose checkpoints leave the frozen weights out: what loads these into ``model``."""
+
+        def load_frozen() -> None:
+            with seeded(self.config.train.seed, "model"):
+                fresh = dict(self.make_chain(weights=True).model.named_parameters())
+            for name, parameter in model.named_parameters():
+                if not parameter.requires_grad:
+                    parameter.data.copy_(fresh[name].data)
+
+        return load_frozen
+
+    def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
+        return [self.loss] * len(spans)
+
+    def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error, in fp32 whatever predicts."""
+        return F.mse_loss(prediction.float(), targets)
+
+    def key_features(self, chain: Chain, message: Message) -> dict[str, Tensor]:
+        """Nothing beyond what travels anyway: the skips."""
+        return {}
+
+    def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> LightEnd:
+        return light_end(chain, message, self.unet)
+
+    def example(self) -> Message:
+        samples, side = self.config.data.batch // self.config.train.accumulate, self.side
+        with seeded(self.config.train.seed, "example"):
+            features = {"x": torch.randn(samples, 4, side, side), "t": torch.randint(1000, (samples,))}
+            return Message({**features, **self.example_conditions(samples)}, torch.randn(samples, 4, side, side))
+
+    @abstractmethod
+    def example_conditions(self, samples: int) -> dict[str, Tensor]:
+        """Made-up ``conditions``; no file is read."""
+
+    @abstractmethod
+    def conditions(
+        self, works: Tensor, words: Sequence[str], luck: Tensor | None, kinds: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
+        """What a message has beside latents and times.
+
+        Args:
+            works: numbers (N): of training's works, or with ``kinds`` of those held out.
+            words: for what each square looks like.
+            luck: (N) from 0 to 1, each sample's own, for what chance decides in training.
+            kinds: of ``test_kinds``, each sample's.
+        """
+
+    def steps_per_epoch(self) -> int:
+        self.metrics()  # weights that cannot be had are to be told before training
+        return self.batching.steps
+
+    def smallest_batch(self) -> int:
+        return self.batching.smallest()
+
+    def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
+        seed, count = self.config.train.seed, len(self.works(test=False))
+        dataset = Works(self.latents(test=False), count, self.config.data.repeat, self.side, self.base.scheduler, seed)
+        for micro_batches in load(dataset, self.batching, epoch, start=start, part=part, shuffle=seed):
+            yield [
+                Message({"x": x, "t": t, **self.conditions(works, words, luck)}, target)
+                for x, t, target, works, words, luck in micro_batches
+            ]
+
+    @abstractmethod
+    def test_kinds(self) -> list[str]:
+        """The conditions that every test work is tested under; the first is its own."""
+
+    def test_batches(self) -> Iterator[Message]:
+        """Every held-out work with every noise at every time, under every condition: equal noise for all of these."""
+        works, data = self.works(test=True), self.config.data
+        squares = test_squares(
+            self.latents(test=True),
+            range(len(works)),
+            data.noises,
+            self.side,
+            self.base.scheduler,
+            self.config.train.seed,
+        )
+        most = 2 * self.batching.micro_batch
+        every = [(kind, square) for square in squares for kind in self.test_kinds()]
+        for start in range(0, len(every), most):
+            lot = every[start : start + most]
+            numbers = torch.tensor([number for _, (number, _, _) in lot])
+            features = {
+                "x": torch.stack([made.x for _, (_, _, made) in lot]),
+                "t": torch.stack([made.t for _, (_, _, made) in lot]),
+                **self.conditions(numbers, [made.words for _, (_, _, made) in lot], None, [kind for kind, _ in lot]),
+            }
+            targets = {
+                "target": torch.stack([made.target for _, (_, _, made) in lot]),
+                "kind": torch.tensor([self.test_kinds().index(kind) for kind, _ in lot]),
+                "noise": torch.tensor([noise for _, (_, noise, _) in lot]),
+                "collection": torch.tensor([works[number][1] for number in numbers.tolist()]),
+            }
+            yield Message(features, targets)
+
+    def metrics(self) -> NoiseMetrics:
+        return NoiseMetrics(self.test_kinds(), [each.name for each in self.collections], self.picture_maker())
+
+    @abstractmethod
+    def picture_maker(self) -> Any:
+        """Makes an evaluation's pictures: called with their folder, returns figures of them; None makes none."""
+
+    def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
+        return state

@@ -1,0 +1,7 @@
+"""LSAST: prompts by stage and layer of a frozen denoiser, with a ControlNet (arXiv 2404.11474)."""
+
+from tasks import TaskEntry
+from tasks.style_transfer.lsast.config import LSASTConfig
+from tasks.style_transfer.lsast.task import LSASTTask
+
+TASK = TaskEntry(LSASTConfig, LSASTTask)

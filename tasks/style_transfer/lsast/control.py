@@ -1,0 +1,59 @@
+"""The ControlNet of LSAST's pipeline: read, checked against the denoiser, or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import ControlNetModel, UNet2DConditionModel
+
+
+class NoControl(ControlNetModel):
+    """Stands where a pipeline wants a ControlNet and there is none: adds nothing, computes nothing.
+
+    The picture is bit for bit that of a fresh ``ControlNetModel.from_unet``, whose last convolutions are zero.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            down_block_types=("DownBlock2D",),
+            mid_block_type="UNetMidBlock2D",
+            block_out_channels=(1,),
+            layers_per_block=1,
+            norm_num_groups=1,
+            conditioning_embedding_out_channels=(1,),
+        )
+
+    def forward(self, *_: Any, **__: Any) -> tuple[None, None]:  # type: ignore[override]
+        return None, None
+
+
+def load_controlnet(name: str | Path) -> ControlNetModel:
+    """The ControlNet of a folder in diffusers' layout, or of a name on the hub.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    try:
+        return ControlNetModel.from_pretrained(str(name))
+    except Exception as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(f"controlnet: {name} cannot be read: {type(error).__name__}: {cause}") from error
+
+
+def check_controlnet(controlnet: Any, unet: UNet2DConditionModel) -> None:
+    """See that a ControlNet goes with a denoiser.
+
+    Raises:
+        ValueError: it is no ControlNet, or has other widths.
+    """
+    if not isinstance(controlnet, ControlNetModel):
+        raise ValueError(f"controlnet: {type(controlnet).__name__} is no ControlNetModel; give a single one")
+    for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
+        own, wanted = (_plain(network.config[key]) for network in (controlnet, unet))
+        if own != wanted:
+            raise ValueError(f"controlnet: has {key} {own}, the denoiser {wanted}; take one made for this checkpoint")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value

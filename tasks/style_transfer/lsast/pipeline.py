@@ -1,0 +1,177 @@
+"""Repaints pictures with a frozen Stable Diffusion, prompts by stage and layer, and a ControlNet, in diffusers' way."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from tasks.style_transfer.diffusion.artists import ArtistPipeline
+from tasks.style_transfer.diffusion.bank import Prompt, PromptBank
+from tasks.style_transfer.diffusion.batch import batch_of
+from tasks.style_transfer.images import as_pixels, as_tensor
+from tasks.style_transfer.lsast.control import NoControl, check_controlnet, load_controlnet
+from tasks.style_transfer.lsast.edges import edges
+from tasks.style_transfer.lsast.prompts import new_prompt
+from tasks.style_transfer.lsast.routing import route
+
+logger = logging.getLogger(__name__)
+
+
+class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
+    """LSAST (arXiv 2404.11474).
+
+    At each step the denoiser reads the prompts of its stage, each of its layers its own; the edges of the content go
+    through a ControlNet, if there is one. The ControlNet reads the same prompts, layer by layer; so do both for the
+    prediction that the stochastic inversion starts with: these are ours.
+
+    A call routes the denoiser's and the ControlNet's attention (``lsast.routing``), and leaves them so.
+
+    Example::
+
+        base, control = "stable-diffusion-v1-5/stable-diffusion-v1-5", "lllyasviel/sd-controlnet-canny"
+        pipeline = LSASTPipeline.from_pretrained(base, "bank.safetensors", controlnet=control)
+        pipeline(photograph, "monet").images[0].save("painted.png")
+    """
+
+    method = "lsast"
+    new_prompt = staticmethod(new_prompt)
+    _optional_components = [*StableDiffusionControlNetImg2ImgPipeline._optional_components, "controlnet"]  # noqa: RUF012
+    # Of the call that is running: pictures (N, 3, H, W) for the ControlNet, and how much it adds.
+    _control: Tensor | None = None
+    _scale = 1.0
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        controlnet: ControlNetModel | str | None = None,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        requires_safety_checker: bool = False,
+        bank: PromptBank | None = None,
+    ) -> None:
+        if isinstance(controlnet, str):
+            controlnet = load_controlnet(controlnet).to(unet.device, unet.dtype)
+        if controlnet is not None:
+            check_controlnet(controlnet, unet)
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            controlnet=controlnet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+        if controlnet is None:
+            logger.warning("LSAST without a ControlNet: nothing but the noise's start holds the content")
+            # Registered as none, so that it is neither saved nor looked for.
+            self.controlnet = NoControl()
+        self.bank = PromptBank(self.method) if bank is None else bank
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        prompts: str | Path | None = None,
+        controlnet: ControlNetModel | str | Path | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As ``ArtistPipeline.from_pretrained``.
+
+        Args:
+            controlnet: one, or a folder or a name on the hub; else the checkpoint's own, if it has one.
+        """
+        if isinstance(controlnet, str | Path):
+            loaded = load_controlnet(controlnet)
+            pipeline = super().from_pretrained(pretrained_model_name_or_path, prompts, controlnet=loaded, **kwargs)
+            loaded.to(pipeline.unet.dtype)
+            return pipeline
+        if controlnet is not None:
+            kwargs["controlnet"] = controlnet
+        return super().from_pretrained(pretrained_model_name_or_path, prompts, **kwargs)
+
+    @property
+    def controlled(self) -> bool:
+        return not isinstance(self.controlnet, NoControl)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        artist: str,
+        *,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float = 1.0,
+        **options: Any,
+    ) -> Any:
+        """As ``ArtistPipeline.__call__``.
+
+        Args:
+            control_image: what the ControlNet sees, of the same size as ``image``; else the edges of ``image``.
+            controlnet_conditioning_scale: how much it adds; 0: nothing.
+        """
+        if control_image is not None:
+            if not self.controlled:
+                raise ValueError("control_image: there is no ControlNet to see it; give from_pretrained a `controlnet`")
+            pictures, control_image = batch_of("image", image), batch_of("control_image", control_image)
+            if control_image.shape[2:] != pictures.shape[2:] or len(control_image) not in (1, len(pictures)):
+                given, wanted = (f"{len(p)} of {p.shape[3]} x {p.shape[2]} px" for p in (control_image, pictures))
+                raise ValueError(f"control_image: {given}, while image is {wanted}; give one of each, or one for all")
+        self._control, self._scale = control_image, float(controlnet_conditioning_scale)
+        try:
+            return super().__call__(image, artist, **options)
+        finally:
+            self._control = None
+
+    def prepare(self, pictures: Tensor, prompt: Prompt) -> dict[str, Any]:
+        route(_plain(self.unet), prompt.settings["form"])
+        if not self.controlled:
+            self._control = pictures  # which NoControl does not look at
+        else:
+            route(_plain(self.controlnet), prompt.settings["form"])
+            if self._control is None:
+                self._control = torch.stack([as_tensor(edges(as_pixels(picture))) for picture in pictures])
+        return {
+            "control_image": self._control.expand(len(pictures), -1, -1, -1),
+            "controlnet_conditioning_scale": self._scale,
+        }
+
+    def residuals(self, latents: Tensor, t: Tensor, prompt: Tensor) -> dict[str, Any]:
+        assert self._control is not None, "outside of a call"
+        seen = self._control.to(latents.device, self.controlnet.dtype).expand(len(latents), -1, -1, -1)
+        down, middle = self.controlnet(
+            latents,
+            t,
+            encoder_hidden_states=prompt,
+            controlnet_cond=seen,
+            conditioning_scale=self._scale,
+            return_dict=False,
+        )
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+def _plain(network: Any) -> Any:
+    """Without the wrapper that torch.compile puts around it."""
+    return getattr(network, "_orig_mod", network)

@@ -1,0 +1,80 @@
+"""LSAST's Step-aware and Layer-aware Prompt Space: prompts by the stage of denoising and by the denoiser's layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tasks.style_transfer.diffusion.bank import Prompt
+
+TEMPLATE = "*"
+LAYERS = 3
+"""Prompts of a stage: innermost, middle and outermost layers'; or encoder's, middle's and decoder's."""
+FORMS = ("paper", "released")
+
+
+class PromptSpace(Prompt):
+    """A learnable matrix, three self-attention blocks, and ``stages`` groups of three prompts (arXiv 2404.11474).
+
+    Each prompt is the embedding of a placeholder, so the frozen text model reads it. That, the blocks' size and that
+    they come one after another are ours. ``released`` is the routing of the authors' code: a stage has the rows from
+    its own number on, ``rows[s : s + 3]``, so that of 10 stages' 30 rows the last 18 are never read.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        stages, width = settings["stages"], settings["width"]
+        self.matrix = nn.Parameter(torch.randn(stages * LAYERS, width))
+        heads = next(count for count in (8, 4, 2, 1) if width % count == 0)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, norm_first=True, batch_first=True)
+            for _ in range(3)
+        )
+        stage = torch.arange(stages)[:, None]
+        step = LAYERS if settings["form"] == "paper" else 1
+        self.register_buffer("rows", stage * step + torch.arange(LAYERS), persistent=False)
+
+    def all_rows(self) -> Tensor:
+        """What the blocks make of the matrix: (3 * stages, width)."""
+        x = self.matrix[None]
+        for block in self.blocks:
+            x = block(x)
+        return x[0] * self.settings["scale"]
+
+    def forward(self) -> Tensor:
+        return self.all_rows()[self.rows][:, :, None]
+
+
+def new_prompt(
+    *,
+    form: str,
+    template: str,
+    width: int,
+    stages: int = 10,
+    tokens: int = 1,
+    scale: float = 1.0,
+    base: str = "",
+) -> Prompt:
+    """An artist's prompt space, untrained, drawn from torch's random state.
+
+    Args:
+        form: ``paper``, or ``released``: the released code's routing.
+        width: of the text model.
+        stages: equal parts of the noise's course.
+        tokens: placeholders; 1.
+        scale: deviation of the text model's own token embeddings.
+
+    Raises:
+        ValueError: an unknown form, or a number that will not do.
+    """
+    if form not in FORMS:
+        raise ValueError(f"prompt.form: {form!r} is none of {', '.join(FORMS)}")
+    if tokens != 1:
+        raise ValueError(f"prompt.tokens: a prompt of LSAST is a single vector, not {tokens}; set it to 1")
+    if stages < 1:
+        raise ValueError(f"prompt.stages: {stages} is too small; the least is 1")
+    settings = {"method": "lsast", "form": form, "template": template, "width": width, "tokens": tokens}
+    return PromptSpace({**settings, "stages": stages, "scale": scale, "base": base})
