@@ -106,6 +106,6 @@ def new_prompt(
         if tokens != 1:
             raise ValueError(f"prompt.tokens: the released form has a single vector, not {tokens}; set it to 1")
         return ReleasedPrompt(settings)
-    if tokens < 1 or rows % tokens:
+    if not 1 <= tokens <= rows or rows % tokens:
         raise ValueError(f"prompt.rows: {rows} rows cannot be pooled to {tokens} tokens; take a multiple")
     return SSAMPrompt(settings)

@@ -46,7 +46,8 @@ def _trained(pictures: list[Tensor], cache: Path, seed: int) -> AutoencoderTiny:
     for picture in pictures:
         digest.update(picture.numpy().tobytes())
     folder = cache / f"autoencoder_{digest.hexdigest()[:16]}"
-    vae = AutoencoderTiny()
+    with seeded(seed, "autoencoder weights"):
+        vae = AutoencoderTiny()
     if not folder.is_dir():
         console.print(
             f"model.autoencoder: there is no {TAESD}; training an autoencoder on {len(pictures)} pictures for "
@@ -86,7 +87,7 @@ def train_autoencoder(vae: Any, pictures: Sequence[Tensor], seconds: float, side
                 group["lr"] = 2e-3 * max(0.05, 1 - spent / seconds)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            errors.append(float(error))
+            errors.append(float(error.detach()))
             bar.update(shown, completed=min(spent, seconds))
     vae.eval()
     return sum(errors[-10:]) / len(errors[-10:])

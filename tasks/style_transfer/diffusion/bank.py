@@ -152,7 +152,7 @@ def load_bank(path: Path, make: Any, method: str, width: int = 0) -> PromptBank:
         found, artists = metadata.get("method"), json.loads(metadata.get("artists", "null"))
     except Exception as error:
         raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
-    if not found or not isinstance(artists, dict):
+    if not found or not isinstance(artists, dict) or not all(isinstance(each, dict) for each in artists.values()):
         raise ValueError(f"{path}: holds no prompts: a bank's metadata have `method` and `artists`")
     if found != method:
         raise ValueError(f"{path}: has prompts of {found}, not of {method}")
@@ -167,8 +167,8 @@ def load_bank(path: Path, make: Any, method: str, width: int = 0) -> PromptBank:
             prompt = make(**{key: value for key, value in settings.items() if key != "method"})
             own = {name.removeprefix(f"{artist}."): t for name, t in tensors.items() if name.startswith(f"{artist}.")}
             prompt.load_state_dict(own)
+            bank.add(artist, prompt)
         except Exception as error:
             cause = " ".join(str(error).split())[:200]
             raise ValueError(f"{path}: the prompt of {artist!r} cannot be made: {cause}") from error
-        bank.add(artist, prompt)
     return bank

@@ -346,12 +346,6 @@ def to_latents(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
     return encoded.latents * scale, None
 
 
-def to_pictures(vae: Any, latents: Tensor) -> Tensor:
-    """Inverse of ``to_latents``, cut off at 0 and 1."""
-    pictures: Tensor = vae.decode(latents / vae.config.scaling_factor).sample
-    return (pictures / 2 + 0.5).clamp(0, 1)
-
-
 def _cause(error: BaseException) -> str:
     """Its first sentence; the libraries go on for long."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:200]

@@ -28,7 +28,7 @@ class Conditioner(nn.Module):
     ) -> None:
         super().__init__()
         assert prompts, "at least one artist"
-        self.artists, self.times, self.text_encoder = list(prompts), times, text_encoder
+        self.times, self.text_encoder = times, text_encoder
         self.prompts = nn.ModuleDict({f"artist_{n}": prompt for n, prompt in enumerate(prompts.values())})
         ids, masks = zip(*(prompt_tokens(tokenizer, artist, prompt) for artist, prompt in prompts.items()), strict=True)
         nothing = tokens(tokenizer, [""])
@@ -38,10 +38,7 @@ class Conditioner(nn.Module):
     @property
     def nothing(self) -> int:
         """The row without a prompt."""
-        return len(self.artists)
-
-    def row(self, artist: str) -> int:
-        return self.artists.index(artist)
+        return len(self.prompts)
 
     def forward(self, rows: Tensor, t: Tensor) -> Tensor:
         """(N, layers * length, width) of rows (N) and times (N); each layer's part in turn.

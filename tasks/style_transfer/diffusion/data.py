@@ -77,11 +77,12 @@ def collections(folders: Mapping[str, Sequence[str]], hold_out: int) -> list[Col
     found = []
     for name, places in folders.items():
         works = pictures_in("data.collections", places)
-        test = works
+        train = test = works
         if hold_out:
-            held = [pictures_in("data.collections", [place])[::hold_out] for place in places]
-            test = list(dict.fromkeys(work for each in held for work in each))
-        train = [work for work in works if work not in test] if hold_out else works
+            each = (pictures_in("data.collections", [place])[::hold_out] for place in places)
+            held = {path.resolve() for paths in each for path in paths}
+            test = [work for work in works if work.resolve() in held]
+            train = [work for work in works if work.resolve() not in held]
         if not train:
             raise ValueError(
                 f"data.collections: {name!r} has {len(works)} work(s) ({works[0]}), which testing takes, so that none "
@@ -112,7 +113,7 @@ class Latents:
     def __init__(self, paths: Sequence[Path], vae: Any, shorter: int, cache: Path) -> None:
         digest = hashlib.sha256(repr((FORMAT, shorter, float(vae.config.scaling_factor))).encode())
         for _, weight in sorted(vae.state_dict().items()):
-            digest.update(weight.detach().float().cpu().numpy().tobytes()[:4096])
+            digest.update(weight.detach().float().cpu().numpy().tobytes())
         for path in paths:
             digest.update(repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
         folder = cache / f"latents_{digest.hexdigest()[:16]}"
@@ -122,22 +123,19 @@ class Latents:
                 save_file(_encoded(paths, vae, shorter), room / "latents.safetensors")
         self._tensors = load_file(folder / "latents.safetensors")
 
-    def draw(self, number: int, side: int, chance: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """A square of picture ``number``: the middle one without ``chance``, else any, maybe mirrored.
+    def draw(self, number: int, side: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Any square of picture ``number``, maybe mirrored.
 
         Its latents (4, side, side), and the square itself as small (3, side, side), from 0 to 1.
         """
-        mirrored = chance is not None and bool(torch.randint(2, (), generator=chance))
+        mirrored = bool(torch.randint(2, (), generator=chance))
         mean = self._tensors[f"{number}.{int(mirrored)}.mean"]
         rooms = [length - side + 1 for length in mean.shape[1:]]
-        if chance is None:
-            top, left = (room // 2 for room in rooms)
-        else:
-            top, left = (int(torch.randint(room, (), generator=chance)) for room in rooms)
+        top, left = (int(torch.randint(room, (), generator=chance)) for room in rooms)
         place = slice(None), slice(top, top + side), slice(left, left + side)
         small = self._tensors[f"{number}.{int(mirrored)}.small"][place]
         deviation = self._tensors.get(f"{number}.{int(mirrored)}.deviation")
-        if deviation is None or chance is None:
+        if deviation is None:
             return mean[place], small
         return mean[place] + deviation[place] * torch.randn(4, side, side, generator=chance), small
 
@@ -212,7 +210,7 @@ class Works(Dataset[tuple[Tensor, Tensor, Tensor, int, str, Tensor]]):
         return made.x, made.t, made.target, number, made.words, torch.rand((), generator=chance)
 
 
-def test_squares(
+def held_out_squares(
     latents: Latents, numbers: Sequence[int], noises: int, side: int, scheduler: DDPMScheduler, seed: int
 ) -> Iterator[tuple[int, int, Noisy]]:
     """Squares of the works ``numbers``, one for each noise: (work, number of the noise, noisy square) at ``TIMES``."""

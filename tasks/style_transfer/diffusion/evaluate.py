@@ -21,6 +21,7 @@ class NoiseMetrics:
     - ``zero_mse``: of predicting zero.
     - ``own_is_best``, where there are other kinds: the share of noises for which every collection's own condition
       gives the smallest error of all, over its works and all times.
+    - ``COLLECTION_KIND`` and ``COLLECTION_own_is_best``: the same of each collection, where there are several.
     - what the picture maker measures.
 
     Args:
@@ -58,6 +59,10 @@ class NoiseMetrics:
         ]
         return math.fsum(found) / len(found)
 
+    def _own_is_best(self, collection: int, noise: int) -> bool:
+        own, *others = (self.mean(kind, collection, noise) for kind in range(len(self.kinds)))
+        return all(own < other for other in others)
+
     def save(self, folder: Path) -> None:
         if self.make_pictures is not None:
             self._pictures = self.make_pictures(folder)
@@ -66,18 +71,16 @@ class NoiseMetrics:
         found = {"noise_mse": self.mean(0)}
         found |= {f"noise_mse_{kind}": self.mean(number) for number, kind in enumerate(self.kinds) if number}
         found["zero_mse"] = math.fsum(self._zero) / len(self._zero)
-        places = sorted({(collection, noise) for _, collection, noise in self._errors})
+        numbers, noises = (sorted({key[place] for key in self._errors}) for place in (1, 2))
+        best = {number: {noise: self._own_is_best(number, noise) for noise in noises} for number in numbers}
         if len(self.kinds) > 1:
-            best: dict[int, bool] = defaultdict(lambda: True)
-            for collection, noise in places:
-                own, *others = (self.mean(kind, collection, noise) for kind in range(len(self.kinds)))
-                best[noise] &= own < min(others)
-            found["own_is_best"] = sum(best.values()) / len(best)
+            found["own_is_best"] = sum(all(each[noise] for each in best.values()) for noise in noises) / len(noises)
         if len(self.collections) > 1:
-            for number in sorted({collection for collection, _ in places}):
-                found |= {
-                    f"{self.collections[number]}_{kind}": self.mean(k, number) for k, kind in enumerate(self.kinds)
-                }
+            for number in numbers:
+                name = self.collections[number]
+                found |= {f"{name}_{kind}": self.mean(k, number) for k, kind in enumerate(self.kinds)}
+                if len(self.kinds) > 1:
+                    found[f"{name}_own_is_best"] = sum(best[number].values()) / len(noises)
         return {**found, **self._pictures}
 
 

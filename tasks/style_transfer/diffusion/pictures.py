@@ -64,6 +64,7 @@ class Repainting:
         if self._lpips is not None:
             found["lpips"] = float(self._lpips(pictures, contents).mean())
         if self._fid is not None:
+            self._fid.reset()
             self._fid.update(as_bytes(pictures), real=False)
             for work in (work for each in self.works.values() for work in each):
                 self._fid.update(as_bytes(work)[None], real=True)

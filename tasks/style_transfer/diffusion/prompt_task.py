@@ -164,7 +164,7 @@ class PromptTask(DiffusionTask):
             OWN: numbers,
             OTHER: (numbers + 1) % count,
             RANDOM: numbers + count,
-            NOTHING: torch.full_like(numbers, 2 * count),
+            NOTHING: torch.full_like(numbers, self.conditioner.nothing),
         }
         return {"row": torch.stack([rows[kind][place] for place, kind in enumerate(kinds)])}
 

@@ -25,7 +25,7 @@ from tasks.style_transfer.diffusion.autoencoder import tiny_autoencoder
 from tasks.style_transfer.diffusion.base import SCALE, Base
 from tasks.style_transfer.diffusion.chain import LightEnd, light_end
 from tasks.style_transfer.diffusion.config import DiffusionConfig
-from tasks.style_transfer.diffusion.data import Collection, Latents, Works, collections, read_resized, test_squares
+from tasks.style_transfer.diffusion.data import Collection, Latents, Works, collections, held_out_squares, read_resized
 from tasks.style_transfer.diffusion.evaluate import NoiseMetrics
 
 
@@ -189,7 +189,7 @@ class DiffusionTask(ABC):
     def test_batches(self) -> Iterator[Message]:
         """Every held-out work with every noise at every time, under every condition: equal noise for all of these."""
         works, data = self.works(test=True), self.config.data
-        squares = test_squares(
+        squares = held_out_squares(
             self.latents(test=True),
             range(len(works)),
             data.noises,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -30,11 +31,11 @@ def tiny_tokenizer() -> CLIPTokenizer:
         ['a</w>', 'painting</w>', 'by</w>', 'z', 'o', 'e</w>', '*</w>']
     """
     letters = list(bytes_to_unicode().values())
-    merges: dict[tuple[str, str], None] = {}
+    merges: dict[tuple[str, str], int] = {}
     for word in WORDS:
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        for end in range(1, len(pieces)):
-            merges["".join(pieces[:end]), pieces[end]] = None
+        # Each rule is added last, so that words before go on being one token.
+        while len(pieces := _merged(word, merges)) > 1:
+            merges[pieces[0], pieces[1]] = len(merges)
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     numbers = dict(zip(dict.fromkeys(tokens), itertools.count(), strict=False))
@@ -43,3 +44,15 @@ def tiny_tokenizer() -> CLIPTokenizer:
         vocabulary.write_text(json.dumps(numbers))
         rules.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
         return CLIPTokenizer(str(vocabulary), str(rules), model_max_length=LENGTH)
+
+
+def _merged(word: str, merges: Mapping[tuple[str, str], int]) -> list[str]:
+    """What byte-pair encoding makes of a word: of the pairs side by side the first of ``merges`` goes first."""
+    pieces = [*word[:-1], f"{word[-1]}</w>"]
+    while known := [pair for pair in itertools.pairwise(pieces) if pair in merges]:
+        best, rest, pieces = min(known, key=merges.__getitem__), pieces, []
+        while rest:
+            both = tuple(rest[:2]) == best
+            pieces.append("".join(rest[: 1 + both]))
+            rest = rest[1 + both :]
+    return pieces

@@ -162,7 +162,7 @@ def test_settings_make_another_of_the_kind() -> None:
         ({"rows": 16, "tokens": 3}, r"^prompt.rows: 16 rows cannot be pooled to 3 tokens; take a multiple$"),
         ({"rows": 2, "tokens": 4}, r"^prompt.rows: 2 rows cannot be pooled to 4 tokens"),
         ({"tokens": 0}, r"^prompt.rows: 16 rows cannot be pooled to 0 tokens"),
-        ({"rows": 0}, r"^prompt.rows: 0 "),
+        ({"rows": 0}, r"^prompt.rows: 0 rows cannot be pooled to 1 tokens"),
     ],
 )
 def test_numbers_that_do_not_go_together(settings: dict[str, Any], said: str) -> None:

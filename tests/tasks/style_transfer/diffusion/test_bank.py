@@ -85,7 +85,7 @@ def test_an_unknown_artist_is_told_who_is_known(artists: list[str], asked: str, 
     assert list(bank) == artists
 
 
-@pytest.mark.parametrize("name", ["monet", "Vincent van Gogh", "a_b-c", "9", "textures (random)"[:8]])
+@pytest.mark.parametrize("name", ["monet", "Vincent van Gogh", "a_b-c", "9", "textures"])
 def test_names_that_files_and_texts_can_hold(name: str) -> None:
     check_artist(name)
     assert name in bank_of(name)
@@ -239,7 +239,7 @@ def cut(path: Path, length: int) -> None:
         (lambda path: rewrite(path, artists=None), "holds no prompts: "),
         (lambda path: rewrite(path, artists="[]"), "holds no prompts: "),
         (lambda path: rewrite(path, artists="{"), "cannot be read: "),
-        (lambda path: rewrite(path, artists='{"monet": 3}'), "the prompt of 'monet' cannot be made: "),
+        (lambda path: rewrite(path, artists='{"monet": 3}'), "holds no prompts: "),
         (lambda path: rewrite(path, method="lsast"), "has prompts of lsast, not of artbank$"),
         (lambda path: without(path, "monet.matrix"), "the prompt of 'monet' cannot be made: .*matrix"),
         (lambda path: change(path, rows=4), r"the prompt of 'monet' cannot be made: .*size mismatch for matrix"),
@@ -249,8 +249,8 @@ def cut(path: Path, length: int) -> None:
         ),
         (lambda path: change(path, colour=1), "the prompt of 'monet' cannot be made: .*colour"),
         (lambda path: change(path, template=None), "the prompt of 'monet' cannot be made: .*template"),
-        (lambda path: change(path, width=4), "the prompt of 'monet' cannot be made: "),
-        (lambda path: change(path, width=None), "the prompt of 'monet' cannot be made: .*width"),
+        (lambda path: change(path, width=4), "the prompt of 'monet' has width 4, .*; the text model .* has width 8$"),
+        (lambda path: change(path, width=None), "the prompt of 'monet' has width None, "),
     ],
 )
 def test_files_that_are_no_bank_are_refused_in_one_line(
@@ -260,7 +260,7 @@ def test_files_that_are_no_bank_are_refused_in_one_line(
     bank_of("cezanne", "monet").save(path)
     damage(path)
     with pytest.raises(ValueError, match=rf"^{path}: {said}") as error:
-        load_bank(path, artbank_prompt, "artbank")
+        load_bank(path, artbank_prompt, "artbank", 8)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
 
@@ -276,11 +276,14 @@ def test_artists_that_a_bank_would_not_take_are_named_with_their_file(tmp_path: 
     }
     settings = {artist: bank[artist].settings for bank in (one, other) for artist in bank}
     save_file(tensors, path, {"method": "artbank", "artists": json.dumps(settings)})
-    with pytest.raises(ValueError, match=rf"^{path}: .*'cezanne' has width 16, the others of this bank have 8"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{path}: the prompt of 'cezanne' cannot be made: artist: 'cezanne' has width 16, the others",
+    ):
         load_bank(path, artbank_prompt, "artbank")
     tensors = {f"a/b.{key}": tensor for key, tensor in one["monet"].state_dict().items()}
     save_file(tensors, path, {"method": "artbank", "artists": json.dumps({"a/b": one["monet"].settings})})
-    with pytest.raises(ValueError, match=rf"^{path}: .*'a/b' is no name"):
+    with pytest.raises(ValueError, match=rf"^{path}: the prompt of 'a/b' cannot be made: artist: 'a/b' is no name"):
         load_bank(path, artbank_prompt, "artbank")
 
 

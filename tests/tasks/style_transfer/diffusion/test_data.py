@@ -104,6 +104,18 @@ def test_every_so_many_works_are_held_out(tmp_path: Path) -> None:
     assert (other.name, stems(other.train), stems(other.test)) == ("cezanne", ["b", "c"], ["a"])
 
 
+def test_a_folder_is_divided_alike_in_whatever_collection_it_is(tmp_path: Path) -> None:
+    """So that no collection tests with what another one trains on."""
+    for folder, count in (("monet", 5), ("sea", 4)):
+        write(tmp_path / folder, *(f"{folder}{number}.png" for number in range(count)))
+    (tmp_path / "again").symlink_to(tmp_path / "sea")
+    monet, sea, again = (str(tmp_path / name) for name in ("monet", "sea", "again"))
+    both, alone = collections({"both": [again, monet, sea], "alone": [monet]}, 2)
+    assert stems(both.test) == ["sea0", "sea2", "monet0", "monet2", "monet4"]
+    assert stems(both.train) == ["sea1", "sea3", "monet1", "monet3"]
+    assert (stems(alone.test), stems(alone.train)) == (["monet0", "monet2", "monet4"], ["monet1", "monet3"])
+
+
 @pytest.mark.parametrize("hold_out", [2, 5, 100])
 def test_two_works_are_enough_to_hold_one_out_and_one_is_not(tmp_path: Path, hold_out: int) -> None:
     write(tmp_path, "a.png", "b.png")
@@ -111,7 +123,7 @@ def test_two_works_are_enough_to_hold_one_out_and_one_is_not(tmp_path: Path, hol
     assert (stems(found.train), stems(found.test)) == (["b"], ["a"])
     (tmp_path / "b.png").unlink()
     with pytest.raises(
-        ValueError, match=r"^data.collections: 'monet' has 1 work \(\S+a.png\), .*data.hold_out 0"
+        ValueError, match=r"^data.collections: 'monet' has 1 work\(s\) \(\S+a.png\), .*hold_out 0"
     ) as error:
         collections({"monet": [str(tmp_path)]}, hold_out)
     assert "\n" not in str(error.value)
@@ -167,8 +179,8 @@ def test_latents_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert vae.encoded == 4
     assert not capsys.readouterr().out
     assert one._tensors.keys() == other._tensors.keys()
-    for seed in (None, 0, 1, 2):
-        found = [each.draw(1, SIDE, None if seed is None else chance(seed)) for each in (one, other)]
+    for seed in range(4):
+        found = [each.draw(1, SIDE, chance(seed)) for each in (one, other)]
         assert torch.equal(found[0][0], found[1][0])
         assert torch.equal(found[0][1], found[1][1])
 
@@ -209,12 +221,6 @@ def test_after_an_error_nothing_is_kept(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize(("side", "top", "left"), [(4, 3, 5), (5, 2, 4), (9, 0, 2)])
-def test_without_chance_it_is_the_middle(tmp_path: Path, side: int, top: int, left: int) -> None:
-    made = latents(tmp_path)
-    assert [place(made.draw(number, side, None)) for number in range(3)] == [(top, left, False, n) for n in range(3)]
-
-
 def test_squares_come_from_anywhere_mirrored_half_of_the_time(tmp_path: Path) -> None:
     made = latents(tmp_path)
     drawn = [place(made.draw(seed % 3, SIDE, chance(seed))) for seed in range(600)]
@@ -237,7 +243,8 @@ def test_mirrored_latents_are_those_of_the_mirrored_picture(tmp_path: Path, taes
     plain = painted(tmp_path, "plain.png", 64, 64)
     Image.fromarray(read_image(plain)[:, ::-1]).save(tmp_path / "mirrored.png")
     made = Latents([plain, tmp_path / "mirrored.png"], taesd, 64, tmp_path / "cache")
-    as_it_is, mirrored = (made.draw(number, 8, None) for number in (0, 1))
+    plainly = next(seed for seed in range(20) if not int(torch.randint(2, (), generator=chance(seed))))
+    as_it_is, mirrored = (made.draw(number, 8, chance(plainly)) for number in (0, 1))
     assert not torch.allclose(as_it_is[0].flip(2), mirrored[0], atol=1e-4), "not the latents, mirrored"
     seen = Counter[bool]()
     for seed in range(10):
@@ -266,7 +273,6 @@ def test_an_autoencoder_with_a_deviation_draws_around_the_mean(tmp_path: Path) -
     with torch.no_grad():
         mean, deviation = to_latents(vae, read_resized(path, 32)[None])
     assert deviation is not None
-    assert torch.equal(made.draw(0, 4, None)[0], mean[0]), "to test with there is no chance"
     drawn = torch.stack([found for found, _ in (made.draw(0, 4, chance(seed)) for seed in range(1000))])
     unmirrored = [seed for seed in range(1000) if not int(torch.randint(2, (), generator=chance(seed)))]
     drawn = drawn[unmirrored]
@@ -395,29 +401,32 @@ def test_workers_change_no_bit(tmp_path: Path) -> None:
 
 def test_works_are_tested_in_the_middle_of_equal_parts_of_the_noises_course(tmp_path: Path) -> None:
     made = latents(tmp_path)
-    found = list(data.test_squares(made, [2, 0], 2, SIDE, scheduler(), seed=3))
+    found = list(data.held_out_squares(made, [2, 0], 2, SIDE, scheduler(), seed=3))
     assert [(number, noise) for number, noise, _ in found] == [
         *[(2, 0)] * 10, *[(2, 1)] * 10, *[(0, 0)] * 10, *[(0, 1)] * 10
     ]  # fmt: skip
     assert [int(each.t) for *_, each in found] == [50, 150, 250, 350, 450, 550, 650, 750, 850, 950] * 4
     kept = scheduler().alphas_cumprod
-    for place_, (number, noise, each) in enumerate(found):
-        wanted = torch.randn(4, SIDE, SIDE, generator=chance(derive(3, "test", noise, number, place_ % 10)))
+    squares = [made.draw(n, SIDE, chance(derive(3, "square", noise, n))) for n in (2, 0) for noise in (0, 1)]
+    for position, (number, noise, each) in enumerate(found):
+        wanted = torch.randn(4, SIDE, SIDE, generator=chance(derive(3, "test", noise, number, position % 10)))
         assert torch.equal(each.target, wanted)
-        square, small = made.draw(number, SIDE, None)
+        square, small = squares[position // 10]  # one for each noise, at all times
         torch.testing.assert_close(each.x, kept[each.t].sqrt() * square + (1 - kept[each.t]).sqrt() * wanted)
         assert each.words == describe(small)
     assert len({tuple(each.target.flatten().tolist()) for *_, each in found}) == 40, "each its own"
+    assert len({place(square) for square in squares}) == 4
 
 
 def test_tests_have_equal_noise_for_equal_seeds(tmp_path: Path) -> None:
     made = latents(tmp_path)
 
-    def noises(numbers: Sequence[int], count: int, seed: int) -> dict[tuple[int, int, int], Tensor]:
-        every = data.test_squares(made, numbers, count, SIDE, scheduler(), seed)
-        return {(number, noise, int(each.t)): each.x for number, noise, each in every}
+    def every(numbers: Sequence[int], count: int, seed: int) -> dict[tuple[int, int, int], Tensor]:
+        torch.rand(1)
+        found = data.held_out_squares(made, numbers, count, SIDE, scheduler(), seed)
+        return {(number, noise, int(each.t)): each.x for number, noise, each in found}
 
-    few, many, others = noises([1], 1, 3), noises([0, 1], 2, 3), noises([1], 1, 4)
+    few, many, others = every([1], 1, 3), every([0, 1], 2, 3), every([1], 1, 4)
     assert len(few) == 10
     for key, x in few.items():
         assert torch.equal(many[key], x)

@@ -57,9 +57,11 @@ def test_figures_by_hand() -> None:
             "monet_own": (1 + 3 + 1) / 3,
             "monet_none": (4 + 2 + 2) / 3,
             "monet_other": (2 + 5 + 3) / 3,
+            "monet_own_is_best": 1.0,
             "cezanne_own": (6 + 8) / 2,
             "cezanne_none": (7 + 9) / 2,
             "cezanne_other": (9 + 5) / 2,
+            "cezanne_own_is_best": 0.5,
         },
         rel=1e-5,
     )
@@ -94,9 +96,9 @@ def test_what_there_is_one_of_has_no_figures_of_its_own() -> None:
 def test_errors_are_reckoned_in_full_precision() -> None:
     made = NoiseMetrics(["own"], ["monet"], None)
     numbers = torch.zeros(1, dtype=torch.long)
-    given = {"target": torch.full((1, 4, 2, 2), 1e-3), "kind": numbers, "collection": numbers, "noise": numbers}
-    made.update(torch.zeros(1, 4, 2, 2, dtype=torch.float16), given)
-    assert made.compute()["noise_mse"] == pytest.approx(1e-6, rel=1e-4)
+    target = torch.full((1, 4, 2, 2), 1e-3, dtype=torch.float16)
+    made.update(torch.zeros_like(target), {"target": target, "kind": numbers, "collection": numbers, "noise": numbers})
+    assert made.compute()["noise_mse"] == pytest.approx(float(target[0, 0, 0, 0]) ** 2, rel=1e-5)
 
 
 def test_figures_of_pictures_are_added(tmp_path: Path) -> None:

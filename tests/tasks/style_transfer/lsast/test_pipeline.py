@@ -92,7 +92,7 @@ def test_it_reads_what_training_reads(checkpoint: Path) -> None:
     with p.calls(made.unet) as seen:
         p.paint(made, "cezanne", strength=1.0)
     for call in seen[1:]:
-        rows = torch.tensor([conditioner.nothing, conditioner.row("cezanne")])
+        rows = torch.tensor([conditioner.nothing, list(made.bank).index("cezanne")])
         with torch.no_grad():
             expected = conditioner(rows, call["t"].expand(2))
         torch.testing.assert_close(call["encoder_hidden_states"], expected, rtol=1e-4, atol=1e-4)
