@@ -80,8 +80,6 @@ class Chain:
         shared: an encoder of what several units read (a style, a prompt). It runs before the first unit and adds
             tensors to the message's features, which stay in it; it learns from all blocks (see ``engine.shared``).
         shared_names: the features it adds.
-        load_frozen: loads what checkpoints leave out, frozen weights that have a file of their own (see
-            ``engine.frozen``). Whoever builds a chain without its initial weights to load a checkpoint calls it.
 
     Raises:
         ValueError: names are repeated, or a parameter or buffer is in no unit or in several (named).
@@ -103,13 +101,12 @@ class Chain:
         layout: str = "NCHW",
         shared: Unit | None = None,
         shared_names: Sequence[str] = (),
-        load_frozen: Callable[[], None] = lambda: None,
     ) -> None:
         if layout not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"layout {layout!r} is none of NCHW, NHWC, NLC")
         self.model, self.units, self.head, self.example, self.layout = model, list(units), head, example, layout
         assert (shared is None) == (not shared_names), "a shared encoder, and the features it adds"
-        self.shared, self.shared_names, self.load_frozen = shared, tuple(shared_names), load_frozen
+        self.shared, self.shared_names = shared, tuple(shared_names)
         self._shapes: list[Message] | None = None
 
         self.check()
@@ -167,7 +164,8 @@ def _check_exact(model: nn.Module, units: Sequence[Unit]) -> None:
         if unit.name in seen:
             raise ValueError(f"two units are called {unit.name!r}")
         seen.add(unit.name)
-    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    names = {id(tensor): name for name, tensor in model.named_parameters()}  # frozen ones may not be in the state
+    names |= {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
     holders: dict[int, str] = {}
     for unit in units:
         for tensor in {id(tensor) for tensor in _tensors(unit.module)}:

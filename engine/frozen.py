@@ -12,7 +12,7 @@ def leave_out_frozen(model: nn.Module) -> None:
 
     For networks that learn a little beside something large, which comes from a file that stays where it is: prompts
     of a frozen denoiser, LoRA's matrices. ``state_dict`` and ``load_state_dict`` then know the rest alone. What is
-    frozen at the moment of this call counts; a chain of such a model wants ``load_frozen``.
+    frozen at the moment of this call counts. A task of such a model says so by ``reads_frozen``.
 
     Example:
         >>> import torch

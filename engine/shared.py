@@ -86,12 +86,16 @@ class SharedEncoder(Block):
         self.next_sequence += 1
 
     def _average(self, group: dist.ProcessGroup) -> None:
-        for _, parameter in self.parameters_by_name():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=group)
-                parameter.grad /= dist.get_world_size(group)
+        learning = [parameter for _, parameter in self.parameters_by_name() if parameter.requires_grad]
+        asked = torch.tensor([float(parameter.grad is not None) for parameter in learning], device=self.device)
+        dist.all_reduce(asked, group=group)
+        for parameter, replicas in zip(learning, asked.tolist(), strict=True):
+            if not replicas:
+                continue  # an optimizer leaves it as it is, as it would on one process
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad /= dist.get_world_size(group)
 
 
 def with_encoder(blocks: Sequence[Block]) -> list[Block]:

@@ -76,6 +76,8 @@ class Task(Protocol):
     """By family of auxiliary networks: options that this kind of task has other defaults for; None if it takes none."""
     group: ProcessGroup | None
     """The replicas that share a batch, for losses that average over all of it; the engine sets it."""
+    reads_frozen: bool
+    """Whether checkpoints leave frozen weights out (``engine.frozen``), which a run that is opened again reads anew."""
     single_sample: bool
     """Whether BatchNorm can learn from one sample: it sees more than one value a channel, as in a detector's maps."""
 

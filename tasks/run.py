@@ -58,9 +58,8 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
     config = parse(entry.config, argv)
 
     task: Task = entry.build(config)
-    chain = task.build_chain(initial=False)
+    chain = task.build_chain(initial=task.reads_frozen)
     step = load_model(path, chain.model)
-    chain.load_frozen()
     # A run may be opened on another machine than it was trained on.
     device = choose_device("cpu" if config.train.device == "cpu" else "auto")
     chain.model.to(device).eval()

@@ -58,7 +58,7 @@ class Toy:
 
     name, metric = "toy", "error"
     auxiliary_options: Mapping[str, Any] = {}
-    single_sample, group = False, None
+    single_sample, reads_frozen, group = False, False, None
 
     def __init__(self, depth: int = 4, width: int = 6, dropout: float = 0.0, norm: bool = False, samples: int = 26):
         self.depth, self.width, self.dropout, self.norm = depth, width, dropout, norm

@@ -58,6 +58,7 @@ class Classification:
     metric = "accuracy"
     auxiliary_options: Mapping[str, Mapping[str, Any] | None] = {}
     single_sample = False
+    reads_frozen = False
     group = None
 
     def __init__(self, config: ClassificationConfig) -> None:

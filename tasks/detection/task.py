@@ -57,6 +57,7 @@ class Detection:
         "dgl": None,
     }
     single_sample = True
+    reads_frozen = False
     group: ProcessGroup | None = None
     named: Mapping[str, Tensor] = {}
 

@@ -54,4 +54,4 @@ def load_fid(weights: Path, paintings: int, key: str = "data.fid_weights") -> Fr
 
 def first_sentence(error: BaseException) -> str:
     """Its first sentence; PyTorch goes on for long."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:120]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:200]

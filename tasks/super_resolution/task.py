@@ -39,6 +39,7 @@ class Upscaling:
     name = "super_resolution"
     metric = "psnr"
     single_sample = True
+    reads_frozen = False
     group: ProcessGroup | None = None
 
     def __init__(self, scale: int, auxiliary_tail: Any) -> None:

@@ -60,6 +60,14 @@ def test_a_chain_of_such_a_model_is_exact() -> None:
     assert chain.names(*(unit.module for unit in units)) == ["2.weight", "2.bias"]
 
 
+def test_a_frozen_parameter_in_no_unit_is_found_though_the_state_has_it_not() -> None:
+    model = half_frozen()
+    with pytest.raises(ValueError, match=r"^'0.weight' of the model is in no unit$"):
+        Chain(
+            model, [Unit("norm", model[1])], Unit("learns", model[2]), Message({"x": torch.zeros(2, 2)}), layout="NLC"
+        )
+
+
 def test_an_optimizer_over_nothing_steps() -> None:
     for name in ("sgd", "adamw"):
         optimizer = build_optimizer(config(optimizer__name=name).optimizer, [("w", nn.Parameter(torch.ones(1), False))])
@@ -99,5 +107,4 @@ def test_a_chain_without_an_encoder_has_nothing_to_condition() -> None:
     task = Toy()
     chain, _, _ = blocks_of(task, config(local__blocks=2))
     assert chain.shared is None
-    chain.load_frozen()
     assert build_blocks(chain, config(local__blocks=2), task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,8 +11,10 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from engine.chain import Chain, Unit
+from engine.files import made_once
 from engine.frozen import leave_out_frozen
 from engine.log import console
 from engine.message import Message
@@ -29,6 +32,7 @@ from tasks.style_transfer.sheet import contact_sheet
 
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 OWN, NO_TEXT = "own", "no_text"
+FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 class DenoiserTask(DiffusionTask):
@@ -69,7 +73,6 @@ class DenoiserTask(DiffusionTask):
             example(unet, self.side, self.base.text_shape()[0]),
             shared=Unit("time", TimeEmbedding(unet), _embed_time) if shared else None,
             shared_names=("time",) if shared else (),
-            load_frozen=(lambda: None) if full else self.frozen_loader(unet),
         )
 
     def conditions(
@@ -86,12 +89,17 @@ class DenoiserTask(DiffusionTask):
             empty = (luck < self.config.data.drop_text).tolist()
         return {"prompt": self._encode(["" if none else text for none, text in zip(empty, texts, strict=True)])}
 
+    @functools.cached_property
+    def text_encoder(self) -> CLIPTextModel:
+        """In main memory: every text is encoded once."""
+        return self.base.text_encoder()
+
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> Tensor:
         """(texts, tokens, width), each encoded once."""
         missing = list(dict.fromkeys(text for text in texts if text not in self._encoded))
         if missing:
-            encoded = encode(self.base.text_encoder(), tokens(self.base.tokenizer, missing))
+            encoded = encode(self.text_encoder, tokens(self.base.tokenizer, missing))
             self._encoded.update(zip(missing, encoded, strict=True))
         return torch.stack([self._encoded[text] for text in texts])
 
@@ -141,8 +149,8 @@ class DenoiserTask(DiffusionTask):
         """diffusers' own with this denoiser, quiet."""
         with quiet():
             made = StableDiffusionPipeline(
-                vae=self.vae,
-                text_encoder=self.base.text_encoder(),
+                vae=self.vae.to(self.unet.device),
+                text_encoder=None,  # texts are given encoded
                 tokenizer=self.base.tokenizer,
                 unet=self.unet,
                 scheduler=self.base.sampler(),
@@ -160,17 +168,21 @@ class DenoiserTask(DiffusionTask):
             ValueError: a file for a whole checkpoint, or a folder for LoRA's matrices.
         """
         if self.config.model.trains == "full":
-            if target.suffix:
+            if target.suffix in FILES:
                 raise ValueError(
                     f"--out: {target} is a file; a checkpoint in diffusers' layout is a folder: "
                     f"--out {target.with_suffix('')}"
                 )
-            self.base.save(target, self.unet.cpu(), self.vae.cpu())
+            if target.exists():
+                raise ValueError(f"--out: {target} is there already; choose another folder, or remove it")
+            with made_once(target) as room, quiet():
+                self.base.save(room, self.unet.cpu(), self.vae.cpu())
             return f"a checkpoint in diffusers' layout in {target}"
         if target.suffix != ".safetensors":
             raise ValueError(f"--out: {target} must end in .safetensors, as diffusers' load_lora_weights reads it")
         from peft import get_peft_model_state_dict
 
+        target.parent.mkdir(parents=True, exist_ok=True)
         matrices = get_peft_model_state_dict(self.unet)
         StableDiffusionPipeline.save_lora_weights(target.parent, matrices, weight_name=target.name)
         return f"{len(matrices)} matrices in {target}"

@@ -20,6 +20,8 @@ from tasks.style_transfer.diffusion.conditioner import encode_layers, prompt_tok
 from tasks.style_transfer.diffusion.inversion import StochasticInversion
 from tasks.style_transfer.diffusion.text import encode, tokens
 
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+"""Of ``from_pretrained``, those that say how the hub is asked."""
 PROMPTS = "prompts.safetensors"
 """The bank's file in a saved pipeline's folder."""
 
@@ -62,7 +64,8 @@ class ArtistPipeline(StochasticInversion):
             ValueError: the checkpoint is not there, damaged or of another architecture, or the prompts do not fit it.
         """
         name = str(pretrained_model_name_or_path)
-        base = Base(name, key="pretrained_model_name_or_path")
+        hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        base = Base(name, key="pretrained_model_name_or_path", hub=hub)
         if base.made:
             raise ValueError(f"{name!r} names networks that are made for training; give a folder or a name on the hub")
         base.scheduler  # noqa: B018 (raises where it is none of Stable Diffusion 1.x or 2.x)

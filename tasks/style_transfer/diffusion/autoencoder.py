@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,27 +27,29 @@ def tiny_autoencoder(file: str, pictures: Callable[[], Sequence[Tensor]], cache:
 
     Args:
         file: with its weights; empty: ``TAESD`` if it is there, else one is trained on ``pictures`` for a minute, once.
-        pictures: (3, H, W) from 0 to 1; asked for only to train.
-        cache: folder for what was trained.
+        pictures: (3, H, W) from 0 to 1; asked for where one is to be trained, and none if nothing is to be.
+        cache: folder for what was trained: one a seed, whatever the pictures.
 
     Raises:
-        ValueError: the file is not there or holds something else.
+        ValueError: the file is not there or holds something else, or there is none and there are no pictures.
     """
     if file or TAESD.is_file():
         vae = AutoencoderTiny()
         load_weights(vae, Path(file) if file else TAESD, key="model.autoencoder")
         return vae.eval()
-    return _trained(list(pictures()), cache, seed)
+    folder = cache / f"autoencoder_seed{seed}"
+    return _trained([] if folder.is_dir() else list(pictures()), folder, seed)
 
 
-def _trained(pictures: list[Tensor], cache: Path, seed: int) -> AutoencoderTiny:
-    digest = hashlib.sha256(repr(seed).encode())
-    for picture in pictures:
-        digest.update(picture.numpy().tobytes())
-    folder = cache / f"autoencoder_{digest.hexdigest()[:16]}"
+def _trained(pictures: list[Tensor], folder: Path, seed: int) -> AutoencoderTiny:
     with seeded(seed, "autoencoder weights"):
         vae = AutoencoderTiny()
     if not folder.is_dir():
+        if not pictures:
+            raise ValueError(
+                f"model.autoencoder: {folder}, which training made where there is no {TAESD}, is not here; give its "
+                "vae.safetensors, or data.cache the folder that it is in"
+            )
         console.print(
             f"model.autoencoder: there is no {TAESD}; training an autoencoder on {len(pictures)} pictures for "
             f"{SECONDS:.0f} s, which blurs more than TAESD does; {folder} will have it"

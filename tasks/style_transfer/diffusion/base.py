@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engine.seed import seeded
 from tasks.style_transfer.diffusion.tokenizer import LENGTH, tiny_tokenizer
+from tasks.style_transfer.measures import first_sentence
 
 SCALE = 8
 """Pixels of a picture along a side, for each of its latents: of every autoencoder of Stable Diffusion 1.x and 2.x."""
@@ -110,6 +111,7 @@ class Base:
         name: a folder in diffusers' layout, a checkpoint's name on the hub, or one of ``SIZES``: untrained networks.
         seed: of untrained ones.
         key: what names it in errors.
+        hub: how the hub is asked: ``revision``, ``token``, ``cache_dir``, ... as diffusers takes them.
 
     Every part raises ValueError, in one line, where the checkpoint is not there or is none of Stable Diffusion 1.x or
     2.x.
@@ -118,6 +120,7 @@ class Base:
     name: str
     seed: int = 0
     key: str = "model.pretrained"
+    hub: dict[str, Any] = field(default_factory=dict)
 
     @property
     def made(self) -> bool:
@@ -152,7 +155,9 @@ class Base:
             tokenizer = tiny_tokenizer()
             tokenizer.model_max_length = LENGTH if self.name == "tiny" else 77
             return tokenizer
-        return self._loaded("tokenizer", lambda: CLIPTokenizer.from_pretrained(self._checked, subfolder="tokenizer"))
+        return self._loaded(
+            "tokenizer", lambda: CLIPTokenizer.from_pretrained(self._checked, subfolder="tokenizer", **self.hub)
+        )
 
     def tokenizer_like(self, *, weights: bool) -> CLIPTokenizer:
         """The tokenizer; without ``weights``, for shapes, another one of its length will do and is not asked for."""
@@ -171,7 +176,9 @@ class Base:
         """Noise by time, and what the denoiser predicts (``prediction_type``)."""
         if self.made:
             return DDPMScheduler(**{key: value for key, value in _SCHEDULE.items() if key != "set_alpha_to_one"})
-        return self._loaded("scheduler", lambda: DDPMScheduler.from_pretrained(self._checked, subfolder="scheduler"))
+        return self._loaded(
+            "scheduler", lambda: DDPMScheduler.from_pretrained(self._checked, subfolder="scheduler", **self.hub)
+        )
 
     def sampler(self) -> DDIMScheduler:
         """DDIM on the same noise."""
@@ -206,15 +213,16 @@ class Base:
             if part == "text_encoder":
                 return _for_shapes(lambda: CLIPTextModel(CLIPTextConfig.from_dict(config)))
             return _for_shapes(lambda: kind.from_config(config))
-        return self._loaded(part, lambda: kind.from_pretrained(self._checked, subfolder=part))
+        # Whatever the file's precision: what learns and what it is compared with want fp32.
+        return self._loaded(part, lambda: kind.from_pretrained(self._checked, subfolder=part, **self.hub)).float()
 
     def _config(self, part: str) -> dict[str, Any]:
         kind = CLIPTextConfig if part == "text_encoder" else None
 
         def read() -> dict[str, Any]:
             if kind is not None:
-                return dict(kind.from_pretrained(self._checked, subfolder=part).to_dict())
-            return dict(UNet2DConditionModel.load_config(self._checked, subfolder=part))
+                return dict(kind.from_pretrained(self._checked, subfolder=part, **self.hub).to_dict())
+            return dict(UNet2DConditionModel.load_config(self._checked, subfolder=part, **self.hub))
 
         return dict(self._loaded(part, read))
 
@@ -230,9 +238,9 @@ class Base:
             why = f"it has {other}/ and no unet/" if other else "it has no unet/config.json"
             raise ValueError(f"{self.key}: {_KIND}, {self.name} is not: {why}; {_HINT}")
         try:
-            config = UNet2DConditionModel.load_config(self.name, subfolder="unet")
+            config = UNet2DConditionModel.load_config(self.name, subfolder="unet", **self.hub)
         except Exception as error:
-            raise ValueError(f"{self.key}: {self.name} cannot be read: {_cause(error)}") from error
+            raise ValueError(f"{self.key}: {self.name} cannot be read: {first_sentence(error)}") from error
         check_unet(config, f"{self.key}: {_KIND}, {self.name} is not")
         return self.name
 
@@ -242,7 +250,7 @@ class Base:
             with quiet():
                 return load()
         except Exception as error:
-            raise ValueError(f"{self.key}: {part} of {name} cannot be read: {_cause(error)}") from error
+            raise ValueError(f"{self.key}: {part} of {name} cannot be read: {first_sentence(error)}") from error
 
 
 _KIND = "Stable Diffusion 1.x and 2.x in diffusers' layout are taken"
@@ -258,22 +266,16 @@ def check_unet(config: Any, trouble: str) -> None:
     Raises:
         ValueError: ``trouble``, and the first key that differs.
     """
-    wanted: dict[str, tuple[Any, ...]] = {
-        "in_channels": (4, None),
-        "out_channels": (4, None),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
-        **dict.fromkeys(
-            (
-                *("center_input_sample", "class_embed_type", "addition_embed_type", "num_class_embeds"),
-                *("encoder_hid_dim_type", "encoder_hid_dim", "time_cond_proj_dim", "dual_cross_attention"),
-                *("class_embeddings_concat", "cross_attention_norm"),
-            ),
-            (None, False),
-        ),
-    }
+    plain = (
+        *("center_input_sample", "class_embed_type", "addition_embed_type", "num_class_embeds", "encoder_hid_dim_type"),
+        *("encoder_hid_dim", "time_cond_proj_dim", "dual_cross_attention", "class_embeddings_concat"),
+        *("cross_attention_norm", "time_embedding_act_fn"),
+    )
+    wanted: dict[str, tuple[Any, ...]] = dict.fromkeys(plain, (None, False))
+    wanted |= {"in_channels": (4,), "out_channels": (4,), "mid_block_type": ("UNetMidBlock2DCrossAttn",)}
     for key, values in wanted.items():
-        if config.get(key) not in values:
-            raise ValueError(f"{trouble}: its UNet has {key} {config.get(key)!r}, not {values[0]!r}")
+        if key in config and config[key] not in values:
+            raise ValueError(f"{trouble}: its UNet has {key} {config[key]!r}, not {values[0]!r}")
     kinds = {"down": ("CrossAttnDownBlock2D", "DownBlock2D"), "up": ("CrossAttnUpBlock2D", "UpBlock2D")}
     for way, known in kinds.items():
         for kind in config.get(f"{way}_block_types") or ():
@@ -344,8 +346,3 @@ def to_latents(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean * scale, encoded.latent_dist.std * scale
     return encoded.latents * scale, None
-
-
-def _cause(error: BaseException) -> str:
-    """Its first sentence; the libraries go on for long."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:200]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Conditioner(nn.Module):
         super().__init__()
         assert prompts, "at least one artist"
         self.times, self.text_encoder = times, text_encoder
-        self.prompts = nn.ModuleDict({f"artist_{n}": prompt for n, prompt in enumerate(prompts.values())})
+        self.prompts = nn.ModuleDict({f"artist_{artist}": prompt for artist, prompt in prompts.items()})
         ids, masks = zip(*(prompt_tokens(tokenizer, artist, prompt) for artist, prompt in prompts.items()), strict=True)
         nothing = tokens(tokenizer, [""])
         self.register_buffer("ids", torch.cat([*ids, nothing]), persistent=False)
@@ -40,15 +40,24 @@ class Conditioner(nn.Module):
         """The row without a prompt."""
         return len(self.prompts)
 
-    def forward(self, rows: Tensor, t: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, t: Tensor, present: Collection[int]) -> Tensor:
         """(N, layers * length, width) of rows (N) and times (N); each layer's part in turn.
 
         Where there are several layers, each of the denoiser's takes its part (see ``lsast.routing``).
+
+        Args:
+            present: which rows there are among ``rows``: the others' prompts are not made, so that an optimizer leaves
+                them as they are, whoever else learns.
         """
-        vectors = torch.stack([prompt() for prompt in self.prompts.values()])
-        vectors = torch.cat([vectors, torch.zeros_like(vectors[:1])])  # (artists + 1, times, layers, tokens, width)
-        part = t * vectors.shape[1] // self.times
+        made = {row: prompt() for row, prompt in enumerate(self.prompts.values()) if row in present}
+        nothing = torch.zeros_like(next(iter(made.values()))) if made else self._nothing()
+        vectors = torch.stack([made.get(row, nothing) for row in range(len(self.prompts) + 1)])
+        part = t * vectors.shape[1] // self.times  # (artists + 1, times, layers, tokens, width)
         return encode_layers(self.text_encoder, self.ids[rows], self.mask[rows], vectors[rows, part])
+
+    def _nothing(self) -> Tensor:
+        with torch.no_grad():
+            return torch.zeros_like(next(iter(self.prompts.values()))())
 
 
 def prompt_tokens(tokenizer: CLIPTokenizer, artist: str, prompt: Prompt) -> tuple[Tensor, Tensor]:

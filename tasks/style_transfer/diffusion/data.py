@@ -115,7 +115,7 @@ class Latents:
         for _, weight in sorted(vae.state_dict().items()):
             digest.update(weight.detach().float().cpu().numpy().tobytes())
         for path in paths:
-            digest.update(repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
         folder = cache / f"latents_{digest.hexdigest()[:16]}"
         if not folder.is_dir():
             console.print(f"encoding {len(paths)} pictures, once: {folder} will have their latents")

@@ -48,6 +48,8 @@ class Repainting:
         self._fid = None
         if settings.fid_weights:
             every = sum(len(each) for each in works.values())
+            if len(contents) * len(works) < 2:
+                raise ValueError("pictures.fid_weights: FID needs 2 pictures at least; see pictures.count")
             self._fid = load_fid(Path(settings.fid_weights), every, "pictures.fid_weights")
 
     @torch.no_grad()

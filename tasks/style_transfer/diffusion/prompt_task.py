@@ -103,7 +103,7 @@ class PromptTask(DiffusionTask):
         leave_out_frozen(model)
         units, head = unet_units(unet, shared_time=False, shared_prompt=True)
         given = example(unet, self.side, 1)
-        features = {"x": given.x, "t": given.features["t"], "row": torch.zeros(2, dtype=torch.long)}
+        features = {"x": given.x, "t": given.features["t"], **self.example_conditions(2)}
         return Chain(
             model,
             units,
@@ -111,7 +111,6 @@ class PromptTask(DiffusionTask):
             Message(features),
             shared=Unit("prompts", conditioner, _condition),
             shared_names=("prompt",),
-            load_frozen=self.frozen_loader(model),
         )
 
     def _conditioner(self, text: Any, weights: bool) -> Conditioner:
@@ -127,14 +126,16 @@ class PromptTask(DiffusionTask):
             with seeded(self.config.train.seed, "prompt", artist):
                 new = self.new_prompt(**settings)
             learning[artist] = known.get(artist, new)
-            if learning[artist].settings["form"] != settings["form"]:
-                raise ValueError(
-                    f"prompt.form: {artist!r} has form {learning[artist].settings['form']!r} in {self.bank_file}, the "
-                    f"config says {settings['form']!r}"
-                )
-            template = str(learning[artist].settings["template"]).replace("{artist}", artist)
+            own = learning[artist].settings
+            for key in ("form", "tokens", "stages"):
+                if own.get(key) != settings.get(key, own.get(key)):
+                    raise ValueError(
+                        f"prompt.{key}: that of {artist!r} is {own[key]!r} in {self.bank_file}, the config says "
+                        f"{settings[key]!r}"
+                    )
+            template = str(own["template"]).replace("{artist}", artist)
             with seeded(self.config.train.seed, "random prompt", artist):
-                still = self.new_prompt(**{**settings, "template": template})
+                still = self.new_prompt(**{key: own[key] for key in own if key != "method"} | {"template": template})
             freeze(still)
             random[f"{artist} (random)"] = still
         tokenizer = self.base.tokenizer_like(weights=weights)
@@ -150,15 +151,15 @@ class PromptTask(DiffusionTask):
             bank.add(artist, prompt)
         return bank
 
-    def example_conditions(self, samples: int) -> dict[str, Tensor]:
-        return {"row": torch.zeros(samples, dtype=torch.long)}
+    def example_conditions(self, samples: int) -> dict[str, Any]:
+        return {"row": torch.zeros(samples, dtype=torch.long), "present": (0,)}
 
     def conditions(
         self, works: Tensor, words: Sequence[str], luck: Tensor | None, kinds: Sequence[str] = ()
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         numbers = torch.tensor([number for _, number in self.works(test=bool(kinds))])[works]
         if not kinds:
-            return {"row": numbers}
+            return {"row": numbers, "present": tuple(sorted(set(numbers.tolist())))}
         count = len(self.artists)
         rows = {
             OWN: numbers,
@@ -166,7 +167,8 @@ class PromptTask(DiffusionTask):
             RANDOM: numbers + count,
             NOTHING: torch.full_like(numbers, self.conditioner.nothing),
         }
-        return {"row": torch.stack([rows[kind][place] for place, kind in enumerate(kinds)])}
+        chosen = torch.stack([rows[kind][place] for place, kind in enumerate(kinds)])
+        return {"row": chosen, "present": tuple(sorted(set(chosen.tolist())))}
 
     def test_kinds(self) -> list[str]:
         """Of several artists, ``other`` is the one after a work's own."""
@@ -177,6 +179,7 @@ class PromptTask(DiffusionTask):
         if not settings.count:
             return None
         paths = pictures_in("pictures.contents", settings.contents)[: settings.count]
+        self.check_pictures()
         contents = [_middle(read_resized(path, size), size) for path in paths]
         works = {
             each.name: [_middle(read_resized(path, size), size) for path in each.test[: self.config.data.tests]]
@@ -193,17 +196,29 @@ class PromptTask(DiffusionTask):
 
         return make
 
+    def check_pictures(self) -> None:
+        """See, before training, that pictures can be made."""
+        kind = self.base.scheduler.config.prediction_type
+        if self.config.pictures.inversion == "stochastic" and kind == "sample":
+            raise ValueError(
+                f"pictures.inversion: stochastic knows no denoiser that predicts {kind!r}, as that of {self.base.name} "
+                "does; set it to none"
+            )
+
     def pipeline(self) -> Any:
         """The method's pipeline with what has been learnt, quiet."""
         with quiet():
+            self.vae.to(self.unet.device)
             made = self.make_pipeline(self.unet, self.bank())
         made.set_progress_bar_config(disable=True)
         return made
 
     def painter(self, run: Run) -> ArtistPainter:
         """What ``tools/stylize.py`` paints with."""
-        self.vae.to(run.device)
-        works = {each.name: each.test[0] for each in self.collections}
+        try:
+            works = {each.name: each.test[0] for each in self.collections}
+        except ValueError:
+            works = {}  # the works may be elsewhere: they are only shown
         return ArtistPainter(self.pipeline(), self.config.pictures, works)
 
     def write_export(self, target: Path) -> str:
@@ -225,5 +240,5 @@ def _middle(picture: Tensor, side: int) -> Tensor:
 
 
 def _condition(conditioner: nn.Module, message: Message) -> Message:
-    prompt = conditioner(message.features["row"], message.features["t"])
+    prompt = conditioner(*(message.features[name] for name in ("row", "t", "present")))
     return replace(message, features={**message.features, "prompt": prompt})

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from engine.bank import FeatureBank
 from engine.chain import Chain
 from engine.cut import Span
-from engine.device import choose_device
+from engine.device import device_at_hand
 from engine.message import Message
 from engine.seed import seeded
 from engine.task import WHOLE, Part
@@ -40,6 +40,7 @@ class DiffusionTask(ABC):
     name: str
     metric = "noise_mse"
     single_sample = True
+    reads_frozen = True
     group: ProcessGroup | None = None
 
     def __init__(self, config: DiffusionConfig) -> None:
@@ -49,6 +50,7 @@ class DiffusionTask(ABC):
         self._collections: list[Collection] | None = None
         self._vae: Any = None
         self._latents: dict[bool, Latents] = {}
+        self._trains = False
 
     @property
     def collections(self) -> list[Collection]:
@@ -58,20 +60,26 @@ class DiffusionTask(ABC):
         return self._collections
 
     @property
+    def device(self) -> torch.device:
+        """Of the network, once it is where it works; else of the training to come."""
+        device = next(self.model.parameters()).device if self.model is not None else torch.device("cpu")
+        return device_at_hand(self.config.train.device) if device.type in ("cpu", "meta") else device
+
+    @property
     def vae(self) -> Any:
-        """The autoencoder, on the device that trains."""
+        """The autoencoder, in main memory: it works before training, and on what training has made."""
         if self._vae is None:
             if self.base.name == "tiny":
-                seed, size = self.config.train.seed, self.config.data.resize
+                size = self.config.data.resize
                 self._vae = tiny_autoencoder(
                     self.config.model.autoencoder,
-                    lambda: [read_resized(path, size) for each in self.collections for path in each.train],
+                    lambda: [read_resized(path, size) for path, _ in self.works(test=False)] if self._trains else [],
                     Path(self.config.data.cache),
-                    seed,
+                    self.config.train.seed,
                 )
             else:
                 self._vae = self.base.vae()
-            self._vae.requires_grad_(False).to(choose_device(self.config.train.device))
+            self._vae.requires_grad_(False)
         return self._vae
 
     def works(self, *, test: bool) -> list[tuple[Path, int]]:
@@ -87,7 +95,9 @@ class DiffusionTask(ABC):
         """Of all works, in the order of ``works``."""
         if test not in self._latents:
             paths = [path for path, _ in self.works(test=test)]
-            self._latents[test] = Latents(paths, self.vae, self.config.data.resize, Path(self.config.data.cache))
+            vae = self.vae.to(self.device)
+            self._latents[test] = Latents(paths, vae, self.config.data.resize, Path(self.config.data.cache))
+            vae.cpu()
         return self._latents[test]
 
     @property
@@ -101,8 +111,6 @@ class DiffusionTask(ABC):
         return Batches(count, self.config.data.batch, self.config.train.accumulate)
 
     def build_chain(self, initial: bool = True) -> Chain:
-        if initial:
-            self.collections  # noqa: B018  a folder that is not there is to be told before weights are loaded
         with seeded(self.config.train.seed, "model"):
             chain = self.make_chain(weights=initial)
         self.model = chain.model
@@ -116,18 +124,6 @@ class DiffusionTask(ABC):
     @abstractmethod
     def unet(self) -> UNet2DConditionModel:
         """The denoiser of the last chain built."""
-
-    def frozen_loader(self, model: nn.Module) -> Any:
-        """For a chain whose checkpoints leave the frozen weights out: what loads these into ``model``."""
-
-        def load_frozen() -> None:
-            with seeded(self.config.train.seed, "model"):
-                fresh = dict(self.make_chain(weights=True).model.named_parameters())
-            for name, parameter in model.named_parameters():
-                if not parameter.requires_grad:
-                    parameter.data.copy_(fresh[name].data)
-
-        return load_frozen
 
     def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
         return [self.loss] * len(spans)
@@ -150,13 +146,13 @@ class DiffusionTask(ABC):
             return Message({**features, **self.example_conditions(samples)}, torch.randn(samples, 4, side, side))
 
     @abstractmethod
-    def example_conditions(self, samples: int) -> dict[str, Tensor]:
+    def example_conditions(self, samples: int) -> dict[str, Any]:
         """Made-up ``conditions``; no file is read."""
 
     @abstractmethod
     def conditions(
         self, works: Tensor, words: Sequence[str], luck: Tensor | None, kinds: Sequence[str] = ()
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """What a message has beside latents and times.
 
         Args:
@@ -167,7 +163,11 @@ class DiffusionTask(ABC):
         """
 
     def steps_per_epoch(self) -> int:
-        self.metrics()  # weights that cannot be had are to be told before training
+        # What takes long, and what may go wrong, is to come before training.
+        self._trains = True
+        self.metrics()
+        for test in (False, True):
+            self.latents(test=test)
         return self.batching.steps
 
     def smallest_batch(self) -> int:
@@ -197,7 +197,7 @@ class DiffusionTask(ABC):
             self.base.scheduler,
             self.config.train.seed,
         )
-        most = 2 * self.batching.micro_batch
+        most = self.batching.micro_batch
         every = [(kind, square) for square in squares for kind in self.test_kinds()]
         for start in range(0, len(every), most):
             lot = every[start : start + most]

@@ -40,6 +40,7 @@ class SCINTransfer:
     name = "style_transfer/scin"
     metric = "style_loss"
     single_sample = True
+    reads_frozen = False
     group: ProcessGroup | None = None
 
     def __init__(self, config: SCINConfig) -> None:

@@ -82,13 +82,19 @@ def test_without_taesd_one_is_trained_once(
     assert not again.training
     assert same(made, again)
     assert not capsys.readouterr().out
-    for other in (lambda: tiny_autoencoder("", pictures, nowhere, 1), lambda: tiny_autoencoder("", list, nowhere, 0)):
-        with pytest.raises(AssertionError, match="for training alone"):
-            other()
+    assert same(made, tiny_autoencoder("", not_asked, nowhere, 0)), "whatever the pictures"
+    with pytest.raises(AssertionError, match="for training alone"):
+        tiny_autoencoder("", pictures, nowhere, 1)
     assert [*nowhere.iterdir()] == [folder], "what failed is not kept"
 
 
-def test_it_hangs_on_seed_and_pictures_and_leaves_the_random_state(nowhere: Path, tmp_path: Path) -> None:
+def test_where_nothing_is_to_be_trained_one_that_is_missing_is_told(nowhere: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model.autoencoder: \S+autoencoder_seed3, which training made .* not here"):
+        tiny_autoencoder("", list, nowhere, 3)
+    assert not nowhere.exists()
+
+
+def test_it_hangs_on_the_seed_and_leaves_the_random_state(nowhere: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
     one = tiny_autoencoder("", pictures, nowhere, 0)
@@ -96,8 +102,7 @@ def test_it_hangs_on_seed_and_pictures_and_leaves_the_random_state(nowhere: Path
     torch.manual_seed(6)
     assert same(one, tiny_autoencoder("", pictures, tmp_path / "another", 0))
     assert not same(one, tiny_autoencoder("", pictures, nowhere, 1))
-    assert not same(one, tiny_autoencoder("", lambda: pictures(3), nowhere, 0))
-    assert len(list(nowhere.iterdir())) == 3
+    assert len(list(nowhere.iterdir())) == 2
 
 
 def test_what_was_trained_takes_and_gives_pictures(nowhere: Path) -> None:

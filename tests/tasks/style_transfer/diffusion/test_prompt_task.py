@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,12 +24,14 @@ from tasks.style_transfer.artbank.pipeline import ArtBankPipeline
 from tasks.style_transfer.artbank.prompts import new_prompt as artbank_prompt
 from tasks.style_transfer.diffusion.bank import PromptBank, load_bank
 from tasks.style_transfer.diffusion.base import Base
+from tasks.style_transfer.images import write_image
 from tasks.style_transfer.lsast.pipeline import LSASTPipeline
 from tasks.style_transfer.lsast.prompts import PromptSpace
 from tasks.style_transfer.lsast.prompts import new_prompt as lsast_prompt
 from tests.ranks import run_ranks
 from tests.runs import fit
 from tests.tasks.style_transfer.diffusion.models import ARTBANK, LSAST, small, task_of
+from tests.tasks.style_transfer.painters import noise
 from tests.toy import blocks_of
 from tools import evaluate, export, train
 
@@ -62,10 +67,10 @@ def test_one_block_is_the_plain_step_to_the_bit(tmp_path: Path, form: str) -> No
         learning, config.optimizer.lr, weight_decay=config.optimizer.weight_decay, foreach=True
     )
     before = [parameter.clone() for parameter in learning]
-    for message in messages(task):
+    for message in messages(task, 8):
         _, (report,) = schedule.step(message)
-        x, t, row = (message.features[name] for name in ("x", "t", "row"))
-        loss = F.mse_loss(unet(x, t, conditioner(row, t)).sample, message.targets)
+        x, t, row, present = (message.features[name] for name in ("x", "t", "row", "present"))
+        loss = F.mse_loss(unet(x, t, conditioner(row, t, present)).sample, message.targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -161,7 +166,7 @@ def test_which_prompts_of_a_space_get_a_gradient(tmp_path: Path, form: str, aliv
 
     space.all_rows = noted
     t = torch.arange(50, 1000, 100)
-    prompt = task.conditioner(torch.zeros(10, dtype=torch.long), t)
+    prompt = task.conditioner(torch.zeros(10, dtype=torch.long), t, (0,))
     F.mse_loss(task.unet(torch.randn(10, 4, 8, 8), t, prompt).sample, torch.randn(10, 4, 8, 8)).backward()
     read = rows[0].grad.abs().sum(1) > 0
     assert read.tolist() == [True] * alive + [False] * (30 - alive)
@@ -196,7 +201,8 @@ def test_a_checkpoint_has_the_prompts_and_nothing_frozen(tmp_path: Path, form: s
     state = fit(config, tmp_path, *small(tmp_path), *own, *NO_PICTURES)
     names = {name for name in state if not name.startswith("auxiliary.") and ":" not in name}
     assert names
-    assert all(name.startswith(("conditioner.prompts.artist_0.", "conditioner.prompts.artist_1.")) for name in names)
+    known = tuple(f"conditioner.prompts.artist_{artist}." for artist in ("textures", "photographs"))
+    assert all(name.startswith(known) for name in names)
     run = open_run(tmp_path / "run")
     for name in names:
         assert torch.equal(run.chain.model.state_dict()[name], state[name]), name
@@ -263,6 +269,88 @@ def test_a_bank_is_added_to_and_the_other_artists_stay_to_the_bit(tmp_path: Path
         assert '"base": "tiny"' in file.metadata()["artists"]
 
 
+def reopened_base(room: Path) -> Path:
+    """A folder with a text model whose token embeddings are small, as CLIP's are."""
+    base = Base("tiny")
+    text = base.text_encoder()
+    with torch.no_grad():
+        text.get_input_embeddings().weight.mul_(0.02)
+    base.text_encoder = lambda: text
+    base.save(room / "base", base.unet(), AutoencoderTiny())
+    return room / "base"
+
+
+@every_form
+def test_a_run_opened_again_is_the_one_that_learnt(tmp_path: Path, form: str) -> None:
+    """Its figures are those of training's last evaluation, and the exported prompts have the text model's scale."""
+    config, own = FORMS[form]
+    argv = [*small(tmp_path), *own, *NO_PICTURES, "--model.pretrained", str(reopened_base(tmp_path))]
+    fit(config, tmp_path, *argv)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    evaluate.main(["--run", str(tmp_path / "run")])
+    again = json.loads((tmp_path / "run/evaluation.json").read_text())
+    for key, value in again.items():
+        if "noise_mse" in key:
+            assert value == (summary["value"] if key == "noise_mse" else summary[key]), key
+    export.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "bank.safetensors")])
+    with safe_open(tmp_path / "bank.safetensors", "pt") as file:
+        settings = json.loads(file.metadata()["artists"])
+    assert all(0.01 < each["scale"] < 0.03 for each in settings.values())
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_fp32(tmp_path: Path) -> None:
+    base = Base("tiny")
+    text, unet, vae = base.text_encoder().half(), base.unet().half(), AutoencoderTiny().half()
+    base.text_encoder = lambda: text
+    base.save(tmp_path / "base", unet, vae)
+    fit(ARTBANK, tmp_path, *small(tmp_path), *NO_PICTURES, "--model.pretrained", str(tmp_path / "base"))
+    read = Base(str(tmp_path / "base"))
+    assert {part().dtype for part in (read.unet, read.text_encoder, read.vae)} == {torch.float32}
+
+
+def test_artists_in_another_order_or_of_another_name_are_not_mistaken(tmp_path: Path) -> None:
+    state = fit(ARTBANK, tmp_path, *small(tmp_path), *NO_PICTURES)
+    other = ["--data.collections", '{photographs: ["scikit-image:photographs"], textures: ["scikit-image:textures"]}']
+    run = open_run(tmp_path / "run", other)
+    assert run.task.artists == ["photographs", "textures"]
+    for artist, prompt in run.task.bank().items():
+        assert torch.equal(prompt.matrix, state[f"conditioner.prompts.artist_{artist}.matrix"])
+    renamed = ["--data.collections", '{photos: ["scikit-image:photographs"], textures: ["scikit-image:textures"]}']
+    with pytest.raises(ValueError, match=r"is of another model: 'conditioner.prompts.artist_photo"):
+        open_run(tmp_path / "run", renamed)
+
+
+@pytest.mark.parametrize("form", ["artbank ssam", "lsast paper"])
+def test_who_is_not_in_a_batch_does_not_move(tmp_path: Path, form: str) -> None:
+    """AdamW would move a prompt of gradient zero by its momentum and decay."""
+    config, task = made(form, tmp_path, *END_TO_END, "--data.batch", "1")
+    _, _, schedule = blocks_of(task, config)
+    moved: set[int] = set()
+    for message in messages(task, 8):
+        before = [copy.deepcopy(prompt.state_dict()) for prompt in task.conditioner.prompts.values()]
+        schedule.step(message)
+        now = {
+            number
+            for number, (prompt, was) in enumerate(zip(task.conditioner.prompts.values(), before, strict=True))
+            if any(not torch.equal(tensor, was[name]) for name, tensor in prompt.state_dict().items())
+        }
+        assert now == set(message.features["row"].tolist())
+        moved |= now
+    assert moved == {0, 1}
+
+
+def test_a_run_whose_data_are_gone_still_paints(tmp_path: Path) -> None:
+    (tmp_path / "works").mkdir()
+    for number in range(4):
+        write_image(tmp_path / f"works/{number}.png", noise(64, 72, number))
+    argv = [*small(tmp_path), *NO_PICTURES, "--data.collections", f"{{someone: [{tmp_path}/works]}}"]
+    fit(ARTBANK, tmp_path, *argv)
+    shutil.rmtree(tmp_path / "works")
+    painter = open_run(tmp_path / "run").task.painter(None)
+    assert painter.artists == ["someone"]
+    assert painter.work("someone") is None
+
+
 @pytest.mark.parametrize("form", ["artbank ssam", "lsast paper"])
 def test_two_replicas_learn_what_one_process_learns(tmp_path: Path, form: str) -> None:
     config, own = FORMS[form]
@@ -301,6 +389,12 @@ def test_isolated_blocks_without_a_loss_are_refused_with_the_reason(tmp_path: Pa
         ),
         (ARTBANK, ["--prompt.template", "a " * 40 + "*"], r"^prompt.template: .* more than the 32 tokens"),
         (ARTBANK, ["--prompt.bank", "/nowhere"], r"^/nowhere: there is no such file of prompts$"),
+        (LSAST, ["--controlnet", "/nowhere"], r"/nowhere"),
+        (
+            ARTBANK,
+            ["--pictures.fid_weights", "x", "--data.collections", '{a: ["scikit-image:textures"]}'],
+            r"^pictures.fid_weights: FID needs 2 pictures at least; see pictures.count$",
+        ),
         (ARTBANK, ["--pictures.strength", "1.5"], r"^pictures.strength: 1.5 is not from 0 to 1$"),
         (ARTBANK, ["--pictures.contents", '["/nowhere"]'], r"^pictures.contents: there is no folder /nowhere$"),
         (ARTBANK, ["--pictures.clip", "/nowhere"], r"^pictures.clip: no CLIP model can be loaded from '/nowhere'"),
@@ -328,7 +422,10 @@ def test_a_bank_of_another_width_or_form_is_refused(tmp_path: Path) -> None:
     bank = PromptBank("artbank")
     bank.add("textures", artbank_prompt(form="released", template="*", width=64))
     bank.save(tmp_path / "narrow.safetensors")
-    with pytest.raises(
-        ValueError, match=r"^prompt.form: 'textures' has form 'released' in \S+, the config says 'ssam'$"
-    ):
+    with pytest.raises(ValueError, match=r"^prompt.form: that of 'textures' is 'released' in \S+, .* says 'ssam'$"):
+        fit(ARTBANK, tmp_path, *argv)
+    bank = PromptBank("artbank")
+    bank.add("textures", artbank_prompt(form="ssam", template="*", width=64, tokens=2))
+    bank.save(tmp_path / "narrow.safetensors")
+    with pytest.raises(ValueError, match=r"^prompt.tokens: that of 'textures' is 2 in \S+, the config says 1$"):
         fit(ARTBANK, tmp_path, *argv)

@@ -94,7 +94,7 @@ def test_it_reads_what_training_reads(checkpoint: Path) -> None:
     for call in seen[1:]:
         rows = torch.tensor([conditioner.nothing, list(made.bank).index("cezanne")])
         with torch.no_grad():
-            expected = conditioner(rows, call["t"].expand(2))
+            expected = conditioner(rows, call["t"].expand(2), rows.tolist())
         torch.testing.assert_close(call["encoder_hidden_states"], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -118,7 +118,7 @@ def test_the_stage_of_a_time(base: Base, form: str, stages: int, by_time: dict[i
     encoder, space = base.text_encoder(), made(width=64, stages=stages, form=form)
     conditioner = Conditioner({"monet": space}, encoder, base.tokenizer, 1000)
     with torch.no_grad():
-        found = conditioner(torch.zeros(len(by_time), dtype=torch.long), torch.tensor(list(by_time)))
+        found = conditioner(torch.zeros(len(by_time), dtype=torch.long), torch.tensor(list(by_time)), (0,))
     length = base.tokenizer.model_max_length
     assert found.shape == (len(by_time), 3 * length, 64)
     for each, stage in zip(found, by_time.values(), strict=True):
@@ -135,7 +135,7 @@ def test_each_sample_has_its_artist_its_time_or_nothing(base: Base) -> None:
     )
     conditioner = Conditioner(spaces, encoder, base.tokenizer, 1000)
     assert conditioner.nothing == 2
-    found = conditioner(torch.tensor([1, 2, 0, 1]), torch.tensor([300, 300, 700, 999]))
+    found = conditioner(torch.tensor([1, 2, 0, 1]), torch.tensor([300, 300, 700, 999]), (0, 1, 2))
     length = base.tokenizer.model_max_length
     for each, (artist, stage) in zip(found, [("zoe", 1), ("", 0), ("monet", 2), ("zoe", 3)], strict=True):
         for layer, part in enumerate(each.split(length)):
