@@ -129,6 +129,19 @@ def test_blocks_learn_and_gradients_stay_inside(tmp_path: Path) -> None:
     assert not torch.equal(task.unet.time_embedding.linear_1.weight, before)
 
 
+def test_blocks_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as one graph, auxiliary network included; traced and not made into C++, which takes minutes."""
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: plain(function, backend="eager", fullgraph=True))
+    losses = []
+    for compiled in ("false", "true"):
+        config, task = task_of(DENOISER, tmp_path, "--local.compile", compiled)
+        _, _, schedule = blocks_of(task, config)
+        _, reports = schedule.step(messages(task, 1)[0])
+        losses.append(torch.stack([report.loss for report in reports]))
+    torch.testing.assert_close(*losses)
+
+
 def test_a_block_gets_no_gradient_from_a_later_one(tmp_path: Path) -> None:
     config, task = task_of(DENOISER, tmp_path)
     _, blocks, schedule = blocks_of(task, config)
