@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--run", required=True, type=Path, help="folder that tools/train.py wrote")
     parser.add_argument("--out", required=True, type=Path, help="folder for the pictures, made where there is none")
     parser.add_argument(
-        "--alpha", type=float, help="strength of the style, from 0 to 1; else 1, of an artist's the run's"
+        "--alpha", "--strength", type=float, help="strength of the style, from 0 to 1; else 1, of an artist's the run's"
     )
     parser.add_argument("--seed", type=int, help="of the noise that artists' pictures start from; else 0")
     parser.add_argument("--keep-colour", action="store_true", help="keep the photographs' colours")

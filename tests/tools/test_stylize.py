@@ -145,7 +145,7 @@ def test_images_are_read_as_seldom_as_may_be(room: Path, monkeypatch: pytest.Mon
         (["--content", "nowhere"], r"--content: there is no file or folder nowhere"),
         (["--style", "empty"], r"--style: no image in empty and its subfolders"),
         (["--style", "style/bad.txt"], r"style/bad.txt: cannot be read: not an image, or damaged"),
-        (["--strength", "1"], r"unrecognized arguments: --strength 1; --help lists what there is"),
+        (["--power", "1"], r"unrecognized arguments: --power 1; --help lists what there is"),
         (["--style-size", "100000"], r"--style-size: style/noise.png: 40 x 60 px would become 100000 x 150000"),
         (["--content-size", "90000"], r"--content-size: content/deep/tower.png: 20 x 50 px would become"),
         (["--out", "a_file"], r"--out: a_file cannot be made: File exists"),
@@ -280,7 +280,7 @@ def test_what_an_artists_painter_is_asked_for(room: Path, monkeypatch: pytest.Mo
     painter = OfArtists(["monet"])
     use(painter, monkeypatch)
     main(words(content="content/deep", style="monet"))
-    main(words("--alpha", "1", "--seed", "9", content="content/deep", style="monet"))
+    main(words("--strength", "1", "--seed", "9", content="content/deep", style="monet"))
     assert painter.asked == [
         ((56, 24), "monet", "tower", 0.6, 0),
         ((56, 24), "monet", "tower", 1.0, 9),

@@ -155,6 +155,8 @@ class ArtistPipeline(StochasticInversion):
             ValueError: something does not go together; before anything is computed.
         """
         pictures = batch_of("image", image)
+        if not isinstance(artist, str):
+            raise ValueError(f"artist: {artist!r} is no name; a call paints in one artist's style")
         prompt = self.bank[artist]
         if not 0 <= strength <= 1:
             raise ValueError(f"strength: {strength} is not from 0 to 1")

@@ -66,6 +66,9 @@ class PromptBank(Mapping[str, Prompt]):
             )
         return self._prompts[artist]
 
+    def __repr__(self) -> str:
+        return f"PromptBank({self.method!r}, artists={sorted(self._prompts)})"
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._prompts)
 

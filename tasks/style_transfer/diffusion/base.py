@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -238,9 +239,14 @@ class Base:
             why = f"it has {other}/ and no unet/" if other else "it has no unet/config.json"
             raise ValueError(f"{self.key}: {_KIND}, {self.name} is not: {why}; {_HINT}")
         try:
-            config = UNet2DConditionModel.load_config(self.name, subfolder="unet", **self.hub)
+            with quiet(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of the hub's own library
+                config = UNet2DConditionModel.load_config(self.name, subfolder="unet", **self.hub)
         except Exception as error:
-            raise ValueError(f"{self.key}: {self.name} cannot be read: {first_sentence(error)}") from error
+            where = "" if folder.is_dir() else "it is no folder here, and the hub does not give it: "
+            raise ValueError(
+                f"{self.key}: {self.name} cannot be read: {where}{first_sentence(error)}; {_HINT}"
+            ) from error
         check_unet(config, f"{self.key}: {_KIND}, {self.name} is not")
         return self.name
 

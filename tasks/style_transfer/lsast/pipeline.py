@@ -85,7 +85,7 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
             requires_safety_checker=requires_safety_checker,
         )
         if controlnet is None:
-            logger.warning("LSAST without a ControlNet: nothing but the noise's start holds the content")
+            logger.warning("LSAST without a ControlNet (`controlnet`): nothing but the noise's start holds the content")
             # Registered as none, so that it is neither saved nor looked for.
             self.controlnet = NoControl()
         self.bank = PromptBank(self.method) if bank is None else bank

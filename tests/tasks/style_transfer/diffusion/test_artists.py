@@ -156,6 +156,9 @@ def test_artists_come_and_go_and_the_others_stay(checkpoint: Path, method: str) 
     assert torch.equal(p.paint(made, "cezanne"), other)
     with pytest.raises(ValueError, match=r"^artist: 'monet' is unknown; known: cezanne$"):
         p.paint(made)
+    with pytest.raises(ValueError, match=r"^artist: \['cezanne'\] is no name; a call paints in one artist's style$"):
+        p.paint(made, ["cezanne"])
+    assert repr(made.bank) == f"PromptBank({made.method!r}, artists=['cezanne'])"
     made.bank.add("monet", monet)
     assert torch.equal(p.paint(made), alone)
 

@@ -116,7 +116,9 @@ def test_a_folder_that_is_not_there() -> None:
 
 
 def test_a_name_that_the_hub_does_not_give() -> None:
-    with pytest.raises(ValueError, match=r"^model.pretrained: nobody/nothing cannot be read: ") as error:
+    with pytest.raises(
+        ValueError, match=r"^model.pretrained: nobody/nothing cannot be read: it is no folder here"
+    ) as error:
         Base("nobody/nothing").unet()
     assert "\n" not in str(error.value)
 
