@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from engine.chain import Chain, Unit
@@ -45,10 +45,9 @@ class DenoiserTask(DiffusionTask):
         super().__init__(config)
         self._encoded: dict[str, Tensor] = {}
 
-    @property
-    def unet(self) -> UNet2DConditionModel:
-        assert isinstance(self.model, UNet2DConditionModel)
-        return self.model
+    def denoiser_of(self, model: nn.Module) -> UNet2DConditionModel:
+        assert isinstance(model, UNet2DConditionModel)
+        return model
 
     def make_chain(self, *, weights: bool) -> Chain:
         settings, unet = self.config.model, self.base.unet(weights=weights)
@@ -188,6 +187,6 @@ class DenoiserTask(DiffusionTask):
         return f"{len(matrices)} matrices in {target}"
 
 
-def _embed_time(time: torch.nn.Module, message: Message) -> Message:
+def _embed_time(time: nn.Module, message: Message) -> Message:
     features = {**message.features, "time": time(message.features["t"], message.x)}
     return replace(message, features=features)

@@ -75,10 +75,9 @@ class PromptTask(DiffusionTask):
         """Of a bank to go on from, or empty."""
         return str(self.config.prompt.bank)  # type: ignore[attr-defined]
 
-    @property
-    def unet(self) -> UNet2DConditionModel:
-        assert isinstance(self.model, Prompted)
-        return self.model.unet
+    def denoiser_of(self, model: nn.Module) -> UNet2DConditionModel:
+        assert isinstance(model, Prompted)
+        return model.unet
 
     @property
     def conditioner(self) -> Conditioner:

@@ -46,7 +46,7 @@ class DiffusionTask(ABC):
     def __init__(self, config: DiffusionConfig) -> None:
         self.config, self.base = config, Base(config.model.pretrained, config.train.seed)
         self.model: nn.Module | None = None
-        """The network of the last chain built: evaluation makes pictures with it."""
+        """The network that learns, or has learnt: evaluation makes pictures with it."""
         self._collections: list[Collection] | None = None
         self._vae: Any = None
         self._latents: dict[bool, Latents] = {}
@@ -113,17 +113,23 @@ class DiffusionTask(ABC):
     def build_chain(self, initial: bool = True) -> Chain:
         with seeded(self.config.train.seed, "model"):
             chain = self.make_chain(weights=initial)
-        self.model = chain.model
+        if initial:  # else it is there for shapes or times
+            self.model = chain.model
         return chain
 
     @abstractmethod
     def make_chain(self, *, weights: bool) -> Chain:
         """Build the network; without ``weights`` what is read from files is left out."""
 
-    @property
     @abstractmethod
+    def denoiser_of(self, model: nn.Module) -> UNet2DConditionModel:
+        """The denoiser in a chain's model."""
+
+    @property
     def unet(self) -> UNet2DConditionModel:
-        """The denoiser of the last chain built."""
+        """The denoiser of ``model``."""
+        assert self.model is not None, "build the chain first"
+        return self.denoiser_of(self.model)
 
     def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
         return [self.loss] * len(spans)
@@ -137,7 +143,7 @@ class DiffusionTask(ABC):
         return {}
 
     def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> LightEnd:
-        return light_end(chain, message, self.unet)
+        return light_end(chain, message, self.denoiser_of(chain.model))
 
     def example(self) -> Message:
         samples, side = self.config.data.batch // self.config.train.accumulate, self.side

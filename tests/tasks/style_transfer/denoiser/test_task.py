@@ -25,7 +25,7 @@ from tasks.run import open_run
 from tasks.style_transfer.diffusion.base import Base
 from tests.ranks import run_ranks
 from tests.runs import course, fit, joined
-from tests.tasks.style_transfer.diffusion.models import DENOISER, small, task_of
+from tests.tasks.style_transfer.diffusion.models import ARTBANK, DENOISER, small, task_of
 from tests.toy import blocks_of
 from tools import evaluate, export, train
 
@@ -127,6 +127,17 @@ def test_blocks_learn_and_gradients_stay_inside(tmp_path: Path) -> None:
     for block in range(4):
         assert losses[-1][block] < 0.9 * losses[0][block], block
     assert not torch.equal(task.unet.time_embedding.linear_1.weight, before)
+
+
+@pytest.mark.parametrize("config", [DENOISER, ARTBANK])
+def test_a_chain_for_shapes_does_not_take_the_place_of_the_one_that_learns(tmp_path: Path, config: str) -> None:
+    """Blocks are timed on a chain of their own when a placement is sought; pictures are made by the other."""
+    settings, task = task_of(config, tmp_path)
+    chain = task.build_chain()
+    other = task.build_chain(initial=False)
+    assert build_blocks(other, settings, task)
+    assert task.model is chain.model
+    assert task.unet is task.denoiser_of(chain.model)
 
 
 def test_blocks_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
