@@ -23,8 +23,8 @@ from tasks.style_transfer.diffusion.artists import ArtistPipeline
 from tasks.style_transfer.diffusion.bank import Prompt, PromptBank
 from tasks.style_transfer.diffusion.batch import batch_of
 from tasks.style_transfer.images import as_pixels, as_tensor
+from tasks.style_transfer.lsast.canny import canny
 from tasks.style_transfer.lsast.control import NoControl, check_controlnet, load_controlnet
-from tasks.style_transfer.lsast.edges import edges
 from tasks.style_transfer.lsast.prompts import new_prompt
 from tasks.style_transfer.lsast.routing import route
 
@@ -152,7 +152,7 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
         else:
             route(_plain(self.controlnet), prompt.settings["form"])
             if self._control is None:
-                self._control = torch.stack([as_tensor(edges(as_pixels(picture))) for picture in pictures])
+                self._control = torch.stack([as_tensor(canny(as_pixels(picture))) for picture in pictures])
         return {
             "control_image": self._control.expand(len(pictures), -1, -1, -1),
             "controlnet_conditioning_scale": self._scale,

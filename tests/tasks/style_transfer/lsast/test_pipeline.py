@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tasks.style_transfer.diffusion.base import Base, quiet
 from tasks.style_transfer.diffusion.conditioner import Conditioner
 from tasks.style_transfer.images import as_pixels, as_tensor
+from tasks.style_transfer.lsast.canny import canny
 from tasks.style_transfer.lsast.control import NoControl
-from tasks.style_transfer.lsast.edges import edges
 from tasks.style_transfer.lsast.pipeline import LSASTPipeline
 from tasks.style_transfer.lsast.routing import PartOfPrompt, route
 from tests.tasks.style_transfer import pipelines as p
@@ -58,7 +58,7 @@ def test_with_one_stage_it_is_diffusers_own_to_the_bit(checkpoint: Path, form: s
     plain.set_progress_bar_config(disable=True)
     expected = plain(
         image=shapes(),
-        control_image=as_tensor(edges(image))[None],
+        control_image=as_tensor(canny(image))[None],
         prompt_embeds=three(made, 0),
         negative_prompt_embeds=p.no_text(made).repeat(1, 3, 1),
         generator=seed(2),
@@ -213,7 +213,7 @@ def test_without_a_controlnet_it_is_one_that_adds_zero_to_the_bit(
 
 def test_the_controlnet_sees_the_edges_also_in_the_inversion(checkpoint: Path) -> None:
     made = controlled(checkpoint, "monet")
-    expected = as_tensor(edges(as_pixels(shapes()[0])))
+    expected = as_tensor(canny(as_pixels(shapes()[0])))
     assert expected.any()
     with p.calls(made.controlnet) as seen, p.calls(made.unet) as denoised:
         first = p.paint(made, image=shapes(), controlnet_conditioning_scale=0.5)

@@ -9,7 +9,7 @@ from PIL import Image
 from tasks.style_transfer.images import Pixels
 
 
-def edges(picture: Pixels | Image.Image, low: int = 100, high: int = 200) -> Pixels:
+def canny(picture: Pixels | Image.Image, low: int = 100, high: int = 200) -> Pixels:
     """Canny's edges of a picture (H, W, 3): (H, W, 3) uint8, 255 on an edge and 0 elsewhere, all channels alike.
 
     Args:
