@@ -77,7 +77,8 @@ class DenoiserTask(DiffusionTask):
     def conditions(
         self, works: Tensor, words: Sequence[str], luck: Tensor | None, kinds: Sequence[str] = ()
     ) -> dict[str, Tensor]:
-        names = [self.collections[self.works(test=bool(kinds))[work][1]].name for work in works.tolist()]
+        every = self.works(test=bool(kinds))
+        names = [self.collections[every[work][1]].name for work in works.tolist()]
         texts = [
             f"{name} {seen}" if self.config.data.describe else name for name, seen in zip(names, words, strict=True)
         ]
