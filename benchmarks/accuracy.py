@@ -20,12 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from engine.auxiliary import known_families
-from engine.config import ToolParser, at_least, run_tool
-from engine.files import check_writable
-from engine.log import console
-from engine.memory.page import write_tables
-from engine.memory.report import Sheet, header, write_json
+from engine.config import at_least
+from engine.learning.auxiliary import known_families
+from engine.memory.report import header, write_json
+from engine.utilities.command import ToolParser, run_tool
+from engine.utilities.console import console
+from engine.utilities.files import check_writable
+from engine.utilities.page import write_page
+from engine.utilities.sheet import Sheet
 from tasks import load
 
 UNITS = {"psnr": (1.0, "dB")}
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     at_least(("--jobs", known.jobs, 1), ("--threads", known.threads, 1))
     check_writable(known.json, known.html)
     config, task = load(rest)
-    kinds = ["end_to_end", *(known.auxiliaries or known_families(task))]
+    kinds = ["end_to_end", *(known.auxiliaries or list(known_families(task)))]
     runs = [(kind, seed) for seed in known.seeds for kind in kinds]
     with ThreadPoolExecutor(known.jobs) as pool:
         summaries = list(pool.map(lambda run: _train(rest, *run, config.output.root, known.threads), runs))
@@ -84,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     if known.json:
         write_json(known.json, about, rows)
     if known.html:
-        write_tables(known.html, about, [sheet], [])
+        write_page(known.html, about, [sheet], [])
 
 
 def overrides(kind: str) -> list[str]:

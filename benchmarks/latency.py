@@ -14,10 +14,12 @@ from benchmarks.parallel import WHOLE, check
 from benchmarks.rivals.balance import block_seconds, unit_seconds
 from benchmarks.rivals.entries import LOCAL, local_pipelines, rivals
 from benchmarks.turns import measure
-from engine.config import ToolParser, at_least, run_tool
-from engine.files import check_writable
-from engine.memory.page import write_tables
-from engine.memory.report import Sheet, header, write_json
+from engine.config import at_least
+from engine.memory.report import header, write_json
+from engine.utilities.command import ToolParser, run_tool
+from engine.utilities.files import check_writable
+from engine.utilities.page import write_page
+from engine.utilities.sheet import Sheet
 from tasks import load
 
 
@@ -71,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     if known.json:
         write_json(known.json, about, rows)
     if known.html:
-        write_tables(known.html, about, [sheet], ["throughput kept: of the same variant's at the first delay"])
+        write_page(known.html, about, [sheet], ["throughput kept: of the same variant's at the first delay"])
 
 
 if __name__ == "__main__":

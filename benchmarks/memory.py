@@ -26,16 +26,19 @@ from pathlib import Path
 
 import torch
 
-from engine.config import Config, ToolParser, run_tool
-from engine.device import choose_device
-from engine.files import check_writable
-from engine.log import GIB, console, progress_bar
+from engine.config import Config
 from engine.memory.estimate import UNSEEN
-from engine.memory.page import write_tables
 from engine.memory.plan import smallest_cut
-from engine.memory.report import Sheet, header, write_json
-from engine.memory.variant import CHECKPOINTED, END_TO_END, Variant, estimate_variant, four_variants, local_variant
+from engine.memory.report import header, write_json
+from engine.memory.variant import END_TO_END, RECOMPUTED, Variant, estimate_variant, four_variants, local_variant
 from engine.memory.work import Speed
+from engine.utilities.command import ToolParser, run_tool
+from engine.utilities.console import console, progress_bar
+from engine.utilities.device import choose_device
+from engine.utilities.files import check_writable
+from engine.utilities.page import write_page
+from engine.utilities.sheet import Sheet
+from engine.utilities.size import GIB
 from tasks import find_task, load
 
 CONFIGS = Path("tasks")
@@ -74,7 +77,7 @@ NETWORKS = [
         [("glcan", blocks) for blocks in (2, 3, 4, 16, 55)] + [("dgl", 55)],
         {
             "end-to-end": (9.40, "end-to-end", INFOPRO),
-            "end-to-end + checkpointing": (3.91, "checkpointing", INFOPRO),
+            "end-to-end + recompute": (3.91, "checkpointing", INFOPRO),
             "glcan K=2, cut for memory": (5.38, "InfoPro K=2", INFOPRO),
             "glcan K=3, cut for memory": (4.22, "InfoPro K=3", INFOPRO),
             "glcan K=4, cut for memory": (3.52, "InfoPro K=4", INFOPRO),
@@ -125,7 +128,7 @@ def _with(variant: Variant, name: str, *overrides: str) -> Variant:
     return Variant(name, (*variant.overrides, *overrides))
 
 
-LOCAL, LOCAL_CHECKPOINTED = CONFIGURED[2:]
+LOCAL, LOCAL_RECOMPUTED = CONFIGURED[2:]
 ONE_PART = ("--model.tail_parts", "1")
 _OWN = ("--local.auxiliary", "glcan")
 UPSCALERS = [
@@ -135,16 +138,16 @@ UPSCALERS = [
         ("--model.scale", str(scale)),
         [
             _with(END_TO_END, "end-to-end", *ONE_PART),
-            _with(CHECKPOINTED, "end-to-end + checkpointing", *ONE_PART),
+            _with(RECOMPUTED, "end-to-end + recompute", *ONE_PART),
             _with(END_TO_END, "end-to-end, tail in 4 parts"),
-            _with(CHECKPOINTED, "end-to-end + checkpointing, tail in 4 parts"),
+            _with(RECOMPUTED, "end-to-end + recompute, tail in 4 parts"),
             *(_with(LOCAL, f"glcan K={count}, tail in 4 parts", "--local.blocks", str(count)) for count in (2, 4, 17)),
             _with(LOCAL, "glcan K=4, tail whole", *ONE_PART),
             _with(LOCAL, "glcan K=4, own tails in auxiliary networks", "--model.auxiliary_tail", "own"),
             _with(LOCAL, "glcan K=4, one unit, tail in 4 parts", *_OWN, "--local.auxiliary.depth", "1"),
             _with(LOCAL, "glcan K=4, half as wide, tail in 4 parts", *_OWN, "--local.auxiliary.width", "0.5"),
             _with(LOCAL, "local_sr K=4, tail in 4 parts", "--local.auxiliary", "local_sr"),
-            _with(LOCAL_CHECKPOINTED, "glcan K=4 + checkpointing, tail in 4 parts"),
+            _with(LOCAL_RECOMPUTED, "glcan K=4 + recompute, tail in 4 parts"),
         ],
     )
     for scale in (2, 4)
@@ -163,9 +166,9 @@ DENOISERS = [
         (*SD15, "--data.batch", str(batch)),
         [
             END_TO_END,
-            CHECKPOINTED,
+            RECOMPUTED,
             *(_with(LOCAL, f"glcan K={count}", "--local.cut", json.dumps(cut)) for count, cut in SD15_CUTS.items()),
-            _with(LOCAL_CHECKPOINTED, "glcan K=4 + checkpointing", "--local.cut", json.dumps(SD15_CUTS[4])),
+            _with(LOCAL_RECOMPUTED, "glcan K=4 + recompute", "--local.cut", json.dumps(SD15_CUTS[4])),
         ],
     )
     for what, config in (
@@ -206,13 +209,13 @@ def main(argv: Sequence[str]) -> None:
     if known.json:
         write_json(known.json, about, rows)
     if known.html:
-        write_tables(known.html, about, sheets, notes)
+        write_page(known.html, about, sheets, notes)
 
 
 def _network(network: Network, speed: Speed) -> tuple[list[dict[str, object]], Sheet]:
     words = ["--config", str(CONFIGS / network.config), *network.overrides]
     config, _ = load(words)
-    variants = [each for each in network.variants if isinstance(each, Variant)] or [END_TO_END, CHECKPOINTED]
+    variants = [each for each in network.variants if isinstance(each, Variant)] or [END_TO_END, RECOMPUTED]
     named = [each for each in network.variants if not isinstance(each, Variant)]
     for name, blocks in named:
         variants.append(local_variant(config, name, blocks))
@@ -221,7 +224,7 @@ def _network(network: Network, speed: Speed) -> tuple[list[dict[str, object]], S
             variants.append(Variant(f"glcan K={blocks}, cut for memory", ("--local.cut", json.dumps(cut))))
     if named:
         largest = max(blocks for _, blocks in named)
-        variants.append(local_variant(config, "glcan", min(largest, 16), checkpointing=True))
+        variants.append(local_variant(config, "glcan", min(largest, 16), recompute=True))
     estimates = [estimate_variant(variant, words, load, speed) for variant in variants]
     base, rows, lines = estimates[0], list[dict[str, object]](), list[list[str]]()
     for variant, estimate in zip(variants, estimates, strict=True):

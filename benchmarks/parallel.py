@@ -1,6 +1,6 @@
 """Training over several ranks against the usual ways: python -m benchmarks.throughput --config FILE --ranks N [...]
 
-One process end-to-end, with activation checkpointing and local; the local pipeline; torch's pipelines (GPipe, 1F1B,
+One process end-to-end, with recomputation and local; the local pipeline; torch's pipelines (GPipe, 1F1B,
 zero bubble), DDP and FSDP2; DeepSpeed's ZeRO-1, -2, -3 and PipelineModule: one network, one batch, in turns, on CPU
 cores over gloo.
 """
@@ -19,15 +19,18 @@ from benchmarks.rivals.balance import block_seconds, unit_seconds
 from benchmarks.rivals.entries import FAMILIES, LOCAL, LOCAL_PIPELINE, WHOLE, local_pipelines, one_process, rivals
 from benchmarks.rivals.rival import Entry
 from benchmarks.turns import TURN, WARM_UP, Taken, measure
-from engine.build import cut as cut_blocks
-from engine.chain import Chain
-from engine.config import Config, LocalConfig, ToolParser, at_least
-from engine.device import choose_device
-from engine.files import check_writable
-from engine.log import MIB, console
-from engine.memory.page import write_tables
-from engine.memory.report import Sheet, header, write_json
+from engine.config import Config, LocalConfig, at_least
+from engine.learning.build import cut as cut_blocks
+from engine.memory.report import header, write_json
 from engine.memory.variant import Load
+from engine.network.chain import Chain
+from engine.utilities.command import ToolParser
+from engine.utilities.console import console
+from engine.utilities.device import choose_device
+from engine.utilities.files import check_writable
+from engine.utilities.page import write_page
+from engine.utilities.sheet import Sheet
+from engine.utilities.size import MIB
 from tasks import load
 
 
@@ -249,4 +252,4 @@ def main(argv: Sequence[str]) -> None:
     if known.json:
         write_json(known.json, {**about, "notes": lines}, [dataclasses.asdict(row) for row in rows])
     if known.html:
-        write_tables(known.html, about, tables, lines)
+        write_page(known.html, about, tables, lines)

@@ -26,16 +26,18 @@ from benchmarks.rivals.balance import unit_seconds
 from benchmarks.rivals.entries import local_pipelines, rivals
 from benchmarks.rivals.rival import Entry
 from benchmarks.rivals.stage import Stage
+from benchmarks.simulation.actions import Kind, local_pipeline, one_f_one_b
+from benchmarks.simulation.simulator import Simulation, simulate
 from benchmarks.turns import measure
-from engine.config import ToolParser, at_least, run_tool
-from engine.files import check_writable
-from engine.log import MIB
-from engine.memory.page import write_tables
-from engine.memory.report import Sheet, header, write_json
+from engine.config import at_least
+from engine.distributed.plan import plan_ranks
+from engine.memory.report import header, write_json
 from engine.memory.variant import Load
-from engine.placement import plan_ranks
-from engine.schedules.actions import Kind, local_pipeline, one_f_one_b
-from engine.schedules.simulator import Simulation, simulate
+from engine.utilities.command import ToolParser, run_tool
+from engine.utilities.files import check_writable
+from engine.utilities.page import write_page
+from engine.utilities.sheet import Sheet
+from engine.utilities.size import MIB
 from tasks import load
 
 REPEATS = 5
@@ -190,7 +192,7 @@ def main(argv: Sequence[str]) -> None:
     if known.json:
         write_json(known.json, about, [dataclasses.asdict(row) for row in rows])
     if known.html:
-        write_tables(known.html, about, [table], [])
+        write_page(known.html, about, [table], [])
 
 
 if __name__ == "__main__":

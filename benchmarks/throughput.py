@@ -1,6 +1,6 @@
 """Time of a training step against end-to-end: python -m benchmarks.throughput --config FILE [--ranks N] [...]
 
-Without --ranks: end-to-end, with activation checkpointing, and every auxiliary network at several numbers of blocks;
+Without --ranks: end-to-end, with recomputation, and every auxiliary network at several numbers of blocks;
 each in a process of its own, in turns. Each row has its memory beside its time.
 
 With --ranks N: the config's own blocks as a pipeline on N ranks, beside one process, torch's pipelines, DDP, FSDP2 and
@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import parallel
-from engine.auxiliary import known_families
-from engine.config import ToolParser, at_least, run_tool, words
-from engine.files import check_writable
-from engine.log import MIB
-from engine.memory.page import write_tables
-from engine.memory.report import Sheet, header, report_rows, write_json
-from engine.memory.variant import CHECKPOINTED, END_TO_END, local_variant
+from engine.config import at_least, words
+from engine.learning.auxiliary import known_families
+from engine.memory.report import header, report_rows, write_json
+from engine.memory.variant import END_TO_END, RECOMPUTED, local_variant
+from engine.utilities.command import ToolParser, run_tool
+from engine.utilities.files import check_writable
+from engine.utilities.page import write_page
+from engine.utilities.sheet import Sheet
+from engine.utilities.size import MIB
 from tasks import load
 
 
@@ -38,8 +40,8 @@ def main(argv: Sequence[str]) -> None:
     at_least(("--steps", known.steps, 1), ("--threads", known.threads, 1))
     check_writable(known.json, known.html)
     config, task = load(rest)
-    families = known.auxiliaries or known_families(task)
-    variants = [END_TO_END, CHECKPOINTED]
+    families = known.auxiliaries or list(known_families(task))
+    variants = [END_TO_END, RECOMPUTED]
     variants += [local_variant(config, name, blocks) for name in families for blocks in known.blocks]
     rows = report_rows(variants, rest, load, measuring=True, steps=known.steps, threads=known.threads)
     base = rows[0].step_seconds
@@ -64,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     if known.json:
         write_json(known.json, about, [row.to_json() for row in rows])
     if known.html:
-        write_tables(known.html, about, [sheet], [])
+        write_page(known.html, about, [sheet], [])
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from benchmarks.delay import delay_sends
 from benchmarks.rivals.rival import Entry, Place, Rival, find
 from benchmarks.sent import sent_bytes
-from engine.device import resident_bytes
-from engine.log import progress_bar
 from engine.memory.variant import Load
+from engine.utilities.console import progress_bar
+from engine.utilities.device import resident_bytes
 
 WARM_UP = 3
 TURN = 4

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import re
-import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jsonargparse
 import yaml
 
-from engine.files import write_text
+from engine.utilities.console import console
+from engine.utilities.files import write_text
+from engine.utilities.text import did_you_mean, one_line
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+Recompute = Literal["none", "units"]
+"""What of a block's activations backward recomputes."""
 
 
 @dataclass
@@ -35,17 +39,24 @@ class LocalConfig:
     """What `blocks` evens out: units, parameters, or one weight per unit."""
     auxiliary: str | dict[str, Any] = "glcan"
     """Auxiliary network: a name, or a mapping with `type` and its options."""
-    schedule: Literal["sequential", "streams", "pipeline", "end_to_end"] = "sequential"
-    """Order in which blocks run: one after another; on streams of one GPU; on the ranks torchrun starts (several
-    ranks make `pipeline` of `sequential`). The result is the same. `end_to_end`: ordinary backpropagation."""
-    checkpoint: bool = False
-    """Activation checkpointing: recompute a block's units in backward, all but the last. Less memory, more time."""
+    schedule: str = "sequential"
+    """Order in which blocks run: `sequential`, one after another; `streams`, on streams of one GPU; `pipeline`, on the
+    ranks that torchrun starts (several ranks turn `sequential` into it). The result is the same. `end_to_end`:
+    ordinary backpropagation, as one block."""
+    recompute: Recompute = "none"
+    """Activation checkpointing: `units` runs the forward pass of each of a block's units, except the last, again in
+    backward instead of keeping its activations. Less memory, more time, same result."""
     offload: bool = False
     """Keep what backward needs in main memory instead of on the GPU. Less GPU memory, more time, same result."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of forward and loss; fp16 scales each block's loss on its own."""
     compile: bool = False
     """Compile each block with torch.compile; the first step takes longer."""
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether the whole network is one block, trained by ordinary backpropagation."""
+        return self.schedule == "end_to_end"
 
     @property
     def family(self) -> str:
@@ -177,9 +188,14 @@ class Config:
         )
         if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum <= 0:
             raise ValueError("optimizer.nesterov: needs optimizer.momentum above 0; set optimizer.nesterov false")
-        special = [key for key in ("compile", "checkpoint", "offload") if getattr(self.local, key)]
+        chosen = {
+            "compile": self.local.compile,
+            "recompute": self.local.recompute != "none",
+            "offload": self.local.offload,
+        }
+        special = [key for key, wanted in chosen.items() if wanted]
         if len(special) > 1:
-            raise ValueError(f"local.{special[0]}: cannot be combined with local.{special[1]}; set one of them false")
+            raise ValueError(f"local.{special[0]}: cannot be combined with local.{special[1]}; take one of them")
         placement = self.placement
         if placement.replicas == 1 and (placement.replication != "ddp" or placement.offload_optimizer):
             key = "offload_optimizer" if placement.replication == "ddp" else "replication"
@@ -235,7 +251,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: not YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a config is a mapping of sections, this is {type(content).__name__}")
     return content
@@ -247,11 +263,14 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     Raises:
         ValueError: unknown key (with the nearest known one), wrong type, or a refused value.
     """
-    argv = words(argv)
+    argv = _renamed_words(words(argv))
     known, sections = keys(config_class), typing.get_type_hints(config_class)
     file, auxiliary = config_file(argv), LocalConfig.auxiliary
     if file is not None:
         content = read_yaml(file)
+        if renamed_keys(content.get("local")):
+            at = max(number for number, word in enumerate(argv) if word == "--config")
+            argv[at + 1] = yaml.safe_dump(content)
         _check_keys(_flat(content), known, f"{file}: ")
         for name, value in content.items():
             if dataclasses.is_dataclass(sections.get(name)) and not isinstance(value, dict):
@@ -270,7 +289,7 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
         values = vars(parser.instantiate(parser.parse_args(argv)))
         config = config_class(**{name: value for name, value in values.items() if name != "config"})
     except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(_one_line(str(error))) from error
+        raise ValueError(parser_message(error)) from error
     chosen = config.local.auxiliary
     if isinstance(chosen, dict):
         chosen = {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in chosen.items()}
@@ -319,32 +338,44 @@ def _check_keys(names: Sequence[str], known: set[str], where: str) -> None:
     for name in names:
         if name in known or name.startswith("local.auxiliary."):
             continue
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        raise ValueError(f"{where}unknown key {name!r}" + (f", did you mean {close[0]!r}?" if close else ""))
+        raise ValueError(f"{where}unknown key {name!r}{did_you_mean(name, known)}")
 
 
-def _one_line(text: str) -> str:
-    text = re.sub(r"^Parser key \"?([\w.]+)\"?:", r"\1:", text.strip())
-    return " ".join(text.replace("<class '", "").replace("'>", "").split())
+def parser_message(error: Exception) -> str:
+    """What jsonargparse has to say, in one line that begins with the key."""
+    text = re.sub(r"^Parser key \"?([\w.]+)\"?:", r"\1:", str(error).strip())
+    return one_line(text.replace("<class '", "").replace("'>", ""))
 
 
-class ToolParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all other errors of tools."""
+RECOMPUTE = {"true": "units", "false": "none"}
+"""What ``local.recompute`` is for each value of ``local.checkpoint``, the old name of that key."""
 
-    def __init__(self, description: str | None) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+
+def renamed_keys(local: Any) -> bool:
+    """Give keys of a ``local`` section that have another name now their new name; whether there was one.
+
+    Raises:
+        ValueError: the old key has a value that it could not have.
+    """
+    if not isinstance(local, dict) or "checkpoint" not in local:
+        return False
+    local["recompute"] = _recompute(str(local.pop("checkpoint")).lower())
+    return True
+
+
+def _renamed_words(argv: Sequence[str]) -> list[str]:
+    new = list(argv)
+    for at, word in enumerate(argv[:-1]):
+        if word == "--local.checkpoint":
+            new[at : at + 2] = ["--local.recompute", _recompute(argv[at + 1].lower())]
+    return new
+
+
+def _recompute(value: str) -> str:
+    if value not in RECOMPUTE:
+        raise ValueError(f"local.checkpoint: {value!r} is neither true nor false; the key is now local.recompute")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        console.print(
+            f"local.checkpoint {value} is now local.recompute {RECOMPUTE[value]}; the old key will be removed"
         )
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists what there is")
-
-
-def run_tool(main: Any) -> None:
-    """Run a command-line tool: user errors become one line on stderr (of one rank a host) and exit code 2."""
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    return RECOMPUTE[value]

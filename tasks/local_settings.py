@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jsonargparse
 
-from engine.config import Config, LocalConfig, TrainConfig
+from engine.config import Config, LocalConfig, TrainConfig, parser_message, renamed_keys
+from engine.utilities.text import did_you_mean
 
-KEYS = ("blocks", "cut", "balance", "auxiliary", "checkpoint", "offload")
+KEYS = ("blocks", "cut", "balance", "auxiliary", "recompute", "offload")
 """Of ``engine.config.LocalConfig``, those that make sense where another framework trains."""
 
 
@@ -29,12 +28,13 @@ def local_settings(
         ValueError: an unknown key (with the nearest known one), one that has its place elsewhere, or a value that will
             not do.
     """
+    local = dict(local)
+    renamed_keys(local)
     for key in local:
         if key in elsewhere:
             raise ValueError(f"local.{key}: {elsewhere[key]}")
         if key not in (known := (*KEYS, *others)):
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            hint = did_you_mean(str(key), known) or f"; known: {', '.join(known)}"
             raise ValueError(f"local: unknown key {key!r}{hint}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(LocalConfig, "local")
@@ -43,8 +43,7 @@ def local_settings(
             parser.parse_object({"local": {key: value for key, value in local.items() if key in KEYS}})
         ).local
     except (argparse.ArgumentError, TypeError) as error:
-        text = " ".join(str(error).split()).replace("<class '", "").replace("'>", "")
-        raise ValueError(re.sub(r'^Parser key "([\w.]+)":', r"\1:", text)) from error
+        raise ValueError(parser_message(error)) from error
     settings = Config(local=parsed, train=TrainConfig(seed=seed))
     settings.check()
     return settings

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from engine.block import autocast
-from engine.chain import Chain
-from engine.checkpoint import find_checkpoint, load_model
 from engine.config import parse, task_name
-from engine.device import choose_device
-from engine.log import console
-from engine.message import Message
+from engine.learning.precision import autocast
+from engine.network.chain import Chain
+from engine.network.message import Message
+from engine.run.checkpoint import find_checkpoint
+from engine.run.resume import load_model
 from engine.task import Task
+from engine.utilities.console import console
+from engine.utilities.device import choose_device
 from tasks import find_task
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["engine.trainer", "tests.toy"])  # so that a rank starts in no time
+# So that a rank starts in no time; the first update of any optimizer imports torch._dynamo.
+CONTEXT.set_forkserver_preload(["torch._dynamo", "engine.run.trainer", "tests.toy"])
 
 
 @dataclass

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.shared import with_encoder
-from engine.trainer import Trainer
-from engine.world import join
+from engine.distributed.meet import join
+from engine.run.trainer import Trainer
 from tasks import load
 
 
@@ -26,7 +25,7 @@ def fit(config: str, room: Path, *overrides: str) -> dict[str, Tensor]:
     with world.failing_together():
         made = Trainer(settings, task, world)
         made.fit()
-    kinds = [kind for block in with_encoder(made.blocks) for kind in block.state().values()]
+    kinds = [kind for block in made.blocks.learners for kind in block.state().values()]
     state = {name: tensor.clone() for tensors in kinds for name, tensor in tensors.items()}
     world.leave()
     return state

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.chain import Unit
 from engine.config import Config
 from engine.memory.measure import measure
 from engine.memory.variant import Variant
-from engine.message import Message, TensorSpec
+from engine.network.chain import Unit
+from engine.network.message import Message, TensorSpec
 from engine.task import Task, evaluate
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.task import Classification
@@ -58,7 +58,7 @@ def test_watching_a_model_does_not_count_a_batch() -> None:
 def test_recomputed_batchnorm_saves_the_same_tensors() -> None:
     """Turning tracking off while recomputing saved fewer tensors, which checkpointing refuses."""
     task = Toy(norm=True)
-    _, blocks, schedule = blocks_of(task, config(local__schedule="end_to_end", local__checkpoint=True))
+    _, blocks, schedule = blocks_of(task, config(local__schedule="end_to_end", local__recompute="units"))
     train(schedule, [batch[0] for batch in task.batches(0, 0)][:1])
     assert all(t == 1 for n, t in state(blocks).items() if n.endswith("num_batches_tracked"))
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.block import Block
-from engine.build import build_blocks, prepare
-from engine.chain import Chain, Unit
 from engine.config import Config
-from engine.cut import Span
-from engine.message import Message
-from engine.schedules import SCHEDULES, Schedule
-from engine.task import WHOLE, Part
+from engine.learning.block import Block
+from engine.learning.blocks import Blocks
+from engine.learning.build import build_blocks, prepare
+from engine.learning.schedules import SCHEDULES, Schedule
+from engine.network.chain import Chain, Unit
+from engine.network.cut import Span
+from engine.network.message import Message
+from engine.task import Metrics, Task
+from engine.utilities.batches import WHOLE, Part
 
 
 class Layer(nn.Module):
@@ -53,14 +54,13 @@ class PlainHead(nn.Module):
         return self.linear(torch.cat([message.x, *bank.values()], dim=1))
 
 
-class Toy:
+class Toy(Task):
     """Regression of noise on noise; enough to tell bits apart."""
 
     name, metric = "toy", "error"
-    auxiliary_options: Mapping[str, Any] = {}
-    single_sample, reads_frozen, group = False, False, None
 
     def __init__(self, depth: int = 4, width: int = 6, dropout: float = 0.0, norm: bool = False, samples: int = 26):
+        super().__init__(None)
         self.depth, self.width, self.dropout, self.norm = depth, width, dropout, norm
         generator = torch.Generator().manual_seed(7)
         self.x = torch.randn(samples, width, generator=generator)
@@ -109,11 +109,8 @@ class Toy:
     def metrics(self) -> Error:
         return Error(self)
 
-    def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
-        return state
 
-
-class Error:
+class Error(Metrics):
     """The loss over all that it is given."""
 
     def __init__(self, task: Toy) -> None:
@@ -121,9 +118,6 @@ class Error:
 
     def update(self, prediction: Tensor, targets: Tensor) -> None:
         self.given.append((prediction, targets))
-
-    def save(self, folder: Path) -> None:
-        pass
 
     def compute(self) -> dict[str, float]:
         predictions, targets = (torch.cat(parts) for parts in zip(*self.given, strict=True))
@@ -140,7 +134,7 @@ def config(**changes: Any) -> Config:
     return made
 
 
-def blocks_of(task: Any, settings: Config) -> tuple[Chain, list[Block], Schedule]:
+def blocks_of(task: Any, settings: Config) -> tuple[Chain, Blocks, Schedule]:
     """Chain, prepared blocks and schedule of a config on the CPU."""
     chain = task.build_chain()
     blocks = build_blocks(chain, settings, task)

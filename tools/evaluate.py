@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.config import ToolParser, run_tool
-from engine.files import write_text
 from engine.task import evaluate
+from engine.utilities.command import ToolParser, run_tool
+from engine.utilities.files import write_text
 from tasks.run import open_run
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.checkpoint import export_model
-from engine.config import ToolParser, run_tool
+from engine.run.export import export_model
+from engine.utilities.command import ToolParser, run_tool
 from tasks.run import open_run
 
 
@@ -21,11 +21,11 @@ def main(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(list(argv))
     run = open_run(arguments.run)
-    if hasattr(run.task, "write_export"):  # a framework with files of its own kind
-        print(f"step {run.step}: {run.task.write_export(arguments.out)}")
-        return
-    export_model(run.chain.model, arguments.out, run.task.export)
-    print(f"step {run.step}: {sum(1 for _ in run.chain.model.state_dict())} tensors in {arguments.out}")
+    written = run.task.write_export(arguments.out)
+    if written is None:
+        export_model(run.chain.model, arguments.out, run.task.export)
+        written = f"{len(run.chain.model.state_dict())} tensors in {arguments.out}"
+    print(f"step {run.step}: {written}")
 
 
 if __name__ == "__main__":

@@ -8,21 +8,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.auxiliary import known_families
-from engine.config import ToolParser, at_least, config_file, run_tool
-from engine.device import choose_device
-from engine.files import check_writable
-from engine.log import console
-from engine.memory.page import write_figure, write_page
+from engine.config import at_least, config_file
+from engine.learning.auxiliary import known_families
+from engine.memory.charts import write_figure, write_report
 from engine.memory.report import header, notes, report_rows, sheets, write_json
 from engine.memory.variant import four_variants, many_variants
-from engine.shapes import shapes_of
+from engine.network.shapes import shapes_of
+from engine.utilities.command import ToolParser, run_tool
+from engine.utilities.console import console
+from engine.utilities.device import choose_device
+from engine.utilities.files import check_writable
 from tasks import load
 
 ABOUT = """
 estimate   predict on fake tensors: no GPU, no data, no waiting
 measure    the same rows, from real steps, each in a fresh process
-compare    measure many: end-to-end, with activation checkpointing, with offload to main memory; auxiliary
+compare    measure many: end-to-end, with recomputation, with offload to main memory; auxiliary
            networks at several numbers of blocks
 
 --config FILE and overrides of it are as for tools/train.py: --local.blocks 8
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         most = len(task.build_chain(initial=False))
         # More blocks than units there are: as many as there are.
         fitting = sorted({min(count, most) for count in counts})
-        variants = many_variants(config, known.auxiliaries or known_families(task), fitting)
+        variants = many_variants(config, known.auxiliaries or list(known_families(task)), fitting)
     rows = report_rows(
         variants,
         rest,
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     if known.json:
         write_json(known.json, about, [row.to_json() for row in rows])
     if known.html:
-        write_page(known.html, about, rows)
+        write_report(known.html, about, rows)
     if known.figure:
         write_figure(known.figure, rows)
 

@@ -11,15 +11,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.block import DTYPES
-from engine.config import ToolParser, at_least, config_file, run_tool
-from engine.device import device_at_hand
-from engine.files import check_writable, write_named
-from engine.log import console
-from engine.memory.plan import check_free, free_name, make_plan, parse_size, write_plan, write_planned
-from engine.memory.report import Sheet, block_sheet, header, plan_notes, plan_row, plan_sheet
+from engine.config import at_least, config_file
+from engine.distributed.plan import RankPlan, plan_ranks
+from engine.learning.precision import DTYPES
+from engine.memory.plan import check_free, free_name, make_plan, write_plan, write_planned
+from engine.memory.report import block_sheet, header, plan_notes, plan_row, plan_sheet
 from engine.memory.work import Speed
-from engine.placement import RankPlan, plan_ranks
+from engine.utilities.command import ToolParser, run_tool
+from engine.utilities.console import console
+from engine.utilities.device import device_at_hand
+from engine.utilities.files import check_writable, write_named
+from engine.utilities.sheet import Sheet
+from engine.utilities.size import parse_size
 from tasks import find_task, load
 
 ABOUT = """

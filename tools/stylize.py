@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import ToolParser, at_least, run_tool
-from engine.files import write_named
-from engine.log import progress_bar
+from engine.config import at_least
+from engine.utilities.command import ToolParser, run_tool
+from engine.utilities.console import progress_bar
+from engine.utilities.files import write_named
 from tasks.run import open_run
 from tasks.style_transfer.images import (
     Pixels,
@@ -81,9 +82,9 @@ def main(argv: Sequence[str]) -> None:
     _check_sizes("--content-size", given.content_size, contents)
 
     run = open_run(given.run)
-    if not hasattr(run.task, "painter"):
+    painter = run.task.painter(run.chain, run.predict)
+    if painter is None:
         raise ValueError(f"--run: {given.run} is a run of {run.task.name}, which cannot stylize")
-    painter: Any = run.task.painter(run)
     if given.alpha is None:
         given.alpha = painter.alpha
     kind = Artists if hasattr(painter, "artists") else Paintings

@@ -8,9 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.config import config_file, parse, run_tool, task_name
-from engine.trainer import Trainer
-from engine.world import join
+from engine.config import config_file, parse, task_name
+from engine.distributed.meet import join
+from engine.run.trainer import Trainer
+from engine.utilities.command import run_tool
 from tasks import find_task
 
 

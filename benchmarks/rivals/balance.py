@@ -10,10 +10,11 @@ from dataclasses import replace
 import torch
 
 from benchmarks.fresh import in_fresh_process
-from engine.balance import balance, time_blocks
+from engine.distributed.balance import balance
+from engine.distributed.timing import time_blocks
+from engine.distributed.world import World
+from engine.learning.optimizer import build_optimizer
 from engine.memory.variant import Load
-from engine.optimizer import build_optimizer
-from engine.world import World
 
 REPEATS = 5
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from benchmarks.rivals.balance import cut
 from benchmarks.rivals.rival import Entry
-from engine.memory.variant import CHECKPOINTED, END_TO_END
+from engine.memory.variant import END_TO_END, RECOMPUTED
 
 FAMILIES = ("pipelining", "replicas", "deepspeed")
 """Of rivals over several ranks; one process and the local pipeline are always there."""
-LOCAL = "--local.schedule", "sequential", "--local.checkpoint", "false"
+LOCAL = "--local.schedule", "sequential", "--local.recompute", "none"
 
 # Rivals train end-to-end, and cut a batch into micro-batches themselves.
 WHOLE = ("--train.accumulate", "1")
@@ -22,7 +22,7 @@ def one_process() -> list[Entry]:
     maker = "benchmarks.rivals.one_process:OneProcess"
     return [
         Entry("one process: end-to-end", maker, overrides=(*END_TO_END.overrides, *WHOLE)),
-        Entry("one process: end-to-end + checkpointing", maker, overrides=(*CHECKPOINTED.overrides, *WHOLE)),
+        Entry("one process: end-to-end + recompute", maker, overrides=(*RECOMPUTED.overrides, *WHOLE)),
         Entry("one process: local", maker, overrides=(*LOCAL, *WHOLE)),
     ]
 

@@ -9,12 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.rivals.rival import Place, Rival
-from engine.balance import keep_only
-from engine.build import build_blocks, prepare
-from engine.order import Order
-from engine.schedules import Sequential
-from engine.schedules.pipeline import Pipeline
-from engine.world import FOREVER, World
+from engine.distributed.order import Order
+from engine.distributed.pipeline import Pipeline
+from engine.distributed.world import FOREVER, World
+from engine.learning.build import build_blocks, keep_only, prepare
+from engine.learning.schedules import Sequential
 
 
 class LocalPipeline(Rival):

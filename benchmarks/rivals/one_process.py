@@ -1,4 +1,4 @@
-"""One process: end-to-end, with activation checkpointing, or local, as the config says."""
+"""One process: end-to-end, with recomputation, or local, as the config says."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.rival import Place, Rival, load_network
-from engine.build import build_blocks, prepare
-from engine.schedules import SCHEDULES
+from engine.learning.build import build_blocks, prepare
+from engine.learning.schedules import SCHEDULES
 
 
 class OneProcess(Rival):

@@ -16,7 +16,7 @@ from torch.distributed.pipelining.schedules import (
 
 from benchmarks.rivals.rival import Place, Rival, load_network
 from benchmarks.rivals.stage import Stage, drop_others
-from engine.optimizer import build_optimizer
+from engine.learning.optimizer import build_optimizer
 
 
 class Pipeline(Rival):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.rivals.rival import Place, Rival, load_network
 from benchmarks.rivals.stage import Stage
-from engine.optimizer import build_optimizer
+from engine.learning.optimizer import build_optimizer
 
 
 def share(tensor: Tensor, rank: int, ranks: int) -> Tensor:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.chain import Chain
 from engine.config import Config
-from engine.message import Message
+from engine.network.chain import Chain
+from engine.network.message import Message
 from engine.task import Task
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from engine.chain import Chain, Unit
-from engine.message import Message
+from engine.network.chain import Chain, Unit
+from engine.network.message import Message
 
 
 class Stage(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.rivals.replicas import share
 from benchmarks.rivals.rival import Place, Rival, load_network
 from benchmarks.rivals.stage import Stage, drop_others
-from engine.optimizer import build_optimizer
+from engine.learning.optimizer import build_optimizer
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from engine.block import Block
-from engine.build import prepare
 from engine.config import Config
+from engine.learning.blocks import Blocks
+from engine.learning.build import prepare
 from engine.memory.footprint import Footprint, count_bytes
 from engine.memory.work import Speed, WorkCounter
-from engine.message import Message
+from engine.network.message import Message
 
 UNSEEN = (
     "not seen: a GPU's context, workspaces of convolutions and matrix products, fragmentation, what torch.compile "
@@ -32,13 +32,13 @@ class Estimate:
     """Each block's units, as ``Block.title``."""
 
 
-def estimate_step(blocks: list[Block], config: Config, message: Message, speed: Speed | None = None) -> Estimate:
+def estimate_step(blocks: Blocks, config: Config, message: Message, speed: Speed | None = None) -> Estimate:
     """Bytes of all tensors alive at the peak of one optimizer step of ``config``'s schedule, and its time.
 
     Args:
         blocks: as ``build_blocks`` returns them, on the CPU; afterwards their tensors are fake and they are
             of no further use. Only their parameters take real memory, and no step is computed.
-        config: schedule, optimizer, precision, checkpointing, offload and accumulation.
+        config: schedule, optimizer, precision, recomputation, offload and accumulation.
         message: a micro-batch; only its shapes and types count.
         speed: of the device that will train; without it the time is 0.
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.block import Block, Report
 from engine.config import Config
+from engine.learning.block import Block
+from engine.learning.blocks import Blocks
+from engine.learning.observer import Observer
+from engine.learning.schedules import Schedule, find_schedule
+from engine.learning.shared import SharedEncoder
 from engine.memory.tracker import MemoryTracker, Moment
-from engine.message import Message
-from engine.schedules import SCHEDULES, Schedule
-from engine.shared import SharedEncoder, with_encoder
+from engine.network.message import Message
 
 CATEGORIES = {
     "parameters": "of the units and the head",
@@ -57,7 +59,7 @@ class Footprint:
 
 
 def count_bytes(
-    blocks: Sequence[Block],
+    blocks: Blocks,
     config: Config,
     message: Message,
     *,
@@ -73,14 +75,14 @@ def count_bytes(
             CPU the loader's whole batch does; only a GPU has micro-batches moved to it one at a time.)
         beside: a context around the second step, for other counts.
     """
-    schedule, count = SCHEDULES[config.local.schedule](blocks), min(config.train.accumulate, 2)
+    schedule, count = find_schedule(config.local.schedule)(blocks), min(config.train.accumulate, 2)
     tracker = MemoryTracker(blocks[0].device.type)
     tracker.add(message.tensors(), "activations")
     peaks: dict[int, Moment] = {}
 
     with ExitStack() as stack:
-        for block in with_encoder(blocks):
-            stack.enter_context(followed(tracker, block, peaks))
+        for block in blocks.learners:
+            stack.enter_context(Followed(tracker, block, peaks))
         stack.enter_context(tracker)
         optimizer_step(schedule, message, count)
         peaks.clear()
@@ -104,82 +106,72 @@ def _whole(moment: Moment) -> dict[str, int]:
     return {name: moment.live.get(name, 0) for name in CATEGORIES}
 
 
-@contextmanager
-def followed(tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> Iterator[None]:
-    """Meanwhile ``block``'s state is known to the tracker, and its peak is noted in ``peaks``."""
-    auxiliary, optimizer = block.auxiliary, block.optimizer
-    criterion = block.criterion if isinstance(block.criterion, nn.Module) else None
-    assert optimizer is not None
-    extra = {
-        id(tensor): name
-        for name, part in (("auxiliary", auxiliary), ("loss", criterion))
-        for tensor in ([*part.parameters(), *part.buffers()] if part is not None else ())
-    }
+class Followed(Observer):
+    """Makes one block's state known to a tracker, and notes the block's peak. A context: it watches inside.
 
-    def category(tensor: Tensor, own: str) -> str:
-        return extra.get(id(tensor), own)
+    Args:
+        tracker: counts the block's tensors.
+        block: a prepared one.
+        peaks: gets the fullest moment of the block's local steps under its index.
+    """
 
-    def count_gradient(parameter: Tensor) -> None:
+    def __init__(self, tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> None:
+        self.tracker, self.block, self.peaks = tracker, block, peaks
+        criterion = block.criterion if isinstance(block.criterion, nn.Module) else None
+        self._parts = [(name, part) for name, part in (("auxiliary", block.auxiliary), ("loss", criterion)) if part]
+        self._extra = {
+            id(tensor): name for name, part in self._parts for tensor in (*part.parameters(), *part.buffers())
+        }
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Followed:
+        block, tracker = self.block, self.tracker
+        assert block.optimizer is not None
+        for parameter in block.parameters():
+            tracker.add([parameter], self._category(parameter, "parameters"))
+            if parameter.requires_grad:
+                handle = parameter.register_post_accumulate_grad_hook(self._count_gradient)  # type: ignore[no-untyped-call]
+                self._stack.callback(handle.remove)
+        for buffer in block.buffers():
+            tracker.add([buffer], self._category(buffer, "buffers"))
+        self._count_state(block.optimizer)
+        self._stack.callback(block.optimizer.register_step_post_hook(self._count_state).remove)
+        for name, part in self._parts:
+            self._stack.callback(part.register_forward_pre_hook(self._made_in(name)).remove)
+        block.observers.append(self)
+        self._stack.callback(block.observers.remove, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def started(self) -> None:
+        self.tracker.block = self.block.index
+        self.tracker.reset_peak()
+
+    def backward_started(self) -> None:
+        self.tracker.made_in_forward = "activations"  # what is recomputed from here on is the units'
+
+    def ended(self, output: Message | None) -> None:
+        peak, index = self.tracker.peak, self.block.index
+        self.peaks[index] = max(peak, self.peaks.get(index, peak), key=lambda moment: moment.bytes)
+        if output is not None and not isinstance(self.block, SharedEncoder):
+            self.tracker.keep(output.tensors())
+
+    def _category(self, tensor: Tensor, own: str) -> str:
+        return self._extra.get(id(tensor), own)
+
+    def _count_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        tracker.add([parameter.grad], category(parameter, "gradients"))
+        self.tracker.add([parameter.grad], self._category(parameter, "gradients"))
 
-    def count_state(stepped: torch.optim.Optimizer, *_: object) -> None:
+    def _count_state(self, stepped: torch.optim.Optimizer, *_: object) -> None:
         for parameter, state in stepped.state.items():
             tensors = (value for value in state.values() if isinstance(value, Tensor))
-            tracker.add(tensors, category(parameter, "optimizer"))
+            self.tracker.add(tensors, self._category(parameter, "optimizer"))
 
-    plain_step = block.local_step
-
-    def note(run: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*arguments: Any, **options: Any) -> Any:
-            tracker.block = block.index
-            tracker.reset_peak()
-            result = run(*arguments, **options)
-            highest = max(tracker.peak, peaks.get(block.index, tracker.peak), key=lambda moment: moment.bytes)
-            peaks[block.index] = highest
-            return result
-
-        return noted
-
-    def local_step(message: Message, **options: Any) -> tuple[Message, Report]:
-        output, report = note(lambda: plain_step(message, **options))()
-        tracker.keep(output.tensors())
-        return output, report
-
-    def made_in(name: str) -> Callable[..., None]:
+    def _made_in(self, name: str) -> Callable[..., None]:
         def change(*_: object) -> None:
-            tracker.made_in_forward = name
+            self.tracker.made_in_forward = name
 
         return change
-
-    with ExitStack() as stack:
-        for parameter in block.parameters():
-            tracker.add([parameter], category(parameter, "parameters"))
-            if parameter.requires_grad:
-                handle = parameter.register_post_accumulate_grad_hook(count_gradient)  # type: ignore[no-untyped-call]
-                stack.callback(handle.remove)
-        for buffer in block.buffers():
-            tracker.add([buffer], category(buffer, "buffers"))
-        count_state(optimizer)
-        stack.callback(optimizer.register_step_post_hook(count_state).remove)
-        if auxiliary is not None:
-            stack.callback(auxiliary.register_forward_pre_hook(made_in("auxiliary")).remove)
-        if criterion is not None:
-            stack.callback(criterion.register_forward_pre_hook(made_in("loss")).remove)
-        if auxiliary is not None or criterion is not None:
-            way = block.replication or block
-            plain_backward = way.train_backward
-
-            def train_backward(loss: Tensor) -> None:
-                made_in("activations")()  # what is computed again from here on is the units'
-                plain_backward(loss)
-
-            way.train_backward = train_backward  # type: ignore[method-assign]
-            stack.callback(lambda: delattr(way, "train_backward"))
-        if isinstance(block, SharedEncoder):
-            for name in ("encode", "learn"):
-                setattr(block, name, note(getattr(block, name)))
-                stack.callback(delattr, block, name)
-        block.local_step = local_step  # type: ignore[method-assign]
-        stack.callback(lambda: delattr(block, "local_step"))
-        yield

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from engine.block import Block, BlockError
-from engine.build import build_blocks, prepare
 from engine.config import Config
-from engine.device import choose_device, deterministic, resident_bytes
-from engine.log import progress_bar
+from engine.learning.build import fresh_blocks, prepare
+from engine.learning.outcome import BlockError
+from engine.learning.schedules import find_schedule
 from engine.memory.footprint import Footprint, count_bytes, optimizer_step
 from engine.memory.variant import Load, Variant
-from engine.message import Message
-from engine.schedules import SCHEDULES
+from engine.network.message import Message
 from engine.task import Task
+from engine.utilities.console import progress_bar
+from engine.utilities.device import choose_device, deterministic, resident_bytes
 
 WARM_UP = 3
 
@@ -184,9 +184,9 @@ class Stepper:
         self.config = config
         self._before_bytes = resident_bytes()[0]
         self._used = _Used() if self.device.type == "cuda" else None
-        self.blocks: list[Block] = build_blocks(task.build_chain(initial=False), config, task)
+        self.blocks = fresh_blocks(config, task)
         prepare(self.blocks, config, self.device)
-        self.schedule = SCHEDULES[config.local.schedule](self.blocks)
+        self.schedule = find_schedule(config.local.schedule)(self.blocks)
         self.message: Message = task.example().to(self.device)
 
     def step(self) -> None:

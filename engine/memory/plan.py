@@ -3,48 +3,27 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from pathlib import Path
 
-from engine.build import batch_norm_name, build_blocks
-from engine.config import Config, to_yaml
-from engine.cut import best_bounds
-from engine.files import write_named
-from engine.log import size_text
+from engine.config import Config, Recompute, to_yaml
+from engine.learning.build import batch_norm_name, build_blocks
 from engine.memory.estimate import Estimate, estimate_step
 from engine.memory.profile import Profile
 from engine.memory.work import Speed
-from engine.shapes import shapes_of
+from engine.network.cut import best_bounds
+from engine.network.shapes import shapes_of
 from engine.task import Task
-
-SIZES = {f"{letter}{i}B": base**n for n, letter in enumerate("KMGT", 1) for i, base in (("i", 1024), ("", 1000))}
-"""Bytes in a KiB, a KB, a MiB, ..."""
+from engine.utilities.files import write_named
+from engine.utilities.size import size_text
 
 MARK = "# Planned for"
 """How a file that ``write_plan`` wrote begins."""
 
 SLACK = 1.08
 """How much too large a modelled peak may be; a cut whose modelled peak is larger is not tried."""
-
-
-def parse_size(text: str, key: str = "--memory") -> int:
-    """Bytes in ``4GiB``, ``1.5 GB`` and the like.
-
-    Raises:
-        ValueError: no number, no unit, or not above 0.
-
-    Example:
-        >>> parse_size("1.5KiB"), parse_size("2 MB")
-        (1536, 2000000)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
-    sizes = {unit.lower(): size for unit, size in SIZES.items()}
-    if not match or match[2].lower() not in sizes or float(match[1]) <= 0:
-        raise ValueError(f"{key}: {text!r} is no size; write a number above 0 and one of {', '.join(SIZES)}: 4GiB")
-    return int(float(match[1]) * sizes[match[2].lower()])
 
 
 @dataclass(frozen=True)
@@ -61,11 +40,12 @@ class Option:
 
     @property
     def name(self) -> str:
-        """As ``4 blocks + checkpointing``."""
+        """As ``4 blocks + recompute``."""
         blocks = len(self.estimate.units)
         name = "end-to-end" if blocks == 1 else f"{blocks} blocks"
-        extras = [("checkpoint", "checkpointing"), ("offload", "offload")]
-        return " + ".join([name, *(shown for key, shown in extras if getattr(self.config.local, key))])
+        local = self.config.local
+        extras = {"recompute": local.recompute != "none", "offload": local.offload}
+        return " + ".join([name, *(shown for shown, wanted in extras.items() if wanted)])
 
 
 @dataclass(frozen=True)
@@ -89,14 +69,14 @@ def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes
     End-to-end training is chosen where it fits. Else the fewest blocks that fit are sought, with and
     without activation checkpointing inside blocks (one block with checkpointing is end-to-end with
     checkpointing), and of the two the faster is chosen. Only if neither fits is the micro-batch halved, and
-    halved again: that changes what normalisation sees and so the result.
+    halved recompute: that changes what normalisation sees and so the result.
 
     For every number of blocks dynamic programming over the units proposes the fastest cut that fits by the
     costs of units and auxiliary networks (``engine.memory.profile``), then the cut with the smallest peak;
     each proposal is judged by an estimate of its whole step.
 
     Args:
-        config: everything but ``local.cut``, ``local.blocks``, ``local.checkpoint`` and ``train.accumulate``
+        config: everything but ``local.cut``, ``local.blocks``, ``local.recompute`` and ``train.accumulate``
             stays as it is; ``local.schedule`` changes where end-to-end and local training do.
         build_task: makes the task of a config.
         budget_bytes: for tensors. A GPU needs room beside them: about half a GiB for CUDA itself, and
@@ -107,7 +87,7 @@ def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes
         ValueError: nothing fits; has the smallest that can be achieved, and what binds.
     """
     rivals: list[Option] = []
-    smallest: tuple[float, _Search, list[int], bool] | None = None
+    smallest: tuple[float, _Search, list[int], Recompute] | None = None
     for settings in _micro_batches(config, build_task):
         search = _Search(settings, build_task, speed, budget_bytes)
         if not rivals:
@@ -116,26 +96,26 @@ def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes
                     f"--memory: {size_text(budget_bytes)} is less than the {size_text(search.profile.permanent)} that "
                     "parameters, buffers and optimizer state need; no cut changes that"
                 )
-            rivals = [search.option([0, len(search.profile)], again) for again in search.choices]
+            rivals = [search.option([0, len(search.profile)], recompute) for recompute in search.choices]
             if rivals[0].peak_bytes <= budget_bytes:
                 return Plan(budget_bytes, rivals[0], rivals, [])
-        found = [search.fewest(again) for again in search.choices]
+        found = [search.fewest(recompute) for recompute in search.choices]
         fitting = [option for option in found if option]
         if fitting:
             chosen = min(fitting, key=lambda option: option.estimate.step_seconds)
             others = [
-                option or search.option(search.smallest(again)[1], again)
-                for option, again in zip(found, search.choices, strict=True)
+                option or search.option(search.smallest(recompute)[1], recompute)
+                for option, recompute in zip(found, search.choices, strict=True)
                 if option is not chosen
             ]
             return Plan(budget_bytes, chosen, rivals, others)
-        for again in search.choices:
-            total, bounds = search.smallest(again)
+        for recompute in search.choices:
+            total, bounds = search.smallest(recompute)
             if smallest is None or total < smallest[0]:
-                smallest = total, search, bounds, again
+                smallest = total, search, bounds, recompute
     assert smallest is not None, "there is always the config's own micro-batch"
-    _, search, bounds, again = smallest
-    least = search.option(bounds, again)
+    _, search, bounds, recompute = smallest
+    least = search.option(bounds, recompute)
     if least.peak_bytes <= budget_bytes:
         return Plan(budget_bytes, least, rivals, [])
     raise ValueError(_why(least, budget_bytes))
@@ -144,7 +124,7 @@ def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes
 def smallest_cut(config: Config, build_task: Callable[[Config], Task], blocks: int, speed: Speed) -> list[str]:
     """The cut into so many blocks that has the smallest peak by the profile; as ``local.cut``."""
     search = _Search(config, build_task, speed, 0)
-    return search.cut(search.bounds(blocks, config.local.checkpoint))
+    return search.cut(search.bounds(blocks, config.local.recompute))
 
 
 def _micro_batches(config: Config, build_task: Callable[[Config], Task]) -> Iterator[Config]:
@@ -209,20 +189,22 @@ class _Search:
     def __init__(self, config: Config, build_task: Callable[[Config], Task], speed: Speed, budget: int) -> None:
         self.config, self.task, self.speed, self.budget = config, build_task(config), speed, budget
         self.profile = profile = Profile(config, self.task, speed)
-        self._options: dict[tuple[tuple[int, ...], bool], Option] = {}
-        self.choices = [False, True] if profile.can_recompute else [False]
+        self._options: dict[tuple[tuple[int, ...], Recompute], Option] = {}
+        self.choices: list[Recompute] = ["none", "units"] if profile.can_recompute else ["none"]
         # For each choice and number of blocks, the cut with the smallest peak.
-        self._even = {again: best_bounds(len(profile), len(profile), self._cost(again)) for again in self.choices}
+        self._even = {
+            recompute: best_bounds(len(profile), len(profile), self._cost(recompute)) for recompute in self.choices
+        }
 
-    def _cost(self, again: bool, room: float = math.inf) -> Callable[[int, int], tuple[float, float]]:
+    def _cost(self, recompute: Recompute, limit: float = math.inf) -> Callable[[int, int], tuple[float, float]]:
         """Peak and seconds of a block; with a limit to the peak, blocks within it are equally good."""
 
         def cost(start: int, stop: int) -> tuple[float, float]:
             if not self.profile.trainable(start, stop):
                 return math.inf, math.inf
-            peak = self.profile.peak(start, stop, again)
-            weight = peak if room == math.inf else 0 if peak <= room else math.inf
-            return weight, self.profile.seconds(start, stop, again)
+            peak = self.profile.peak(start, stop, recompute)
+            weight = peak if limit == math.inf else 0 if peak <= limit else math.inf
+            return weight, self.profile.seconds(start, stop, recompute)
 
         return cost
 
@@ -230,47 +212,47 @@ class _Search:
         """Bytes that a cut has all the time."""
         return self.profile.least + sum(self.profile.state(start, stop) for start, stop in pairwise(bounds))
 
-    def fewest(self, again: bool) -> Option | None:
-        """The fewest blocks that fit; ``again``: with activation checkpointing."""
-        for blocks, (peak, even) in enumerate(self._even[again], 1):
+    def fewest(self, recompute: Recompute) -> Option | None:
+        """The fewest blocks that fit."""
+        for blocks, (peak, even) in enumerate(self._even[recompute], 1):
             fixed = self._fixed(even)
             if fixed + peak > SLACK * self.budget:
                 continue
-            cost = self._cost(again, self.budget - fixed)
+            cost = self._cost(recompute, self.budget - fixed)
             weight, fast = best_bounds(len(self.profile), blocks, cost)[-1]
             for bounds in [fast, even] if weight == 0 and fast != even else [even]:
-                option = self.option(bounds, again)
+                option = self.option(bounds, recompute)
                 if option.peak_bytes <= self.budget:
                     return option
         return None
 
-    def bounds(self, blocks: int, again: bool) -> list[int]:
+    def bounds(self, blocks: int, recompute: Recompute) -> list[int]:
         """The cut into so many blocks with the smallest peak."""
-        return self._even[again][blocks - 1][1]
+        return self._even[recompute][blocks - 1][1]
 
-    def smallest(self, again: bool) -> tuple[float, list[int]]:
+    def smallest(self, recompute: Recompute) -> tuple[float, list[int]]:
         """The smallest peak by the profile, of any number of blocks, and its cut."""
-        return min((self._fixed(bounds) + peak, bounds) for peak, bounds in self._even[again] if peak < math.inf)
+        return min((self._fixed(bounds) + peak, bounds) for peak, bounds in self._even[recompute] if peak < math.inf)
 
     def cut(self, bounds: list[int]) -> list[str]:
         """The cut at ``bounds`` as ``local.cut``."""
         return [self.profile.names[start] for start in bounds[1:-1]]
 
-    def option(self, bounds: list[int], again: bool) -> Option:
+    def option(self, bounds: list[int], recompute: Recompute) -> Option:
         """The cut at ``bounds``, estimated once however often it is asked for."""
-        key = tuple(bounds), again
+        key = tuple(bounds), recompute
         if key not in self._options:
-            self._options[key] = self._estimated(bounds, again)
+            self._options[key] = self._estimated(bounds, recompute)
         return self._options[key]
 
-    def _estimated(self, bounds: list[int], again: bool) -> Option:
+    def _estimated(self, bounds: list[int], recompute: Recompute) -> Option:
         chain, local = self.task.build_chain(initial=False), self.config.local
-        schedule = "sequential" if local.schedule == "end_to_end" else local.schedule
+        schedule = "sequential" if local.end_to_end else local.schedule
         local = replace(
             local,
             blocks=len(bounds) - 1,
             cut=self.cut(bounds),
-            checkpoint=again,
+            recompute=recompute,
             schedule="end_to_end" if len(bounds) == 2 else schedule,
         )
         config = replace(self.config, local=local)

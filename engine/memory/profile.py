@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.auxiliary import AuxiliaryNetwork, build_auxiliary
-from engine.bank import FeatureBank
-from engine.block import Block, autocast
-from engine.build import build_blocks, prepare
-from engine.chain import Unit
-from engine.config import Config
-from engine.cut import Span
+from engine.config import Config, Recompute
+from engine.learning.auxiliary import AuxiliaryNetwork, build_auxiliary
+from engine.learning.block import Block
+from engine.learning.build import build_blocks, prepare
+from engine.learning.observer import Observer
+from engine.learning.optimizer import build_optimizer
+from engine.learning.precision import autocast
 from engine.memory.estimate import make_fake
-from engine.memory.footprint import followed
+from engine.memory.footprint import Followed
 from engine.memory.tracker import MemoryTracker
 from engine.memory.work import Speed, WorkCounter
-from engine.message import Message
-from engine.optimizer import build_optimizer
-from engine.shapes import shapes_of
-from engine.shared import with_encoder
+from engine.network.bank import FeatureBank
+from engine.network.chain import Unit
+from engine.network.cut import Span
+from engine.network.message import Message
+from engine.network.shapes import shapes_of
 from engine.task import Task
 
 
@@ -74,8 +75,8 @@ class Profile:
     def __init__(self, config: Config, task: Task, speed: Speed) -> None:
         self._config, self._task, self._speed = config, task, speed
         self.can_recompute = not (config.local.compile or config.local.offload)
-        self._plain = _Trace(config, task, speed, checkpointing=False)
-        self._recomputed = _Trace(config, task, speed, checkpointing=True).units if self.can_recompute else []
+        self._plain = _Trace(config, task, speed, recompute="none")
+        self._recomputed = _Trace(config, task, speed, recompute="units").units if self.can_recompute else []
         self._auxiliaries: dict[tuple[int, int], EndCost] = {}
         self._alike: dict[object, EndCost] = {}
         # Of several micro-batches, the gradients of all blocks stay alive from one to the next.
@@ -111,9 +112,9 @@ class Profile:
         end = self._end(start, stop)
         return end.state + (end.gradients if self._gradients_stay and stop < len(self) else 0)
 
-    def peak(self, start: int, stop: int, checkpointing: bool) -> int:
+    def peak(self, start: int, stop: int, recompute: Recompute) -> int:
         """Bytes at the peak of a block's local step, beyond ``least`` and every block's ``state``."""
-        units, end = self._units(start, stop, checkpointing), self._end(start, stop)
+        units, end = self._units(start, stop, recompute), self._end(start, stop)
         stays = 0 if self._gradients_stay else 1
         base = self._plain.units[start - 1].output if start else 0
         peaks, gradients = [], end.gradients * stays
@@ -132,14 +133,14 @@ class Profile:
         peaks.append(base + gradients + own)
         return max(peaks)
 
-    def seconds(self, start: int, stop: int, checkpointing: bool) -> float:
+    def seconds(self, start: int, stop: int, recompute: Recompute) -> float:
         """Of a block's local steps on all micro-batches of a batch."""
-        units = self._units(start, stop, checkpointing)
+        units = self._units(start, stop, recompute)
         once = self._end(start, stop).seconds + sum(unit.seconds for unit in units)
         return once * self._config.train.accumulate
 
-    def _units(self, start: int, stop: int, checkpointing: bool) -> list[UnitCost]:
-        if not checkpointing:
+    def _units(self, start: int, stop: int, recompute: Recompute) -> list[UnitCost]:
+        if recompute == "none":
             return self._plain.units[start:stop]
         return [*self._recomputed[start : stop - 1], self._plain.units[stop - 1]]
 
@@ -206,76 +207,92 @@ class _Trace:
         backward:                        | unit n-1 | ... | unit 1 | unit 0 | update
     """
 
-    def __init__(self, config: Config, task: Task, speed: Speed, *, checkpointing: bool) -> None:
-        local = replace(config.local, schedule="end_to_end", checkpoint=checkpointing, compile=False)
+    def __init__(self, config: Config, task: Task, speed: Speed, *, recompute: Recompute) -> None:
+        local = replace(config.local, schedule="end_to_end", recompute=recompute, compile=False)
         config = replace(config, local=local, train=replace(config.train, accumulate=1))
         self.fake, self.chain = FakeTensorMode(), task.build_chain(initial=False)
-        (block,) = build_blocks(self.chain, config, task)
+        blocks = build_blocks(self.chain, config, task)
+        (block,), encoder = blocks, blocks.encoder
         self.units = [UnitCost() for _ in block.units]
-        self.messages: list[Message] = []
         with self.fake:
             make_fake([self.chain.model, block])
             block.scaled = False
-            prepare([block], config, torch.device("cpu"))
+            prepare(blocks, config, torch.device("cpu"))
             message = shapes_of(task.example).map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
             tracker, work = MemoryTracker(), WorkCounter(speed)
             tracker.add(message.tensors(), "activations")
             self.batch = tracker.live_bytes
             with ExitStack() as stack:
-                for each in with_encoder([block]):
-                    stack.enter_context(followed(tracker, each, {}))
+                for each in blocks.learners:
+                    stack.enter_context(Followed(tracker, each, {}))
                 stack.enter_context(tracker)
                 stack.enter_context(work)
                 for sequence in range(2):
                     arriving = replace(message, sequence=sequence)
-                    for encoder in block.encoders:
+                    if encoder is not None:
                         arriving = encoder.encode(arriving)
                     if sequence == 0:
                         block.local_step(arriving)
                     else:
                         self.fixed = tracker.live_bytes
                         self._trace(block, arriving, tracker, work)
-                    for encoder in block.encoders:
+                    if encoder is not None:
                         encoder.learn(update=True)
 
     def _trace(self, block: Block, message: Message, tracker: MemoryTracker, work: WorkCounter) -> None:
-        head = UnitCost()
-        base = {id(cost): 0 for cost in [*self.units, head]}
-        current, started, gradients = head, 0.0, 0
-
-        def enter(cost: UnitCost) -> None:
-            """The backward pass leaves one unit for another."""
-            nonlocal current, started, gradients
-            current.backward = tracker.peak.bytes - base[id(current)] - gradients
-            current.gradients = tracker.live["gradients"] - gradients
-            current.seconds += work.seconds - started
-            current, started, gradients = cost, work.seconds, tracker.live["gradients"]
-            tracker.reset_peak()
-
-        plain_run = block._run
-
-        def run(unit: Unit, message: Message) -> Message:
-            nonlocal started
-            cost = self.units[len(self.messages)]
-            base[id(cost)] = live = tracker.live_bytes
-            started = work.seconds
-            tracker.reset_peak()
-            output = plain_run(unit, message)
-            cost.forward, cost.kept = tracker.peak.bytes - live, tracker.live_bytes - live
-            cost.seconds, started = work.seconds - started, work.seconds
-            tensors = output.tensors()
-            cost.output = sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
-            if output.x.requires_grad:
-                output.x.register_hook(lambda _: enter(cost))  # type: ignore[no-untyped-call]
-            self.messages.append(output.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")))
-            base[id(head)] = tracker.live_bytes
-            tracker.reset_peak()
-            return output
-
+        watch = _UnitWatch(self.units, tracker, work)
+        assert block.optimizer is not None
         with ExitStack() as stack:
-            assert block.optimizer is not None
-            block._run = run  # type: ignore[method-assign]
-            stack.callback(lambda: delattr(block, "_run"))
-            stack.callback(block.optimizer.register_step_pre_hook(lambda *_: enter(UnitCost())).remove)
+            block.observers.append(watch)
+            stack.callback(block.observers.remove, watch)
+            stack.callback(block.optimizer.register_step_pre_hook(watch.update_started).remove)
             block.local_step(message)
-        self.head = EndCost(0, head.backward, head.gradients, head.seconds)
+        self.messages = watch.messages
+        self.head = EndCost(0, watch.head.backward, watch.head.gradients, watch.head.seconds)
+
+
+class _UnitWatch(Observer):
+    """Divides the bytes and the time of one local step among the units and the head."""
+
+    def __init__(self, units: Sequence[UnitCost], tracker: MemoryTracker, work: WorkCounter) -> None:
+        self.units, self.tracker, self.work = units, tracker, work
+        self.head = UnitCost()
+        self.messages: list[Message] = []
+        self._base = {id(cost): 0 for cost in [*units, self.head]}
+        self._current, self._started, self._gradients = self.head, 0.0, 0
+
+    def unit_started(self, unit: Unit) -> None:
+        self._base[id(self._cost)] = self.tracker.live_bytes
+        self._started = self.work.seconds
+        self.tracker.reset_peak()
+
+    def unit_ended(self, unit: Unit, output: Message) -> None:
+        cost, tracker, work = self._cost, self.tracker, self.work
+        live = self._base[id(cost)]
+        cost.forward, cost.kept = tracker.peak.bytes - live, tracker.live_bytes - live
+        cost.seconds, self._started = work.seconds - self._started, work.seconds
+        tensors = output.tensors()
+        cost.output = sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
+        if output.x.requires_grad:
+            output.x.register_hook(lambda _: self._enter(cost))  # type: ignore[no-untyped-call]
+        self.messages.append(output.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")))
+        self._base[id(self.head)] = tracker.live_bytes
+        tracker.reset_peak()
+
+    def update_started(self, *_: object) -> None:
+        """Backward has ended."""
+        self._enter(UnitCost())
+
+    @property
+    def _cost(self) -> UnitCost:
+        """Of the unit whose forward pass is running."""
+        return self.units[len(self.messages)]
+
+    def _enter(self, cost: UnitCost) -> None:
+        """The backward pass leaves one unit for another."""
+        current, tracker, work = self._current, self.tracker, self.work
+        current.backward = tracker.peak.bytes - self._base[id(current)] - self._gradients
+        current.gradients = tracker.live["gradients"] - self._gradients
+        current.seconds += work.seconds - self._started
+        self._current, self._started, self._gradients = cost, work.seconds, tracker.live["gradients"]
+        tracker.reset_peak()

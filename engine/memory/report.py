@@ -14,14 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
-from engine.block import DTYPES
 from engine.config import Config
-from engine.device import choose_device, device_at_hand
-from engine.files import write_named
-from engine.log import MIB, console, size_text
+from engine.learning.precision import DTYPES
 from engine.memory.estimate import UNSEEN, Estimate
 from engine.memory.footprint import CATEGORIES
 from engine.memory.measure import CudaMemory, Measured, measure
@@ -29,6 +24,10 @@ from engine.memory.plan import Plan
 from engine.memory.tracker import Moment
 from engine.memory.variant import Load, Variant, estimate_variant
 from engine.memory.work import Speed
+from engine.utilities.device import choose_device, device_at_hand
+from engine.utilities.files import write_named
+from engine.utilities.sheet import Sheet
+from engine.utilities.size import MIB, size_text
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def report_rows(
 
 def make_row(name: str, config: Config, estimate: Estimate, measured: Measured | None = None) -> Row:
     """What was predicted of a variant, and measured if it was."""
-    whole, memory = config.local.schedule == "end_to_end", measured.memory if measured else None
+    whole, memory = config.local.end_to_end, measured.memory if measured else None
     footprint = memory.footprint if memory else estimate.footprint
     seconds = measured.seconds if measured else []
     return Row(
@@ -119,7 +118,7 @@ def make_row(name: str, config: Config, estimate: Estimate, measured: Measured |
         auxiliary=None if whole else config.local.family,
         blocks=len(footprint.by_block),
         units=estimate.units,
-        activation_checkpointing=config.local.checkpoint,
+        activation_checkpointing=config.local.recompute != "none",
         offload=config.local.offload,
         compiled=config.local.compile,
         measured=memory is not None,
@@ -137,23 +136,6 @@ def make_row(name: str, config: Config, estimate: Estimate, measured: Measured |
         failure=measured.failure if measured else "",
         timeline=footprint.timeline,
     )
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table for the terminal and for the page: the first column is text, the others are figures."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-
-    def show(self) -> None:
-        table = Table(title=self.title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-        for number, name in enumerate(self.columns):
-            table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
-        for row in self.rows:
-            table.add_row(*row)
-        console.print(table)
 
 
 def sheets(rows: Sequence[Row]) -> list[Sheet]:
@@ -221,7 +203,7 @@ def plan_notes(plan: Plan) -> list[str]:
             f"the batch stays, in {train.accumulate} micro-batches (train.accumulate) of {plan.chosen.micro_batch}: "
             "that many samples are all that BatchNorm sees at a time; ratios are to end-to-end in one piece"
         )
-    if plan.chosen.config.local.schedule == "end_to_end":
+    if plan.chosen.config.local.end_to_end:
         lines.append("chosen: backpropagation through the whole network, nothing local; the fastest way that fits")
     return lines
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import offload
+from engine.learning import offload
 
 ROUND = 512
 """Bytes a tensor's storage is rounded up to, as CUDA's caching allocator does."""
@@ -48,7 +48,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         device: ``cpu`` or ``cuda``; tensors elsewhere do not count. Nor do copies that stand for a
-            tensor in main memory (see ``engine.offload``).
+            tensor in main memory (see ``engine.learning.offload``).
 
     Known limitations: not seen are memory that an operator takes and gives back inside itself, and what a
     storage grows by when it is resized.

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engine.build import build_blocks
 from engine.config import Config, words
+from engine.learning.build import fresh_blocks
 from engine.memory.estimate import Estimate, estimate_step
 from engine.memory.work import Speed
-from engine.shapes import shapes_of
+from engine.network.shapes import shapes_of
 from engine.task import Task
 
 Load = Callable[[Sequence[str]], tuple[Config, Task]]
 """From a command line to a config and its task; ``tasks.load`` is one."""
 
-_PLAIN = ("--local.checkpoint", "false", "--local.offload", "false")
+_PLAIN = ("--local.recompute", "none", "--local.offload", "false")
 # Neither can be combined with torch.compile.
-_CHECKPOINT = ("--local.checkpoint", "true", "--local.offload", "false", "--local.compile", "false")
-_OFFLOAD = ("--local.checkpoint", "false", "--local.offload", "true", "--local.compile", "false")
+_RECOMPUTE = ("--local.recompute", "units", "--local.offload", "false", "--local.compile", "false")
+_OFFLOAD = ("--local.recompute", "none", "--local.offload", "true", "--local.compile", "false")
 _WHOLE = ("--local.schedule", "end_to_end")
 
 
@@ -39,50 +39,50 @@ class Variant:
 
 
 END_TO_END = Variant("end-to-end", (*_WHOLE, *_PLAIN))
-CHECKPOINTED = Variant("end-to-end + checkpointing", (*_WHOLE, *_CHECKPOINT))
+RECOMPUTED = Variant("end-to-end + recompute", (*_WHOLE, *_RECOMPUTE))
 OFFLOADED = Variant("end-to-end + offload", (*_WHOLE, *_OFFLOAD))
 
 
 def four_variants(config: Config) -> list[Variant]:
-    """End-to-end and the config's own blocks (if it has any), each with and without activation checkpointing."""
-    if config.local.schedule == "end_to_end":
-        return [END_TO_END, CHECKPOINTED]
+    """End-to-end and the config's own blocks (if it has any), each with and without recomputation."""
+    if config.local.end_to_end:
+        return [END_TO_END, RECOMPUTED]
     return [
         END_TO_END,
-        CHECKPOINTED,
+        RECOMPUTED,
         Variant("local", _PLAIN),
-        Variant("local + checkpointing", _CHECKPOINT),
+        Variant("local + recompute", _RECOMPUTE),
     ]
 
 
 def many_variants(config: Config, auxiliaries: Sequence[str], blocks: Sequence[int]) -> list[Variant]:
-    """End-to-end, with checkpointing, with offload; every auxiliary network at every number of blocks; and the
-    config's own one with checkpointing.
+    """End-to-end, with recomputation, with offload; every auxiliary network at every number of blocks; and the
+    config's own one with recomputation.
 
     Raises:
         ValueError: the config itself is end-to-end.
     """
-    if config.local.schedule == "end_to_end":
+    if config.local.end_to_end:
         raise ValueError("local.schedule: end_to_end has no local rows to compare; use sequential")
     own = config.local.family
     names = dict.fromkeys([own, *auxiliaries])
     plain = [local_variant(config, name, count) for name in names for count in blocks]
-    checkpointed = [local_variant(config, own, count, checkpointing=True) for count in blocks]
-    return [END_TO_END, CHECKPOINTED, OFFLOADED, *plain, *checkpointed]
+    recomputed = [local_variant(config, own, count, recompute=True) for count in blocks]
+    return [END_TO_END, RECOMPUTED, OFFLOADED, *plain, *recomputed]
 
 
-def local_variant(config: Config, auxiliary: str, blocks: int, *, checkpointing: bool = False) -> Variant:
+def local_variant(config: Config, auxiliary: str, blocks: int, *, recompute: bool = False) -> Variant:
     """``blocks`` blocks with one kind of auxiliary network; the config's own keeps its options."""
     named = () if auxiliary == config.local.family else ("--local.auxiliary", auxiliary)
     overrides = (*named, "--local.cut", "[]", "--local.blocks", str(blocks))
     name = f"{auxiliary} K={blocks}"
-    if checkpointing:
-        return Variant(f"{name} + checkpointing", (*overrides, *_CHECKPOINT))
+    if recompute:
+        return Variant(f"{name} + recompute", (*overrides, *_RECOMPUTE))
     return Variant(name, (*overrides, *_PLAIN))
 
 
 def estimate_variant(variant: Variant, argv: Sequence[str], load: Load, speed: Speed | None = None) -> Estimate:
     """What a step of the variant will take, on fake tensors."""
     config, task = load(variant.words(argv))
-    blocks = build_blocks(task.build_chain(initial=False), config, task)
+    blocks = fresh_blocks(config, task)
     return estimate_step(blocks, config, shapes_of(task.example), speed)

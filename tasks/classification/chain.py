@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from pathlib import Path
 
-from engine.chain import Chain
+from engine.network.chain import Chain
+from engine.utilities.imports import import_named
 from tasks.classification.config import ModelConfig
 from tasks.classification.resnet import resnet_chain
 from tasks.weights import load_weights
@@ -36,14 +35,7 @@ def build_model_chain(config: ModelConfig, classes: int, size: int) -> Chain:
 
 
 def _own_chain(name: str, classes: int, size: int) -> Chain:
-    module_name, _, function = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # the user's own files lie where the command is given
-    try:
-        factory = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model.name: cannot import {name!r} (looked in {here} too): {error}") from error
-    chain = factory(classes, size)
+    chain = import_named(name, "model.name")(classes, size)
     if not isinstance(chain, Chain):
-        raise ValueError(f"model.name: {name!r} returned {type(chain).__name__}, not an engine.chain.Chain")
+        raise ValueError(f"model.name: {name!r} returned {type(chain).__name__}, not an engine.network.chain.Chain")
     return chain

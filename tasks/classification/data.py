@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.seed import derive
+from engine.utilities.seed import derive
 from tasks.classification.config import DataConfig
 
 MEAN = {"digits": (0.3055,) * 3, "cifar10": (0.4914, 0.4822, 0.4465), "svhn": (0.4377, 0.4438, 0.4728)}

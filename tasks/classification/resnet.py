@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.chain import Chain, Unit
-from engine.message import Message
+from engine.network.chain import Chain, Unit
+from engine.network.message import Message
 
 
 class BasicBlock(nn.Module):

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.auxiliary.spatial import as_map
-from engine.bank import FeatureBank
-from engine.chain import Chain
-from engine.cut import Span
-from engine.message import Message
-from engine.seed import seeded
-from engine.task import WHOLE, Part
+from engine.network.bank import FeatureBank
+from engine.network.chain import Chain
+from engine.network.layout import as_map
+from engine.network.message import Message
+from engine.task import Metrics, Task
+from engine.utilities.seed import seeded
 from tasks.classification.chain import build_model_chain
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.data import Images, load_images
-from tasks.loader import Batches, load
 
 
 class PooledLinear(nn.Module):
@@ -51,18 +47,16 @@ def pool(x: Tensor, layout: str) -> Tensor:
     return as_map(x, layout).mean((2, 3))
 
 
-class Classification:
+class Classification(Task):
     """Images to classes; cross-entropy; accuracy."""
 
     name = "classification"
     metric = "accuracy"
-    auxiliary_options: Mapping[str, Mapping[str, Any] | None] = {}
-    single_sample = False
-    reads_frozen = False
-    group = None
+    smoke = {"dgl": ("--local.auxiliary", "dgl")}
+    config: ClassificationConfig
 
     def __init__(self, config: ClassificationConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._images: tuple[Images, Images] | None = None
 
     @property
@@ -89,12 +83,6 @@ class Classification:
             self.config.model.classes = known or len(self.images[0].classes)
         return self.config.model.classes
 
-    @property
-    def batching(self) -> Batches:
-        """How an epoch is divided."""
-        data = self.config.data
-        return Batches(len(self.images[0]), data.batch, self.config.train.accumulate, data.drop_last)
-
     def build_chain(self, initial: bool = True) -> Chain:
         model = self.config.model if initial else replace(self.config.model, weights="", pretrained=False)
         with seeded(self.config.train.seed, "model"):
@@ -102,9 +90,6 @@ class Classification:
 
     def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(prediction, targets)
-
-    def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
-        return [self.loss] * len(spans)
 
     def key_features(self, chain: Chain, message: Message) -> Tensor:
         return pool(message.x, chain.layout)
@@ -119,32 +104,21 @@ class Classification:
             images = torch.randn(batch, 3, size, size)
             return Message({"x": images}, targets=torch.randint(self.classes, (batch,)))
 
-    def steps_per_epoch(self) -> int:
-        return self.batching.steps
+    def training_data(self) -> Images:
+        return self.images[0]
 
-    def smallest_batch(self) -> int:
-        return self.batching.smallest()
+    def test_data(self) -> Images:
+        return self.images[1]
 
-    def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
-        seed, workers = self.config.train.seed, self.config.data.workers
-        loaded = load(self.images[0], self.batching, epoch, start=start, part=part, shuffle=seed, workers=workers)
-        for micro_batches in loaded:
-            yield [Message({"x": images}, targets=labels) for images, labels in micro_batches]
-
-    def test_batches(self) -> Iterator[Message]:
-        # Not more images at a time than in training, so that what trains in some memory also evaluates in it.
-        batching = Batches(len(self.images[1]), self.batching.micro_batch)
-        for ((images, labels),) in load(self.images[1], batching, 0, workers=self.config.data.workers):
-            yield Message({"x": images}, targets=labels)
+    def message(self, samples: Any) -> Message:
+        images, labels = samples
+        return Message({"x": images}, targets=labels)
 
     def metrics(self) -> Accuracy:
         return Accuracy()
 
-    def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
-        return state
 
-
-class Accuracy:
+class Accuracy(Metrics):
     """Share of images whose class is right, and the mean cross-entropy."""
 
     def __init__(self) -> None:
@@ -155,9 +129,6 @@ class Accuracy:
         self.right += int((logits.argmax(1) == labels).sum())
         self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         self.count += len(labels)
-
-    def save(self, folder: Path) -> None:
-        """There is nothing to look at."""
 
     def compute(self) -> dict[str, float]:
         return {"accuracy": self.right / self.count, "loss": self.loss / self.count}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase
 
-from engine.chain import Chain, Unit
-from engine.message import Message
+from engine.network.chain import Chain, Unit
+from engine.network.message import Message
 
 # A tensor in a moment: its identity, and how often it has been changed in place.
 _State = tuple[int, int]

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
 from torch import nn
 
-from engine.auxiliary import AuxiliaryNetwork, register
-from engine.bank import FeatureBank
-from engine.chain import Chain
-from engine.cut import Span
-from engine.message import Message
+from engine.learning.auxiliary import AuxiliaryNetwork
+from engine.network.bank import FeatureBank
+from engine.network.chain import Chain
+from engine.network.cut import Span
+from engine.network.message import Message
 from engine.task import Task
 
 
-@register("levels")
+class WithLevels(Protocol):
+    """A task whose head can be had for some levels alone."""
+
+    def level_head(self, chain: Chain, message: Message) -> nn.Module:
+        """A head on the levels that ``message`` has maps for."""
+        ...
+
+
 class Levels(AuxiliaryNetwork):
     """The detector's own head on the levels a block can see, and on no others.
 
@@ -28,10 +35,7 @@ class Levels(AuxiliaryNetwork):
 
     @classmethod
     def build(cls, chain: Chain, span: Span, bank: FeatureBank, task: Task) -> Levels:
-        from tasks.detection.task import Detection  # that one imports this file
-
-        assert isinstance(task, Detection)
-        return cls(task.level_head(chain, chain.shapes()[span.stop - 1]))
+        return cls(cast(WithLevels, task).level_head(chain, chain.shapes()[span.stop - 1]))
 
     def forward(self, message: Message, bank: FeatureBank) -> Any:
         return self.head(message, FeatureBank())

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from engine.chain import Chain, Unit, apply_to_x
-from engine.message import Message
+from engine.network.chain import Chain, Unit, apply_to_x
+from engine.network.message import Message
 
 EXAMPLE_SIDE = 256
 """Pixels; every stage's map divides it."""
@@ -71,7 +71,7 @@ def dense_head(detector: BaseDetector) -> nn.Module:
 
 @contextmanager
 def recomputed(detector: BaseDetector) -> Iterator[None]:
-    """Meanwhile the dense head forgets what it makes of each level, and backward makes it again (local.checkpoint).
+    """Meanwhile the dense head forgets what it makes of each level, and backward makes it again (local.recompute).
 
     Known limitation: a head with BatchNorm of its own keeps everything, as it would count a batch twice.
     """

@@ -18,8 +18,8 @@ from mmengine.dataset import BaseDataset, pseudo_collate
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from engine.message import Message
-from engine.seed import derive
+from engine.network.message import Message
+from engine.utilities.seed import derive
 from tasks.detection.config import DataConfig
 from tasks.detection.datasets import build_dataset, dataset_configs, metric_configs
 from tasks.detection.plain_config import class_count

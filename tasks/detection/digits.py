@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engine.files import made_once
+from engine.utilities.files import made_once
 
 Pixels = npt.NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.config import Config as PlainConfig
 
-from engine.files import write_named
+from engine.utilities.files import write_named
 from tasks.detection.config import DataConfig
 from tasks.detection.datasets import metric_configs, own_datasets, with_root_and_classes
 

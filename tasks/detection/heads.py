@@ -11,8 +11,8 @@ from mmdet.registry import MODELS
 from torch import nn
 from torch.nn import functional as F
 
-from engine.bank import FeatureBank
-from engine.message import Message
+from engine.network.bank import FeatureBank
+from engine.network.message import Message
 from tasks.detection.chain import EXAMPLE_SIDE, Prediction, dense_head, given_levels
 
 GROUP = 32

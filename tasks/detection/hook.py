@@ -11,7 +11,8 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
-from engine.log import MIB, block_table
+from engine.run.log import block_table
+from engine.utilities.size import MIB
 from tasks.detection.wrapper import LocalModel
 
 KEY = "local"

@@ -9,7 +9,7 @@ import torch
 from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from torch import Tensor, nn
 
-from engine.block import Block
+from engine.learning.block import Block
 
 OF_AUXILIARY = "auxiliary."
 """What the names of auxiliary networks' parameters begin with, here and in ``paramwise_cfg``."""

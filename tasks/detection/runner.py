@@ -23,7 +23,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import Tensor, nn
 
 from engine.config import Config
-from engine.optimizer import load_state_by_name
+from engine.learning.optimizer import load_state_by_name
 from tasks.detection.hook import LocalHook
 from tasks.detection.wrapper import LocalModel
 from tasks.local_settings import local_settings
@@ -38,7 +38,7 @@ ELSEWHERE = {
 
 REFUSED = {
     "model_wrapper_cfg": "blocks are wrapped already; leave it out",
-    "activation_checkpointing": "it wraps modules that blocks do not call; use local.checkpoint, or with_cp",
+    "activation_checkpointing": "it wraps modules that blocks do not call; use local.recompute, or with_cp",
     "efficient_conv_bn_eval": "it replaces modules that blocks share; leave it out",
     "compile": "backward is part of a local step; use this project's tools/train.py with local.compile",
 }

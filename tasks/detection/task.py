@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed import ProcessGroup
 
-from engine.bank import FeatureBank
-from engine.block import recomputes
-from engine.chain import Chain
-from engine.cut import Span
+from engine.learning.recompute import recomputes
 from engine.memory.estimate import make_fake
-from engine.message import Message
-from engine.seed import seeded
-from engine.task import WHOLE, Part, micro_batches
-from tasks.detection import auxiliary as auxiliary  # registers what it has
+from engine.network.bank import FeatureBank
+from engine.network.chain import Chain
+from engine.network.message import Message
+from engine.task import Task
+from engine.utilities.batches import WHOLE, Part, micro_batches
+from engine.utilities.seed import seeded
+from tasks.detection.auxiliary import Levels
 from tasks.detection.chain import Prediction, detector_chain, recomputed
 from tasks.detection.config import DetectionConfig
 from tasks.detection.data import Samples, data_preprocess, load_samples
@@ -45,26 +45,31 @@ EXAMPLE_BOXES = 8
 """Objects in each image of a made-up micro-batch."""
 
 
-class Detection:
+class Detection(Task):
     """Images to boxes and classes; MMDetection's own detectors, losses, data sets and metrics."""
 
     name = "detection"
     metric = "mAP"
     # A detector's head wants maps (DGL ends in a flat vector), at their own resolution; half the channels and one unit
     # a stage keep the local part below the rest of the backbone, which it stands for.
-    auxiliary_options: Mapping[str, Mapping[str, Any] | None] = {
+    auxiliary_options = {
         "glcan": {"depth": 1, "width": 0.5, "reduce": 1},
         "dgl": None,
     }
+    own_auxiliaries = {"levels": Levels}
     single_sample = True
-    reads_frozen = False
-    group: ProcessGroup | None = None
+    smoke = {
+        "levels": ("--local.auxiliary", "levels"),
+        # Every size is compiled anew, which takes minutes.
+        "glcan, compiled": ("--local.compile", "true", "--data.sizes", "[[128, 128]]", "--local.cut", "[neck]"),
+    }
+    config: DetectionConfig
     named: Mapping[str, Tensor] = {}
 
     def __init__(self, config: DetectionConfig) -> None:
         register_all_modules(init_default_scope=True)
         MMLogger.get_instance("mmengine").setLevel("WARNING")  # it tells of every tensor how it was initialised
-        self.config = config
+        super().__init__(config)
         self._samples: tuple[Samples, Samples] | None = None
 
     @cached_property
@@ -143,13 +148,6 @@ class Detection:
             loss, named = prediction.detector.parse_losses(prediction.losses(samples_of(targets)))
         self.named = {name: value.detach() for name, value in named.items()}
         return loss
-
-    def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
-        return [self.loss] * len(spans)
-
-    def key_features(self, chain: Chain, message: Message) -> dict[str, Tensor]:
-        """Nothing beyond what travels anyway: a detector's bank are the maps of all stages on their way to the neck."""
-        return {}
 
     def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> nn.Module:
         return self._head(chain, message, only_seen=False)

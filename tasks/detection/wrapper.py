@@ -17,12 +17,13 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import MODEL_WRAPPERS
 from torch import Tensor, nn
 
-from engine.block import Block
-from engine.build import build_blocks
 from engine.config import Config
-from engine.memory.footprint import followed
+from engine.learning.block import Block
+from engine.learning.build import build_blocks
+from engine.memory.footprint import Followed
 from engine.memory.tracker import MemoryTracker, Moment
-from engine.message import Message
+from engine.network.message import Message
+from engine.run.checkpoint import Division
 from tasks.detection.chain import detector_chain
 from tasks.detection.optim_wrapper import (
     OF_AUXILIARY,
@@ -42,8 +43,6 @@ class GivenDetector(Detection):
     def __init__(self, model: ConfigDict) -> None:
         # Nothing of Detection's own: it would change MMDetection's scope and log.
         self.plain = PlainConfig({"model": model})
-        self.group = None
-        self.named = {}
 
 
 class DrivenBlock(Block):
@@ -153,7 +152,7 @@ class LocalModel(nn.Module):
                 tracker = MemoryTracker(message.x.device.type)
                 tracker.add(message.tensors(), "activations")
                 for block in self.blocks:
-                    stack.enter_context(followed(tracker, block, self.peaks))
+                    stack.enter_context(Followed(tracker, block, self.peaks))
                 stack.enter_context(tracker)
             yield
         self.measuring = False
@@ -167,15 +166,10 @@ class LocalModel(nn.Module):
     def test_step(self, data: Any) -> Any:
         return self.module.test_step(data)
 
-    @property
-    def cut(self) -> list[list[str]]:
-        """Names of each block's units."""
-        return [[unit.name for unit in block.units] for block in self.blocks]
-
     def local_state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the detector's weights and MMEngine's own, in plain containers."""
         return {
-            "cut": self.cut,
+            "cut": [block.unit_names for block in self.blocks],
             "auxiliary": self.settings.local.auxiliary,
             "tensors": {name: tensor.cpu() for name, tensor in self._auxiliary_tensors().items()},
             "parameters": {f"block{block.index}": names_in_order(block) for block in self.blocks},
@@ -185,9 +179,9 @@ class LocalModel(nn.Module):
     def load_local_state(self, state: Mapping[str, Any]) -> bool:
         """Inverse of ``local_state``; False, and nothing is changed, if it is of other blocks or auxiliary networks."""
         own, saved = self._auxiliary_tensors(), state.get("tensors", {})
-        shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, saved)]
-        spec = self.settings.local.auxiliary
-        if state.get("cut") != self.cut or state.get("auxiliary") != spec or shapes[0] != shapes[1]:
+        shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        before = Division(state.get("cut", []), state.get("auxiliary"), shapes)
+        if before != Division.of(self.blocks, self.settings.local.auxiliary):
             return False
         for name, tensor in own.items():
             tensor.copy_(saved[name])

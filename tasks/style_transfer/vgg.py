@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from tasks.style_transfer.scin.config import VGGConfig
-
 CHANNELS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 """Of each stage; before every stage but the first the maps are halved."""
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass
+class VGGConfig:
+    """The frozen network that content features and losses are made with."""
+
+    name: Literal["vgg16", "vgg19"] = "vgg19"
+    """A network of torchvision, up to its last convolution of the fourth or fifth stage, as far as its weights go."""
+    weights: str = ""
+    """File with weights under torchvision's names; empty downloads torchvision's own; `random`: untrained ones, which
+    serve to try the machinery and nothing else."""
+    pixels: Literal["imagenet", "bytes"] = "imagenet"
+    """What it sees: `imagenet`, ImageNet's mean taken off 0..1 and divided by its deviation, as torchvision's weights
+    want it; `bytes`, the mean taken off 0..255."""
 
 
 class FrozenConv(nn.Module):

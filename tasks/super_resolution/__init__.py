@@ -5,7 +5,6 @@ from tasks.super_resolution.repair import repair_basicsr
 
 repair_basicsr()
 
-from tasks.super_resolution import auxiliary as auxiliary  # noqa: E402  registers what it has
 from tasks.super_resolution import local_model as local_model  # noqa: E402  the model_type of BasicSR's options
 from tasks.super_resolution.config import SuperResolutionConfig  # noqa: E402
 from tasks.super_resolution.task import SuperResolution  # noqa: E402

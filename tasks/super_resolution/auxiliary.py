@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from engine.auxiliary import AuxiliaryNetwork, register
-from engine.bank import FeatureBank
-from engine.chain import Chain
-from engine.cut import Span
-from engine.message import Message
+from engine.learning.auxiliary import AuxiliaryNetwork
+from engine.network.bank import FeatureBank
+from engine.network.chain import Chain
+from engine.network.cut import Span
+from engine.network.message import Message
 from engine.task import Task
 from tasks.super_resolution.heads import upsampling
 from tasks.super_resolution.network import image_range
 
 
-@register("local_sr")
+class Enlarging(Protocol):
+    """A task that knows how much its network enlarges."""
+
+    def enlargement(self, chain: Chain, x: Tensor) -> int:
+        """How many times larger than the map ``x`` the output is."""
+        ...
+
+
 class LocalSR(AuxiliaryNetwork):
     """The recipe of the GLCAN group's released super-resolution code, repaired.
 
@@ -32,11 +39,8 @@ class LocalSR(AuxiliaryNetwork):
 
     @classmethod
     def build(cls, chain: Chain, span: Span, bank: FeatureBank, task: Task) -> LocalSR:
-        from tasks.super_resolution.task import Upscaling  # that one's package imports this file
-
-        assert isinstance(task, Upscaling)
         x = chain.shapes()[span.stop - 1].x
-        return cls(x.shape[1], task.enlargement(chain, x), image_range(chain.model))
+        return cls(x.shape[1], cast(Enlarging, task).enlargement(chain, x), image_range(chain.model))
 
     def forward(self, message: Message, bank: FeatureBank) -> Any:
         features = self.convolutions(message.x)

@@ -11,8 +11,8 @@ import numpy as np
 from basicsr.utils import imwrite
 from basicsr.utils.matlab_functions import imresize
 
-from engine.files import made_once
-from engine.log import progress_bar
+from engine.utilities.console import progress_bar
+from engine.utilities.files import made_once
 from tasks.super_resolution.files import read_image
 
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from engine.chain import Chain, Unit
-from engine.message import Message
-from engine.shapes import infer_shapes
+from engine.network.chain import Chain, Unit
+from engine.network.message import Message
+from engine.network.shapes import infer_shapes
 from tasks.super_resolution.network import side_multiple
 
 EXAMPLE_SIDE = 48
@@ -288,7 +288,7 @@ def _swinir(network: SwinIR) -> tuple[list[Unit], nn.Module]:
     if network.ape:
         raise ValueError("SwinIR with absolute positions (ape) takes images of one size alone; leave ape out")
     if network.layers[0].residual_group.use_checkpoint:
-        raise ValueError("SwinIR's use_checkpoint is not for blocks; leave it out and set local.checkpoint true")
+        raise ValueError("SwinIR's use_checkpoint is not for blocks; leave it out and set local.recompute units")
     units = [Unit("stem", _SwinStem(network), _swin_first, "stem")]
     for number, layer in enumerate(network.layers):
         units += _group(f"layers.{number}", list(layer.residual_group.blocks), layer.conv, _swin_layer)

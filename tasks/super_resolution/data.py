@@ -14,7 +14,7 @@ from basicsr.data.transforms import augment, paired_random_crop
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.seed import derive
+from engine.utilities.seed import derive
 from tasks.super_resolution.bicubic import cropped, low_resolution
 from tasks.super_resolution.config import DataConfig
 from tasks.super_resolution.files import image_size, pairs, read_image

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.bank import FeatureBank
-from engine.message import Message
+from engine.network.bank import FeatureBank
+from engine.network.message import Message
 from tasks.super_resolution.config import Tail
 
 

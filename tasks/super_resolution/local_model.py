@@ -14,8 +14,9 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 
-from engine.build import build_blocks
-from engine.message import Message
+from engine.learning.build import build_blocks
+from engine.network.message import Message
+from engine.run.checkpoint import Division
 from tasks.local_settings import local_settings
 from tasks.super_resolution.chain import enlargement, network_chain
 from tasks.super_resolution.network import check_scale, side_multiple
@@ -37,7 +38,7 @@ class GivenNetwork(Upscaling):
     """The task of a network that BasicSR builds, feeds and evaluates: loss and auxiliary heads are left."""
 
     def __init__(self, scale: int, auxiliary_tail: str, pixel_loss: nn.Module) -> None:
-        super().__init__(scale, auxiliary_tail)
+        super().__init__(None, scale, auxiliary_tail)
         self.pixel_loss = pixel_loss
 
     def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class LocalSRModel(SRModel):
             "optimizers": [{"state": {}, "param_groups": o.state_dict()["param_groups"]} for o in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "local": {
-                "cut": self.cut,
+                "cut": [block.unit_names for block in self.blocks],
                 "auxiliary": _plain(self.settings.local.auxiliary),
                 "tensors": {name: tensor.cpu() for part in parts for name, tensor in part["auxiliary"].items()},
                 "optimizer": {name: tensor.cpu() for part in parts for name, tensor in part["optimizer"].items()},
@@ -165,24 +166,14 @@ class LocalSRModel(SRModel):
         torch.save(state, room)
         os.replace(room, target)
 
-    @property
-    def cut(self) -> list[list[str]]:
-        """Names of each block's units."""
-        return [[unit.name for unit in block.units] for block in self.blocks]
-
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         """Go on from a training state, of these blocks, of others, or of SRModel; the weights are loaded already."""
         logger, saved = get_root_logger(), resume_state.get("local")
         optimizer = self._optimizer_after_srmodel(resume_state) if saved is None else saved["optimizer"]
         auxiliary = {} if saved is None else saved["tensors"]
-        own = {name: tensor.shape for block in self.blocks for name, tensor in block.state()["auxiliary"].items()}
-        same = (
-            saved is not None
-            and saved["cut"] == self.cut
-            and saved["auxiliary"] == self.settings.local.auxiliary
-            and {name: tensor.shape for name, tensor in auxiliary.items()} == own
-        )
-        if not same:
+        shapes = {name: tuple(tensor.shape) for name, tensor in auxiliary.items()}
+        before = None if saved is None else Division(saved["cut"], saved["auxiliary"], shapes)
+        if before != Division.of(self.blocks, self.settings.local.auxiliary):
             what = "SRModel: auxiliary networks" if saved is None else "other blocks or auxiliary networks: these"
             logger.warning(f"The training state is of {what} start fresh.")
             auxiliary, optimizer = {}, {k: v for k, v in optimizer.items() if not k.startswith("auxiliary.")}

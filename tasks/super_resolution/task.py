@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from engine.bank import FeatureBank
-from engine.chain import Chain
-from engine.cut import Span
-from engine.message import Message
-from engine.seed import seeded
-from engine.task import WHOLE, Part
-from tasks.loader import Batches, load
+from engine.network.bank import FeatureBank
+from engine.network.chain import Chain
+from engine.network.message import Message
+from engine.task import Task
+from engine.utilities.seed import seeded
+from tasks.super_resolution.auxiliary import LocalSR
 from tasks.super_resolution.chain import network_chain
 from tasks.super_resolution.config import SuperResolutionConfig
 from tasks.super_resolution.data import Pairs, Patches, load_pairs
@@ -28,32 +26,31 @@ from tasks.super_resolution.network import build_network, image_range, side_mult
 from tasks.tiles import tiles
 
 
-class Upscaling:
+class Upscaling(Task):
     """What training by blocks needs of super-resolution, whoever feeds and evaluates the network."""
 
     # The early map is at the body's resolution, so the local part is too; DGL ends in a flat vector.
-    auxiliary_options: Mapping[str, Mapping[str, Any] | None] = {
+    auxiliary_options = {
         "glcan": {"depth": 2, "width": 1.0, "reduce": 1},
         "dgl": None,
     }
+    own_auxiliaries = {"local_sr": LocalSR}
     name = "super_resolution"
     metric = "psnr"
     single_sample = True
-    reads_frozen = False
-    group: ProcessGroup | None = None
+    smoke = {
+        "local_sr": ("--local.auxiliary", "local_sr"),
+        "glcan, tails in parts, own in auxiliary networks": (
+            *("--model.tail_parts", "2", "--model.auxiliary_tail", "own"),
+        ),
+    }
 
-    def __init__(self, scale: int, auxiliary_tail: Any) -> None:
+    def __init__(self, config: Any, scale: int, auxiliary_tail: Any) -> None:
+        super().__init__(config)
         self.scale, self.auxiliary_tail = scale, auxiliary_tail
 
     def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
         return F.l1_loss(prediction.float(), targets)
-
-    def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
-        return [self.loss] * len(spans)
-
-    def key_features(self, chain: Chain, message: Message) -> dict[str, Tensor]:
-        """Nothing beyond what travels anyway: the early map, up to where the network adds it."""
-        return {}
 
     def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> LightTail:
         shallow = message.features.get("shallow")
@@ -73,9 +70,10 @@ class Upscaling:
 class SuperResolution(Upscaling):
     """Images to larger images; BasicSR's networks and metrics; mean absolute error."""
 
+    config: SuperResolutionConfig
+
     def __init__(self, config: SuperResolutionConfig) -> None:
-        super().__init__(config.model.scale, config.model.auxiliary_tail)
-        self.config = config
+        super().__init__(config, config.model.scale, config.model.auxiliary_tail)
         self._patches: Patches | None = None
         self._test: Pairs | None = None
         self._multiple = 0
@@ -95,12 +93,6 @@ class SuperResolution(Upscaling):
             self._test = load_pairs("test", self.config.data, self.scale)
         return self._test
 
-    @property
-    def batching(self) -> Batches:
-        """How an epoch is divided."""
-        data = self.config.data
-        return Batches(len(self.patches), data.batch, self.config.train.accumulate, data.drop_last)
-
     def build_chain(self, initial: bool = True) -> Chain:
         model, patch = self.config.model, self.config.data.patch
         with seeded(self.config.train.seed, "model"):
@@ -118,16 +110,14 @@ class SuperResolution(Upscaling):
 
     def steps_per_epoch(self) -> int:
         self.test  # noqa: B018  what is wrong with it is to be told before training
-        return self.batching.steps
+        return super().steps_per_epoch()
 
-    def smallest_batch(self) -> int:
-        return self.batching.smallest()
+    def training_data(self) -> Patches:
+        return self.patches
 
-    def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
-        seed, workers = self.config.train.seed, self.config.data.workers
-        loaded = load(self.patches, self.batching, epoch, start=start, part=part, shuffle=seed, workers=workers)
-        for micro_batches in loaded:
-            yield [Message({"x": low}, targets=high) for low, high in micro_batches]
+    def message(self, samples: Any) -> Message:
+        low, high = samples
+        return Message({"x": low}, targets=high)
 
     def test_batches(self) -> Iterator[Message]:
         """Each test image, in tiles if the config says so; the truth is left to the metrics.

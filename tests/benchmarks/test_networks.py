@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.networks import vgg16, wrn28_10
-from engine.chain import Chain
+from engine.network.chain import Chain
 from tasks import load
 from tests.toy import blocks_of
 

@@ -19,9 +19,9 @@ from benchmarks.rivals.entries import local_pipelines, one_process, rivals
 from benchmarks.rivals.rival import Entry, Place, Rival
 from benchmarks.rivals.stage import Stage
 from benchmarks.turns import Taken, Turn, measure
-from engine.chain import Chain, Unit
-from engine.message import Message
-from engine.optimizer import build_optimizer
+from engine.learning.optimizer import build_optimizer
+from engine.network.chain import Chain, Unit
+from engine.network.message import Message
 from tasks import load
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -64,7 +64,7 @@ def test_options_of_the_auxiliary_network_from_the_command_line(tmp_path: Path) 
         ("{}", ["--optimizer.schedule", "step"], r"optimizer.milestones: empty"),
         ("{}", ["--optimizer.momentum", "0"], r"optimizer.nesterov: needs optimizer.momentum above 0"),
         ("{}", ["--model.classes", "-1"], r"model.classes: -1 is too small"),
-        ("local: {compile: true, checkpoint: true}", [], r"local.compile: cannot be combined with local.checkpoint"),
+        ("local: {compile: true, recompute: units}", [], r"local.compile: cannot be combined with local.recompute"),
         ("- a list", [], r"a config is a mapping of sections"),
         ("a: [", [], r"not YAML"),
         ("local: 3", [], r"c.yaml: local: a section is a mapping of keys, this is int"),

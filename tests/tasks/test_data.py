@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.task import micro_batches
+from engine.utilities.batches import micro_batches
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.data import load_images
 from tasks.classification.task import Classification

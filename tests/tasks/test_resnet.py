@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.message import Message
+from engine.network.message import Message
 from tasks.classification.resnet import ResNet, resnet_chain
 from tasks.weights import load_weights
 from tests.shared import CIFAR10, SHARED, needs_shared

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine.message import Message
-from engine.schedules import Sequential
+from engine.learning.schedules import Sequential
+from engine.network.message import Message
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.task import Classification
 from tasks.classification.timm_chain import timm_chain

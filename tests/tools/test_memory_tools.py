@@ -20,11 +20,11 @@ def test_estimate_measure_and_compare(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         content = json.loads((tmp_path / "m.json").read_text())
         assert "<!doctype html>" in (tmp_path / "m.html").read_text()
-        assert "end-to-end + checkpointing" in done.stdout
+        assert "end-to-end + recompute" in done.stdout
         rows = content["rows"]
         if what == "compare":
             assert [row["variant"] for row in rows[3:]] == [
-                *("glcan K=2", "glcan K=4", "glcan K=2 + checkpointing", "glcan K=4 + checkpointing")
+                *("glcan K=2", "glcan K=4", "glcan K=2 + recompute", "glcan K=4 + recompute")
             ]
         else:
             assert len(rows) == count

@@ -13,13 +13,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from engine.chain import Chain, Unit
-from engine.files import made_once
-from engine.frozen import leave_out_frozen
-from engine.log import console
-from engine.message import Message
-from engine.seed import derive
-from engine.shapes import evaluating
+from engine.network.chain import Chain, Unit
+from engine.network.frozen import leave_out_frozen
+from engine.network.message import Message
+from engine.network.shapes import evaluating
+from engine.utilities.console import console
+from engine.utilities.files import made_once
+from engine.utilities.seed import derive
 from tasks.style_transfer.denoiser.config import DenoiserConfig
 from tasks.style_transfer.diffusion.base import freeze, quiet
 from tasks.style_transfer.diffusion.chain import TimeEmbedding, example, unet_units
@@ -39,10 +39,17 @@ class DenoiserTask(DiffusionTask):
     """Noise in latents of pictures with texts to the noise: what Stable Diffusion learns."""
 
     name = "style_transfer/denoiser"
+    smoke = {
+        "glcan, fp16": ("--local.precision", "fp16", "--model.time", "frozen"),
+        # On a CPU minutes of C++ for each of its layers; tests/tasks/style_transfer/denoiser traces them.
+        "glcan, compiled": None,
+        "LoRA": ("--model.trains", "lora"),
+    }
     config: DenoiserConfig
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__(config)
+        self.export_name = "checkpoint" if config.model.trains == "full" else "lora.safetensors"
         self._encoded: dict[str, Tensor] = {}
 
     def denoiser_of(self, model: nn.Module) -> UNet2DConditionModel:

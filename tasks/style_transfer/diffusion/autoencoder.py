@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.files import made_once
-from engine.log import console, progress_bar
-from engine.seed import seeded
+from engine.utilities.console import console, progress_bar
+from engine.utilities.files import made_once
+from engine.utilities.seed import seeded
 from tasks.weights import load_weights
 
 TAESD = Path("../shared/weights/taesd_fp16.safetensors")

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMSchedul
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from engine.seed import seeded
+from engine.utilities.seed import seeded
 from tasks.style_transfer.diffusion.tokenizer import LENGTH, tiny_tokenizer
 from tasks.style_transfer.measures import first_sentence
 

@@ -14,9 +14,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.bank import FeatureBank
-from engine.chain import Chain, Unit
-from engine.message import Message
+from engine.network.bank import FeatureBank
+from engine.network.chain import Chain, Unit
+from engine.network.message import Message
 
 
 class Layer(nn.Module):

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from engine.files import made_once
-from engine.log import console, progress_bar
-from engine.seed import derive
+from engine.utilities.console import console, progress_bar
+from engine.utilities.files import made_once
+from engine.utilities.seed import derive
 from tasks.style_transfer.diffusion.base import SCALE, to_latents
 from tasks.style_transfer.diffusion.describe import describe
 from tasks.style_transfer.images import as_tensor, find_images, read_image, resized

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.seed import derive
+from engine.utilities.seed import derive
 from tasks.style_transfer.diffusion.prompt_config import PicturesConfig
 from tasks.style_transfer.images import Pixels, read_image
 

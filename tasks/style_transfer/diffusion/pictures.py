@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.seed import derive
+from engine.utilities.seed import derive
 from tasks.style_transfer.clip import CLIPFeatures
 from tasks.style_transfer.diffusion.prompt_config import PicturesConfig
 from tasks.style_transfer.images import write_image

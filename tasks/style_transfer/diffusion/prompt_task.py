@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from engine.chain import Chain, Unit
-from engine.frozen import leave_out_frozen
-from engine.log import console
-from engine.message import Message
-from engine.seed import seeded
-from engine.shapes import evaluating
+from engine.network.chain import Chain, Unit
+from engine.network.frozen import leave_out_frozen
+from engine.network.message import Message
+from engine.network.shapes import evaluating
+from engine.utilities.console import console
+from engine.utilities.seed import seeded
 from tasks.style_transfer.diffusion.bank import Prompt, PromptBank, load_bank
 from tasks.style_transfer.diffusion.base import TRAINING_TIMES, freeze, quiet
 from tasks.style_transfer.diffusion.chain import example, unet_units
@@ -28,9 +28,6 @@ from tasks.style_transfer.diffusion.painter import ArtistPainter
 from tasks.style_transfer.diffusion.pictures import Repainting
 from tasks.style_transfer.diffusion.prompt_config import PromptTaskConfig
 from tasks.style_transfer.diffusion.task import DiffusionTask
-
-if TYPE_CHECKING:
-    from tasks.run import Run
 
 OWN, NOTHING, RANDOM, OTHER = "own", "none", "random", "other"
 
@@ -46,12 +43,18 @@ class Prompted(nn.Module):
 class PromptTask(DiffusionTask):
     """Learn the prompts of the artists whose collections there are; all else is frozen.
 
-    The prompts are a shared encoder (``engine.shared``): every block gets them as a leaf of its own, the leaves'
+    The prompts are a shared encoder (``engine.learning.shared``): every block gets them as a leaf of its own, the leaves'
     gradients are summed, and one backward pass goes through the text model and what makes the prompts. A block's own
     weights never change; what gives it a gradient is its local loss, by an auxiliary network that does learn.
     """
 
     method: str
+    export_name = "bank.safetensors"
+    smoke = {
+        "glcan, fp16": None,  # each block would scale its share of the prompts' gradient by a scale of its own
+        "glcan, compiled": None,  # as the denoiser's
+        "released": ("--prompt.form", "released"),
+    }
     config: PromptTaskConfig
 
     @property
@@ -212,8 +215,7 @@ class PromptTask(DiffusionTask):
         made.set_progress_bar_config(disable=True)
         return made
 
-    def painter(self, run: Run) -> ArtistPainter:
-        """What ``tools/stylize.py`` paints with."""
+    def painter(self, chain: Chain, predict: Callable[[Message], Any]) -> ArtistPainter:
         try:
             works = {each.name: each.test[0] for each in self.collections}
         except ValueError:

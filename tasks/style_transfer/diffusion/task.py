@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from engine.bank import FeatureBank
-from engine.chain import Chain
-from engine.cut import Span
-from engine.device import device_at_hand
-from engine.message import Message
-from engine.seed import seeded
-from engine.task import WHOLE, Part
-from tasks.loader import Batches, load
+from engine.network.bank import FeatureBank
+from engine.network.chain import Chain
+from engine.network.message import Message
+from engine.task import Task
+from engine.utilities.batches import Batches
+from engine.utilities.device import device_at_hand
+from engine.utilities.seed import seeded
 from tasks.style_transfer.diffusion.autoencoder import tiny_autoencoder
 from tasks.style_transfer.diffusion.base import SCALE, Base
 from tasks.style_transfer.diffusion.chain import LightEnd, light_end
@@ -29,22 +27,22 @@ from tasks.style_transfer.diffusion.data import Collection, Latents, Works, coll
 from tasks.style_transfer.diffusion.evaluate import NoiseMetrics
 
 
-class DiffusionTask(ABC):
+class DiffusionTask(Task, ABC):
     """Predict the noise in latents (or what else the checkpoint predicts), by a UNet that is cut into blocks."""
 
     # Levels of the UNet have their strides in their first units; DGL ends in a flat vector.
-    auxiliary_options: Mapping[str, Mapping[str, Any] | None] = {
+    auxiliary_options = {
         "glcan": {"depth": 1, "width": 0.5, "reduce": 1},
         "dgl": None,
     }
-    name: str
     metric = "noise_mse"
     single_sample = True
     reads_frozen = True
-    group: ProcessGroup | None = None
+    config: DiffusionConfig
 
     def __init__(self, config: DiffusionConfig) -> None:
-        self.config, self.base = config, Base(config.model.pretrained, config.train.seed)
+        super().__init__(config)
+        self.base = Base(config.model.pretrained, config.train.seed)
         self.model: nn.Module | None = None
         """The network that learns, or has learnt: evaluation makes pictures with it."""
         self._collections: list[Collection] | None = None
@@ -131,16 +129,9 @@ class DiffusionTask(ABC):
         assert self.model is not None, "build the chain first"
         return self.denoiser_of(self.model)
 
-    def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
-        return [self.loss] * len(spans)
-
     def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
         """Mean squared error, in fp32 whatever predicts."""
         return F.mse_loss(prediction.float(), targets)
-
-    def key_features(self, chain: Chain, message: Message) -> dict[str, Tensor]:
-        """Nothing beyond what travels anyway: the skips."""
-        return {}
 
     def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> LightEnd:
         return light_end(chain, message, self.denoiser_of(chain.model))
@@ -174,19 +165,16 @@ class DiffusionTask(ABC):
         self.metrics()
         for test in (False, True):
             self.latents(test=test)
-        return self.batching.steps
+        return super().steps_per_epoch()
 
-    def smallest_batch(self) -> int:
-        return self.batching.smallest()
-
-    def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
+    def training_data(self) -> Works:
         seed, count = self.config.train.seed, len(self.works(test=False))
-        dataset = Works(self.latents(test=False), count, self.config.data.repeat, self.side, self.base.scheduler, seed)
-        for micro_batches in load(dataset, self.batching, epoch, start=start, part=part, shuffle=seed):
-            yield [
-                Message({"x": x, "t": t, **self.conditions(works, words, luck)}, target)
-                for x, t, target, works, words, luck in micro_batches
-            ]
+        latents = self.latents(test=False)
+        return Works(latents, count, self.config.data.repeat, self.side, self.base.scheduler, seed)
+
+    def message(self, samples: Any) -> Message:
+        x, t, target, works, words, luck = samples
+        return Message({"x": x, "t": t, **self.conditions(works, words, luck)}, target)
 
     @abstractmethod
     def test_kinds(self) -> list[str]:
@@ -227,6 +215,3 @@ class DiffusionTask(ABC):
     @abstractmethod
     def picture_maker(self) -> Any:
         """Makes an evaluation's pictures: called with their folder, returns figures of them; None makes none."""
-
-    def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
-        return state

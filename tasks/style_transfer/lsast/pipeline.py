@@ -49,7 +49,7 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
 
     method = "lsast"
     new_prompt = staticmethod(new_prompt)
-    _optional_components = [*StableDiffusionControlNetImg2ImgPipeline._optional_components, "controlnet"]  # noqa: RUF012
+    _optional_components = [*StableDiffusionControlNetImg2ImgPipeline._optional_components, "controlnet"]
     # Of the call that is running: pictures (N, 3, H, W) for the ControlNet, and how much it adds.
     _control: Tensor | None = None
     _scale = 1.0

@@ -6,20 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.config import Config, at_least
-
-
-@dataclass
-class VGGConfig:
-    """The frozen network that content features and losses are made with."""
-
-    name: Literal["vgg16", "vgg19"] = "vgg19"
-    """A network of torchvision, up to its last convolution of the fourth or fifth stage, as far as its weights go."""
-    weights: str = ""
-    """File with weights under torchvision's names; empty downloads torchvision's own; `random`: untrained ones, which
-    serve to try the machinery and nothing else."""
-    pixels: Literal["imagenet", "bytes"] = "imagenet"
-    """What it sees: `imagenet`, ImageNet's mean taken off 0..1 and divided by its deviation, as torchvision's weights
-    want it; `bytes`, the mean taken off 0..255."""
+from tasks.style_transfer.vgg import VGGConfig
 
 
 @dataclass
@@ -71,7 +58,7 @@ class LossConfig:
     """Layers of VGG whose features are content."""
     parts: int = 1
     """Parts of the pictures that VGG works on one after another, each computed again in backward; more parts: less
-    memory, one more forward pass of VGG. `local.checkpoint` makes at least 4."""
+    memory, one more forward pass of VGG. `local.recompute` makes at least 4."""
     clip: str = ""
     """Folder or hub name of a CLIP model in the layout of transformers, for ICL; empty: the frozen VGG's features."""
 

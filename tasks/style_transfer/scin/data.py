@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.seed import derive
+from engine.utilities.seed import derive
 from tasks.style_transfer.images import (
     Pixels,
     as_pixels,

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from engine.block import recomputes
-from engine.log import console
+from engine.learning.recompute import recomputes
+from engine.utilities.console import console
 from tasks.style_transfer.clip import CLIPFeatures
 from tasks.style_transfer.scin.config import LossConfig
 from tasks.style_transfer.scin.instance import instance_statistics

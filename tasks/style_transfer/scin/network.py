@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.bank import FeatureBank
-from engine.chain import Chain, Unit
-from engine.message import Message
+from engine.network.bank import FeatureBank
+from engine.network.chain import Chain, Unit
+from engine.network.message import Message
 from tasks.style_transfer.scin.attention import CrossAttention
 from tasks.style_transfer.scin.config import ModelConfig
 from tasks.style_transfer.scin.encoder import NAMES, PerceptionEncoder, vgg_style
@@ -163,7 +163,7 @@ def network_chain(network: Network) -> Chain:
     ``content``, relu4_1 of the photograph, which auxiliary networks add where they end (GLCAN's global part).
 
     Example:
-        >>> from tasks.style_transfer.scin.config import VGGConfig
+        >>> from tasks.style_transfer.vgg import VGGConfig
         >>> network = Network(ModelConfig(vgg=VGGConfig(weights="random")))
         >>> [unit.name for unit in network_chain(network).units]
         ['encode', 'transfer', 'stage0', 'stage1', 'stage2', 'stage3']

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.message import Message
+from engine.network.message import Message
 from tasks.style_transfer.images import resized
 from tasks.style_transfer.scin.instance import Statistics, give, look
 from tasks.style_transfer.scin.network import MULTIPLE, Network

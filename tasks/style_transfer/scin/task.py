@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from engine.bank import FeatureBank
-from engine.chain import Chain
-from engine.cut import Span
-from engine.message import Message
-from engine.seed import seeded
-from engine.task import WHOLE, Part
-from tasks.loader import Batches, load
+from engine.network.bank import FeatureBank
+from engine.network.chain import Chain
+from engine.network.cut import Span
+from engine.network.message import Message
+from engine.task import Task
+from engine.utilities.batches import Batches, load_batches
+from engine.utilities.seed import seeded
 from tasks.style_transfer.scin.config import SCINConfig
 from tasks.style_transfer.scin.data import Pairs, TestPairs, image_files
 from tasks.style_transfer.scin.evaluate import StyleMetrics
@@ -25,26 +23,32 @@ from tasks.style_transfer.scin.network import LightEnd, Network, light_end, netw
 from tasks.style_transfer.scin.painter import SCINPainter
 from tasks.style_transfer.vgg import VGG
 
-if TYPE_CHECKING:
-    from tasks.run import Run
 
-
-class SCINTransfer:
+class SCINTransfer(Task):
     """Photographs and paintings to photographs in the paintings' style."""
 
     # The features are at 1/8 of the picture's resolution or more; DGL ends in a flat vector.
-    auxiliary_options: Mapping[str, Mapping[str, Any] | None] = {
+    auxiliary_options = {
         "glcan": {"depth": 1, "width": 0.5, "reduce": 2},
         "dgl": None,
     }
     name = "style_transfer/scin"
     metric = "style_loss"
     single_sample = True
-    reads_frozen = False
-    group: ProcessGroup | None = None
+    smoke = {
+        # Each block would scale its share of the Perception Encoder's gradient by a scale of its own.
+        "glcan, fp16": ("--local.precision", "fp16", "--model.style_encoder", "vgg"),
+        "glcan, compiled": ("--local.compile", "true", "--local.cut", "[stage3]"),  # two blocks to compile, not four
+        "AdaIN in SCIN's place": ("--model.normalisation", "adain", "--local.auxiliary.width", "1"),
+        "AdaIN's network": (
+            *("--model.transfer", "adain", "--model.normalisation", "none", "--model.style_encoder", "vgg"),
+            *("--loss.adversarial", "0", "--loss.contrastive", "0", "--loss.identity", "0"),
+        ),
+    }
+    config: SCINConfig
 
     def __init__(self, config: SCINConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._data: tuple[Pairs, TestPairs] | None = None
 
     @property
@@ -92,10 +96,6 @@ class SCINTransfer:
     def loss(self, prediction: Tensor, targets: Any) -> Tensor:
         raise AssertionError("the losses of style transfer have networks of their own: see criteria")
 
-    def key_features(self, chain: Chain, message: Message) -> dict[str, Tensor]:
-        """Nothing beyond what travels anyway: the content's features."""
-        return {}
-
     def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> LightEnd:
         return light_end(chain, message)
 
@@ -116,21 +116,21 @@ class SCINTransfer:
                 f"data.batch: {self.config.data.batch} pairs, but there are {len(self.data[0])} photographs to train "
                 "on; take fewer, or raise data.repeat"
             )
-        return self.batching.steps
+        return super().steps_per_epoch()
 
     def smallest_batch(self) -> int:
         return self.batching.micro_batch
 
-    def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
-        seed, workers = self.config.train.seed, self.config.data.workers
-        loaded = load(self.data[0], self.batching, epoch, start=start, part=part, shuffle=seed, workers=workers)
-        for micro_batches in loaded:
-            yield [self._message(contents, styles) for contents, styles in micro_batches]
+    def training_data(self) -> Pairs:
+        return self.data[0]
+
+    def message(self, samples: Any) -> Message:
+        return self._message(*samples)
 
     def test_batches(self) -> Iterator[Message]:
         test = self.data[1]
         batching = Batches(len(test), 2 * self.batching.micro_batch)
-        for ((contents, styles, numbers),) in load(test, batching, 0, workers=self.config.data.workers):
+        for ((contents, styles, numbers),) in load_batches(test, batching, 0, workers=self.config.data.workers):
             targets = {"content": contents, "style": styles, "pair": numbers}
             yield Message({"x": contents, "style": styles}, targets)
 
@@ -142,11 +142,7 @@ class SCINTransfer:
 
         return StyleMetrics(self.data[1], self.config.data, measure)
 
-    def painter(self, run: Run) -> SCINPainter:
-        """What ``tools/stylize.py`` paints with."""
-        network = run.chain.model
+    def painter(self, chain: Chain, predict: Callable[[Message], Any]) -> SCINPainter:
+        network = chain.model
         assert isinstance(network, Network)
-        return SCINPainter(network, run.predict, self.config.data.crop)
-
-    def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
-        return state
+        return SCINPainter(network, predict, self.config.data.crop)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.build import build_blocks
+from engine.learning.build import build_blocks
 from engine.memory import CATEGORIES, Footprint, estimate_step
 from engine.memory.footprint import count_bytes
 from engine.memory.tracker import MOMENTS, MemoryTracker, Moment
 from engine.memory.variant import Variant, estimate_variant
-from engine.message import Message
+from engine.network.message import Message
 from tasks import load
 from tests.toy import Toy, blocks_of, config
 
@@ -239,14 +239,14 @@ def test_dgl_needs_what_its_published_code_needs(model: str, blocks: int, expect
 
 @pytest.mark.parametrize(("model", "expected"), [("resnet110", 0.27), ("resnet32", 0.33)])
 def test_checkpointing_needs_what_published_code_needs(model: str, expected: float) -> None:
-    found = peak("--model.name", model, "--local.schedule", "end_to_end", "--local.checkpoint", "true")
+    found = peak("--model.name", model, "--local.schedule", "end_to_end", "--local.recompute", "units")
     assert found.peak_bytes / end_to_end(model) == pytest.approx(expected, abs=0.01)
 
 
 def test_local_learning_beats_checkpointing_in_memory() -> None:
-    rival = peak("--model.name", "resnet110", "--local.schedule", "end_to_end", "--local.checkpoint", "true")
+    rival = peak("--model.name", "resnet110", "--local.schedule", "end_to_end", "--local.recompute", "units")
     assert local("resnet110", 16, "glcan").peak_bytes < 0.6 * rival.peak_bytes
-    within = local("resnet110", 16, "glcan", "--local.checkpoint", "true").peak_bytes
+    within = local("resnet110", 16, "glcan", "--local.recompute", "units").peak_bytes
     assert within < 0.5 * rival.peak_bytes
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from engine.chain import Chain, Unit
 from engine.config import Config
-from engine.log import MIB
 from engine.memory.measure import CudaMemory, Stepper, measure
 from engine.memory.variant import END_TO_END, Variant, estimate_variant, four_variants, many_variants
-from engine.message import Message
+from engine.network.chain import Chain, Unit
+from engine.network.message import Message
 from engine.task import Task
+from engine.utilities.size import MIB
 from tasks import load
 from tests.toy import Toy, config
 
@@ -151,15 +151,15 @@ def test_variants_of_a_config_with_options_and_a_cut() -> None:
     settings, _ = load(argv)
     variants = many_variants(settings, ["greedy"], [2, 3])
     assert [variant.name for variant in variants] == [
-        *("end-to-end", "end-to-end + checkpointing", "end-to-end + offload"),
+        *("end-to-end", "end-to-end + recompute", "end-to-end + offload"),
         *("glcan K=2", "glcan K=3", "greedy K=2", "greedy K=3"),
-        *("glcan K=2 + checkpointing", "glcan K=3 + checkpointing"),
+        *("glcan K=2 + recompute", "glcan K=3 + recompute"),
     ]
     loaded = {variant.name: load(variant.words(argv))[0].local for variant in variants}
     assert loaded["glcan K=3"].auxiliary == {"type": "glcan", "depth": 1}
     assert loaded["greedy K=3"].auxiliary == "greedy"
     assert (loaded["greedy K=3"].cut, loaded["greedy K=3"].blocks) == ([], 3)
-    assert loaded["glcan K=2 + checkpointing"].checkpoint
+    assert loaded["glcan K=2 + recompute"].checkpoint
     assert loaded["end-to-end + offload"].offload
     with pytest.raises(ValueError, match="end_to_end has no local rows"):
         many_variants(load([*argv, *END_TO_END.overrides])[0], [], [2])
@@ -183,7 +183,7 @@ def test_another_network_does_not_get_the_first_ones_options(words: list[str]) -
 
 def test_an_end_to_end_config_has_its_own_two_rows() -> None:
     settings, _ = load([*SMOKE, "--local.schedule", "end_to_end"])
-    assert [variant.name for variant in four_variants(settings)] == ["end-to-end", "end-to-end + checkpointing"]
+    assert [variant.name for variant in four_variants(settings)] == ["end-to-end", "end-to-end + recompute"]
 
 
 class FakeNvml:
@@ -231,7 +231,7 @@ def test_the_driver_is_asked_about_the_right_gpu(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("more", [[], ["--local.checkpoint", "true"], ["--local.offload", "true"]])
+@pytest.mark.parametrize("more", [[], ["--local.recompute", "units"], ["--local.offload", "true"]])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_prediction_is_what_the_gpu_allocated(more: list[str], precision: str, tmp_path: Path) -> None:
     argv = ["--config", "tasks/classification/configs/digits_resnet32_k16_glcan.yaml", "--train.device", "cuda"]

@@ -7,24 +7,15 @@ from dataclasses import replace
 import pytest
 
 from engine.config import parse
-from engine.cut import best_bounds
-from engine.log import MIB
 from engine.memory.measure import Stepper
-from engine.memory.plan import (
-    SLACK,
-    Option,
-    _micro_batches,
-    check_free,
-    make_plan,
-    parse_size,
-    smallest_cut,
-    write_plan,
-)
+from engine.memory.plan import SLACK, Option, _micro_batches, check_free, make_plan, smallest_cut, write_plan
 from engine.memory.profile import Profile
 from engine.memory.tracker import MemoryTracker
 from engine.memory.variant import END_TO_END, Variant, estimate_variant
 from engine.memory.work import Speed
+from engine.network.cut import best_bounds
 from engine.task import evaluate
+from engine.utilities.size import MIB, parse_size
 from tasks import find_task, load
 from tests.toy import Toy, config
 
@@ -70,7 +61,7 @@ def test_dynamic_programming_finds_what_trying_every_cut_finds(blocks: int) -> N
     assert heaviest == value(bounds)[0]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "units"])
 @pytest.mark.parametrize(
     "network",
     [
@@ -80,9 +71,9 @@ def test_dynamic_programming_finds_what_trying_every_cut_finds(blocks: int) -> N
         ["--model.name", "timm:resnet18", "--data.size", "64", "--local.precision", "bf16"],
     ],
 )
-def test_a_profile_is_close_to_the_estimate(network: list[str], checkpointing: bool) -> None:
+def test_a_profile_is_close_to_the_estimate(network: list[str], recompute: str) -> None:
     """As close for every number of blocks as the planner takes it to be; it judges what it chooses for real."""
-    argv = [*CONFIG, *network, "--local.checkpoint", str(checkpointing).lower()]
+    argv = [*CONFIG, *network, "--local.recompute", recompute]
     settings, task = load(argv)
     profile = Profile(settings, task, SPEED)
     for blocks in (1, 3, len(profile)):
@@ -92,9 +83,9 @@ def test_a_profile_is_close_to_the_estimate(network: list[str], checkpointing: b
         overrides = ("--local.cut", json.dumps(names)) if blocks > 1 else ("--local.schedule", "end_to_end")
         estimate = estimate_variant(Variant("", overrides), argv, load, SPEED)
         fixed = profile.least + sum(profile.state(*pair) for pair in pairs)
-        modelled = fixed + max(profile.peak(*pair, checkpointing) for pair in pairs)
+        modelled = fixed + max(profile.peak(*pair, recompute) for pair in pairs)
         assert modelled == pytest.approx(estimate.footprint.peak_bytes, rel=SLACK - 1), blocks
-        seconds = sum(profile.seconds(*pair, checkpointing) for pair in pairs)
+        seconds = sum(profile.seconds(*pair, recompute) for pair in pairs)
         assert seconds == pytest.approx(estimate.step_seconds, rel=0.2), blocks
 
 
@@ -104,7 +95,7 @@ def test_no_fewer_blocks_fit() -> None:
     budget = int(0.45 * estimate_variant(END_TO_END, argv, load).footprint.peak_bytes)
     plan = planned(argv, budget)
     chosen = plan.chosen
-    assert not chosen.config.local.checkpoint
+    assert chosen.config.local.recompute == "none"
     assert chosen.peak_bytes <= budget
     names = [unit.name for unit in load(argv)[1].build_chain().units][1:]
     blocks = len(chosen.estimate.units)

@@ -22,7 +22,7 @@ def draw(chance: random.Random) -> list[str]:
     words += ["--local.auxiliary", chance.choice(["glcan", "glcan", "dgl", "greedy"])]
     # On a CPU fp16 is so slow that only the smallest network is drawn with it.
     words += ["--local.precision", chance.choice(["fp32", "bf16"] + ["fp16"] * (model == "resnet8"))]
-    words += chance.choice([[], [], ["--local.checkpoint", "true"], ["--local.offload", "true"]])
+    words += chance.choice([[], [], ["--local.recompute", "units"], ["--local.offload", "true"]])
     optimizer = chance.choice(["sgd", "plain", "adamw"])
     plain = ["--optimizer.name", "sgd", "--optimizer.momentum", "0", "--optimizer.nesterov", "false"]
     words += plain if optimizer == "plain" else ["--optimizer.name", optimizer]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from engine.memory import CATEGORIES
+from engine.memory.charts import pareto_front, write_report
 from engine.memory.measure import CudaMemory, Measured, Memory
-from engine.memory.page import pareto_front, write_page
 from engine.memory.plan import make_plan
 from engine.memory.report import (
     Row,
@@ -98,7 +98,7 @@ def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
     rows = [measured(END_TO_END), measured(OFFLOADED), measured(LOCAL)]
     rows[2] = replace(rows[2], variant="<b>local</b>")
     path = tmp_path / "page.html"
-    write_page(path, header("Memory", SMOKE, 1, "cpu"), rows)
+    write_report(path, header("Memory", SMOKE, 1, "cpu"), rows)
     page = path.read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", page), "nothing is fetched"
     assert "<script" not in page
@@ -111,7 +111,7 @@ def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
     assert not any("http://" in re.sub(r"http://(www\.w3\.org|purl\.org|creativecommons)", "", p) for p in pictures)
     for category in CATEGORIES:
         assert f">{category}<" in page
-    write_page(path, {"title": "t"}, [replace(found, step_seconds=None) for found in rows])
+    write_report(path, {"title": "t"}, [replace(found, step_seconds=None) for found in rows])
     assert path.read_text().count("base64,") == 3, "no times, no chart of them"
 
 

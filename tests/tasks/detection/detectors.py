@@ -13,8 +13,8 @@ from mmdet.utils import register_all_modules
 from mmengine.structures import InstanceData
 
 from engine.config import parse
-from engine.message import Message
-from engine.seed import seeded
+from engine.network.message import Message
+from engine.utilities.seed import seeded
 from tasks.detection.config import DetectionConfig, ModelConfig
 from tasks.detection.plain_config import plain_config, set_classes
 from tasks.detection.targets import targets_of

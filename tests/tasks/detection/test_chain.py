@@ -3,9 +3,9 @@ import torch
 from mmdet.registry import MODELS
 from torch import nn
 
-from engine.auxiliary import build_auxiliary
-from engine.bank import FeatureBank
-from engine.cut import Span
+from engine.learning.auxiliary import build_auxiliary
+from engine.network.bank import FeatureBank
+from engine.network.cut import Span
 from tasks.detection.chain import detector_chain, recomputed
 from tasks.detection.heads import pyramid_head
 from tasks.detection.targets import samples_of, targets_of

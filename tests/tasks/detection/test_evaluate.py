@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData
 from PIL import Image
 
-from engine.message import Message
+from engine.network.message import Message
 from tasks.detection.config import DataConfig
 from tasks.detection.data import Samples, data_preprocess, load_samples
 from tasks.detection.evaluate import PICTURE_SIDE, TITLE, DetectionMetrics

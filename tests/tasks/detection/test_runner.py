@@ -34,9 +34,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tasks.detection.runner as local_runner
-from engine.build import build_blocks, prepare
 from engine.config import LocalConfig, OptimizerConfig, TrainConfig
-from engine.schedules import SCHEDULES
+from engine.learning.build import build_blocks, prepare
+from engine.learning.schedules import SCHEDULES
 from tasks.detection.chain import detector_chain
 from tasks.detection.config import DataConfig, DetectionConfig, ModelConfig
 from tasks.detection.data import data_preprocess
@@ -519,26 +519,26 @@ def test_frozen_layers(data: Path, tmp_path: Path) -> None:
     assert all(int(norm.num_batches_tracked) == IMAGES / BATCH for norm in own)
 
 
-def test_checkpointing_changes_no_loss(data: Path, tmp_path: Path) -> None:
+def test_recomputation_changes_no_loss(data: Path, tmp_path: Path) -> None:
     cut = {"cut": ["layer2.0", "layer4.0"], "auxiliary": "glcan"}
     losses = []
-    for number, (with_cp, checkpoint) in enumerate([(False, False), (True, False), (False, True), (True, True)]):
-        settings = {"local": {**cut, "checkpoint": checkpoint}, "model.backbone.with_cp": with_cp}
+    for number, (with_cp, recompute) in enumerate([(False, "none"), (True, "none"), (False, "units"), (True, "units")]):
+        settings = {"local": {**cut, "recompute": recompute}, "model.backbone.with_cp": with_cp}
         runner = prepared(local(data, tmp_path / str(number), **settings))
         lot = batch(runner)
         steps = [runner.model.train_step(copy.deepcopy(lot), runner.optim_wrapper) for _ in range(3)]
         losses.append([float(value) for step in steps for value in step.values()])
-    assert losses[0] == losses[2], "local.checkpoint"
+    assert losses[0] == losses[2], "local.recompute"
     # MMDetection's own checkpointing adds up gradients in another order.
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[3] == losses[1]
 
 
-def test_checkpointing_recomputes_the_head(data: Path, tmp_path: Path) -> None:
+def test_recomputation_recomputes_the_head(data: Path, tmp_path: Path) -> None:
     """In a block that is nothing but the head, so that no other layer saves anything."""
     calls, peaks = [], []
-    for checkpoint in (False, True):
-        settings = {"cut": ["head"], "auxiliary": "glcan", "checkpoint": checkpoint}
+    for recompute in ("none", "units"):
+        settings = {"cut": ["head"], "auxiliary": "glcan", "recompute": recompute}
         runner = prepared(local(data, tmp_path, local=settings, **{"model.bbox_head.stacked_convs": 4}))
         lot = batch(runner)
         runner.model.train_step(copy.deepcopy(lot), runner.optim_wrapper)
@@ -664,7 +664,7 @@ def test_evaluation_after_training_leaves_auxiliary_networks_alone(data: Path, t
         ({"local": {"auxiliary": "glacn"}}, "local.auxiliary: 'glacn' is unknown, did you mean 'glcan'"),
         ({"local": 4}, "local: 4; give a mapping"),
         ({"compile": True}, "compile: cannot be combined"),
-        ({"activation_checkpointing": ["backbone"]}, "activation_checkpointing: .*local.checkpoint"),
+        ({"activation_checkpointing": ["backbone"]}, "activation_checkpointing: .*local.recompute"),
         ({"model_wrapper_cfg": {"type": "MMDistributedDataParallel"}}, "model_wrapper_cfg: "),
         ({"optim_wrapper": {"_delete_": True, "one": {}, "two": {}}}, "optim_wrapper: .*every block"),
     ],

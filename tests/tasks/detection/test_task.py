@@ -12,14 +12,14 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.build import build_blocks, prepare
 from engine.config import parse, read_yaml
+from engine.learning.build import build_blocks, prepare
+from engine.learning.schedules import SCHEDULES
 from engine.memory.estimate import estimate_step
 from engine.memory.footprint import count_bytes
-from engine.schedules import SCHEDULES
-from engine.shapes import shapes_of
-from engine.task import Part
-from engine.trainer import Trainer
+from engine.network.shapes import shapes_of
+from engine.run.trainer import Trainer
+from engine.utilities.batches import Part
 from tasks.detection.config import DetectionConfig
 from tasks.detection.plain_config import without_downloads
 from tasks.detection.targets import samples_of
@@ -169,7 +169,7 @@ def test_replicas_normalise_by_the_boxes_of_all(tmp_path: Path) -> None:
 
 def test_an_estimate_reads_no_data_and_is_the_measurement_to_the_byte() -> None:
     """On the CPU, whose focal loss keeps more than a GPU's."""
-    for overrides in ((), ("--local.checkpoint", "true"), ("--local.schedule", "end_to_end")):
+    for overrides in ((), ("--local.recompute", "units"), ("--local.schedule", "end_to_end")):
         config, task = small_task("--train.device", "cpu", "--data.sizes", "[[128, 128]]", *overrides)
         predicted = estimate_step(build_blocks(task.build_chain(), config, task), config, shapes_of(task.example))
         assert task._samples is None, "nothing was opened"
@@ -183,13 +183,13 @@ def test_a_head_is_recomputed_where_its_block_says_so_not_where_its_config_did()
     """A planner tries ways of training that are not the config's, with one task."""
     config, task = small_task("--train.device", "cpu")
     sizes = {}
-    for checkpoint in (False, True, False):
-        changed = replace(config, local=replace(config.local, checkpoint=checkpoint, schedule="end_to_end"))
+    for recompute in ("none", "units", "none"):
+        changed = replace(config, local=replace(config.local, recompute=recompute, schedule="end_to_end"))
         blocks = build_blocks(task.build_chain(), changed, task)
         found = estimate_step(blocks, changed, shapes_of(task.example)).footprint.peak_bytes
-        assert sizes.setdefault(checkpoint, found) == found
+        assert sizes.setdefault(recompute, found) == found
     own_config, own_task = small_task(
-        "--train.device", "cpu", "--local.schedule", "end_to_end", "--local.checkpoint", "true"
+        "--train.device", "cpu", "--local.schedule", "end_to_end", "--local.recompute", "units"
     )
     own = estimate_step(build_blocks(own_task.build_chain(), own_config, own_task), own_config, shapes_of(task.example))
     assert sizes[True] == own.footprint.peak_bytes < sizes[False]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.seed import derive
+from engine.utilities.seed import derive
 from tasks.style_transfer.images import Pixels
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import tasks  # noqa: F401  torchvision's operators first
-from tasks.style_transfer.scin.config import VGGConfig
-from tasks.style_transfer.vgg import VGG
+from tasks.style_transfer.vgg import VGG, VGGConfig
 from tests.shared import needs_shared
 from tests.tasks.style_transfer.scin.networks import REAL_VGG16
 

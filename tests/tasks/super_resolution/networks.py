@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.config import parse
-from engine.seed import seeded
+from engine.utilities.seed import seeded
 from tasks.super_resolution.config import ModelConfig, SuperResolutionConfig
 from tasks.super_resolution.network import build_network
 from tasks.super_resolution.task import SuperResolution

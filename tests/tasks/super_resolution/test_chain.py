@@ -5,7 +5,7 @@ import torch
 from basicsr.archs.srvgg_arch import SRVGGNetCompact
 from torch import nn
 
-from engine.message import Message
+from engine.network.message import Message
 from tasks.super_resolution.chain import enlargement, network_chain
 from tests.tasks.super_resolution.networks import EVERY_KIND, SMALL, image, small_network
 

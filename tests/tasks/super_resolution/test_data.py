@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tasks.loader import Batches, load
+from engine.utilities.batches import Batches, load_batches
 from tasks.super_resolution.bicubic import resized
 from tasks.super_resolution.config import DataConfig
 from tasks.super_resolution.data import Patches, as_pixels, as_tensor, load_pairs
@@ -191,7 +191,7 @@ def test_workers_give_the_same_bits(root: Path) -> None:
     data = config(root, repeat=5)
     patches = Patches(load_pairs("train", data, 2, root / "made"), data, seed=0)
     plan = Batches(len(patches), batch=4, accumulate=2)
-    runs = [list(load(patches, plan, 1, shuffle=0, workers=workers)) for workers in (0, 2)]
+    runs = [list(load_batches(patches, plan, 1, shuffle=0, workers=workers)) for workers in (0, 2)]
     assert [[len(part[0]) for part in batch] for batch in runs[0]] == [[2, 2], [2, 2], [2]]
     for one, other in zip(*runs, strict=True):
         for mine, theirs in zip(one, other, strict=True):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from engine.auxiliary import build_auxiliary, known_families
-from engine.bank import FeatureBank
-from engine.cut import Span
-from engine.message import Message
+from engine.learning.auxiliary import build_auxiliary, known_families
+from engine.network.bank import FeatureBank
+from engine.network.cut import Span
+from engine.network.message import Message
 from tasks.super_resolution.chain import network_chain
 from tasks.super_resolution.heads import LightTail, enlarged, upsampling
 from tasks.super_resolution.task import Upscaling

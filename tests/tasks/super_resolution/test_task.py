@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from spandrel import ModelLoader
 
-from engine.build import build_blocks, prepare
+from engine.learning.build import build_blocks, prepare
+from engine.learning.schedules import SCHEDULES
 from engine.memory.estimate import estimate_step
 from engine.memory.footprint import count_bytes
-from engine.schedules import SCHEDULES
-from engine.shapes import shapes_of
-from engine.task import Part
+from engine.network.shapes import shapes_of
+from engine.utilities.batches import Part
 from tasks import load
 from tests.ranks import run_ranks, values
 from tests.runs import course, fit, joined, words
@@ -121,7 +121,7 @@ def test_evaluation_writes_pictures_and_takes_other_settings(
     assert "psnr" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("overrides", [(), ("--local.checkpoint", "true"), ("--local.schedule", "end_to_end")])
+@pytest.mark.parametrize("overrides", [(), ("--local.recompute", "units"), ("--local.schedule", "end_to_end")])
 @pytest.mark.parametrize("parts", ["1", "2"])
 def test_an_estimate_reads_no_data_and_is_the_measurement_to_the_byte(overrides: tuple[str, ...], parts: str) -> None:
     config, task = small_task("--train.device", "cpu", "--model.tail_parts", parts, *overrides)
@@ -145,9 +145,9 @@ def test_memory_of_edsr_baseline_in_four_blocks() -> None:
     plain = ("--model.tail_parts", "1")
     whole = peak("--local.schedule", "end_to_end", *plain)
     assert peak() < 0.40 * whole
-    recomputed = peak("--local.schedule", "end_to_end", "--local.checkpoint", "true", *plain)
-    in_parts = peak("--local.schedule", "end_to_end", "--local.checkpoint", "true")
-    local = peak("--local.checkpoint", "true")
+    recomputed = peak("--local.schedule", "end_to_end", "--local.recompute", "units", *plain)
+    in_parts = peak("--local.schedule", "end_to_end", "--local.recompute", "units")
+    local = peak("--local.recompute", "units")
     assert local < recomputed
     assert local < in_parts, "even where end-to-end training has its tail in parts too"
 

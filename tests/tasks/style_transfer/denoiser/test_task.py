@@ -13,13 +13,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from engine.build import build_blocks
+from engine.learning.build import build_blocks
 from engine.memory.estimate import estimate_step
 from engine.memory.footprint import count_bytes
 from engine.memory.variant import Variant, estimate_variant
-from engine.message import Message
-from engine.shapes import shapes_of
-from engine.shared import with_encoder
+from engine.network.message import Message
+from engine.network.shapes import shapes_of
 from tasks import load
 from tasks.run import open_run
 from tasks.style_transfer.diffusion.base import Base
@@ -68,7 +67,7 @@ def test_one_block_is_diffusers_own_training_step_to_the_bit(tmp_path: Path, tra
         assert torch.equal(report.loss, loss.detach())
     for (name, own), (_, other) in zip(plain.named_parameters(), task.unet.named_parameters(), strict=True):
         assert torch.equal(own, other), name
-    assert len(with_encoder(blocks)) == (2 if trains == [] else 1)
+    assert len(blocks.learners) == (2 if trains == [] else 1)
 
 
 def test_noise_is_diffusers_own_and_hangs_on_seed_epoch_and_step_alone(tmp_path: Path) -> None:
@@ -88,7 +87,7 @@ def test_noise_is_diffusers_own_and_hangs_on_seed_epoch_and_step_alone(tmp_path:
 
 
 def test_replicas_get_the_parts_of_the_same_batch(tmp_path: Path) -> None:
-    from engine.task import Part
+    from engine.utilities.batches import Part
 
     _, task = task_of(DENOISER, tmp_path, "--data.batch", "3", "--data.drop_text", "0.5")
     (whole,) = next(task.batches(0, 0))
@@ -161,7 +160,7 @@ def test_a_block_gets_no_gradient_from_a_later_one(tmp_path: Path) -> None:
     message, *_ = messages(task)
     schedule.step(message)
     assert seen == [0]
-    sent, _ = blocks[0].local_step(replace(blocks[0].encoders[0](message).detach(), sequence=1))
+    sent, _ = blocks[0].local_step(replace(blocks.encoder(message).detach(), sequence=1))
     assert len(sent.features["skips"]) == 2
     assert not any(tensor.requires_grad for tensor in sent.tensors())
 

@@ -9,11 +9,11 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 
-from engine.auxiliary import build_auxiliary
-from engine.bank import FeatureBank
-from engine.chain import Chain, Unit
-from engine.cut import cut_by_count
-from engine.message import Message
+from engine.learning.auxiliary import build_auxiliary
+from engine.network.bank import FeatureBank
+from engine.network.chain import Chain, Unit
+from engine.network.cut import cut_by_count
+from engine.network.message import Message
 from tasks.style_transfer.diffusion.base import Base
 from tasks.style_transfer.diffusion.chain import Layer, TimeEmbedding, example, unet_units
 from tasks.style_transfer.lsast.routing import PartOfPrompt, route

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.seed import derive
-from tasks.loader import Batches, load
+from engine.utilities.batches import Batches, load_batches
+from engine.utilities.seed import derive
 from tasks.style_transfer.diffusion import data
 from tasks.style_transfer.diffusion.base import Base, to_latents
 from tasks.style_transfer.diffusion.data import Latents, Works, collections, noisy, pictures_in, read_resized
@@ -388,7 +388,7 @@ def test_times_luck_and_noise_are_spread_evenly(tmp_path: Path) -> None:
 
 def test_workers_change_no_bit(tmp_path: Path) -> None:
     drawn, plan = works(tmp_path, repeat=4), Batches(12, batch=4, accumulate=2)
-    whole, parts = (list(load(drawn, plan, 1, shuffle=0, workers=count)) for count in (0, 1))
+    whole, parts = (list(load_batches(drawn, plan, 1, shuffle=0, workers=count)) for count in (0, 1))
     assert len(whole) == 3
     assert [tuple(micro[0].shape) for step in whole for micro in step] == [(2, 4, SIDE, SIDE)] * 6
     for one, other in zip(whole, parts, strict=True):

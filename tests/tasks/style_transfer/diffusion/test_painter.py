@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.seed import derive
+from engine.utilities.seed import derive
 from tasks.style_transfer.diffusion.painter import ArtistPainter
 from tasks.style_transfer.diffusion.prompt_config import PicturesConfig
 from tasks.style_transfer.images import as_pixels, as_tensor, write_image

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image import FrechetInceptionDistance
 
-from engine.seed import derive
+from engine.utilities.seed import derive
 from tasks.style_transfer.clip import CLIPFeatures
 from tasks.style_transfer.diffusion import pictures
 from tasks.style_transfer.diffusion.pictures import Repainting

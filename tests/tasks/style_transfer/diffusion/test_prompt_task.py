@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.message import Message
+from engine.network.message import Message
 from tasks.run import open_run
 from tasks.style_transfer.artbank.pipeline import ArtBankPipeline
 from tasks.style_transfer.artbank.prompts import new_prompt as artbank_prompt
@@ -128,7 +128,7 @@ def test_the_prompts_gradient_is_the_sum_of_the_blocks(tmp_path: Path, form: str
         task.loss(prediction, message.targets).backward()
         total += leaf.grad
         passing = output.detach()
-    encoder = blocks[0].encoders[0]
+    encoder = blocks.encoder
     chain.shared(message).features["prompt"].backward(total)
     wanted = {name: p.grad.clone() for name, p in encoder.parameters_by_name() if p.grad is not None}
     encoder.optimizer.zero_grad(set_to_none=True)
@@ -187,7 +187,7 @@ def test_each_block_asks_for_its_own_layers_prompts(tmp_path: Path, form: str, w
     config, task = made(form, tmp_path, "--local.auxiliary", "greedy")
     _, blocks, schedule = blocks_of(task, config)
     leaves: list[Tensor] = []
-    encoder = blocks[0].encoders[0]
+    encoder = blocks.encoder
     collect = encoder.collect
     encoder.collect = lambda given: (leaves.append(given["prompt"].grad), collect(given))
     schedule.step(messages(task, 1)[0])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.style_transfer.scin.config import LossConfig, ModelConfig, SCINConfig, VGGConfig
+from tasks.style_transfer.scin.config import LossConfig, ModelConfig, SCINConfig
+from tasks.style_transfer.vgg import VGGConfig
 from tests.shared import SHARED
 
 VGG16 = VGGConfig("vgg16", "random")

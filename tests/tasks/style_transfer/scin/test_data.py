@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tasks.loader import Batches, load
+from engine.utilities.batches import Batches, load_batches
 from tasks.style_transfer.scin import data
 from tasks.style_transfer.scin.config import DataConfig
 from tasks.style_transfer.scin.data import PHOTOGRAPHS, Pairs, image_files
@@ -202,10 +202,10 @@ def test_pairs_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
 def test_workers_and_where_an_epoch_is_entered_change_no_bit(tmp_path: Path) -> None:
     settings = config(tmp_path, repeat=3)
     plan = Batches(18, batch=4, accumulate=2, drop_last=True)
-    whole = list(load(pairs(settings), plan, 1, shuffle=0))
+    whole = list(load_batches(pairs(settings), plan, 1, shuffle=0))
     assert [[tuple(part[0].shape) for part in batch] for batch in whole] == [[(2, 3, 32, 32)] * 2] * 4
-    with_workers = list(load(pairs(settings), plan, 1, shuffle=0, workers=2))
-    later = list(load(pairs(settings), plan, 1, shuffle=0, start=2, workers=1))
+    with_workers = list(load_batches(pairs(settings), plan, 1, shuffle=0, workers=2))
+    later = list(load_batches(pairs(settings), plan, 1, shuffle=0, start=2, workers=1))
     for one, other in ((whole, with_workers), (whole[2:], later)):
         for mine, theirs in zip(one, other, strict=True):
             for a, b in zip(mine, theirs, strict=True):
@@ -238,7 +238,7 @@ def test_a_truncated_file_is_named_when_it_is_read(tmp_path: Path, workers: int)
     file.write_bytes(file.read_bytes()[:-200])  # the header is whole
     drawn = pairs(settings)
     with pytest.raises(ValueError, match=r"^\S*cut.jpg: cannot be read: [^\n]*truncated[^\n]*$"):
-        list(load(drawn, Batches(len(drawn), 1), 0, workers=workers))
+        list(load_batches(drawn, Batches(len(drawn), 1), 0, workers=workers))
 
 
 def test_images_beyond_what_is_kept_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.block import _recomputes
+from engine.learning.block import _recomputes
 from tasks.style_transfer.scin.losses import (
     Adversary,
     CLIPFeatures,

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.build import build_blocks
-from engine.message import Message
-from engine.shared import with_encoder
+from engine.learning.build import build_blocks
+from engine.network.message import Message
 from tasks.style_transfer.scin.instance import InstanceNorm
 from tasks.style_transfer.scin.losses import pictures_of
 from tasks.style_transfer.scin.network import CHANNELS, LEVELS, LightEnd, Network, Stage, network_chain
@@ -105,7 +104,7 @@ def test_every_block_makes_an_image(kind: str) -> None:
     _, blocks, schedule = blocks_of(task, settings)
     assert len(blocks) == 4
     passing = task.example()
-    for encoder in blocks[0].encoders:
+    for encoder in [blocks.encoder] if blocks.encoder else []:
         passing = encoder(passing)
     sizes = []
     with torch.no_grad():
@@ -115,7 +114,7 @@ def test_every_block_makes_an_image(kind: str) -> None:
     assert sizes == [(32, 32), (32, 32), (32, 32), (64, 64)]
     _, reports = schedule.step(task.example())
     assert all(torch.isfinite(report.loss) for report in reports)
-    for block in with_encoder(blocks):
+    for block in blocks.learners:
         for name, parameter in block.parameters_by_name():
             assert parameter.grad is None, name
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.build import build_blocks
 from engine.config import parse
+from engine.learning.build import build_blocks
 from engine.memory.estimate import estimate_step
 from engine.memory.footprint import count_bytes
-from engine.message import Message
-from engine.shapes import shapes_of
-from engine.shared import with_encoder
+from engine.network.message import Message
+from engine.network.shapes import shapes_of
 from tasks import find_task, load
 from tasks.style_transfer.images import read_image, write_image
 from tasks.style_transfer.scin.config import SCINConfig
@@ -75,11 +74,11 @@ def test_one_block_is_the_plain_training_step_to_the_bit() -> None:
 def test_vgg_does_not_change_by_a_bit_and_everything_else_learns() -> None:
     task = task_of(local__cut=CUT)
     chain, blocks, schedule = blocks_of(task, task.config)
-    before = {name: tensor.clone() for name, tensor in state(with_encoder(blocks)).items()}
+    before = {name: tensor.clone() for name, tensor in state(blocks.learners).items()}
     frozen = {name: tensor.clone() for name, tensor in blocks[-1].criterion.perception.vgg.named_buffers()}
     for sequence in range(2):  # scale and bias start at 0 and hold the transformers' gradients back for a step
         schedule.step(Message(task.example().features, task.example().targets, sequence=sequence))
-    for name, tensor in state(with_encoder(blocks)).items():
+    for name, tensor in state(blocks.learners).items():
         assert torch.equal(tensor, before[name]) == name.startswith("vgg."), name
     for name, tensor in blocks[0].criterion.perception.vgg.named_buffers():
         assert torch.equal(tensor, frozen[name])
@@ -91,22 +90,22 @@ def gradients(task: SCINTransfer, **changes: Any) -> dict[str, Tensor]:
     settings = scin(**changes)
     _, blocks, schedule = blocks_of(task, settings)
     schedule.step(task.example(), update=False)
-    found = {name: p.grad for block in with_encoder(blocks) for name, p in block.parameters_by_name()}
+    found = {name: p.grad for block in blocks.learners for name, p in block.parameters_by_name()}
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
 @pytest.mark.parametrize("changes", [{"local__cut": CUT}, {"local__schedule": "end_to_end"}])
 def test_recomputing_activations_changes_no_gradient(changes: dict[str, Any]) -> None:
-    kept, recomputed = (gradients(task_of(), **changes, local__checkpoint=each) for each in (False, True))
+    kept, recomputed = (gradients(task_of(), **changes, local__recompute=each) for each in ("none", "units"))
     assert len(kept) > 50
     for name, gradient in kept.items():  # biases before a normalisation have none but rounding
         assert (recomputed[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-5, name
 
 
 @pytest.mark.parametrize("changes", [{"local__cut": CUT}, {"local__schedule": "end_to_end"}])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_bytes_on_fake_tensors_are_those_of_real_ones(changes: dict[str, Any], checkpoint: bool) -> None:
-    task = task_of(**changes, local__checkpoint=checkpoint)
+@pytest.mark.parametrize("recompute", ["none", "units"])
+def test_bytes_on_fake_tensors_are_those_of_real_ones(changes: dict[str, Any], recompute: str) -> None:
+    task = task_of(**changes, local__recompute=recompute)
     settings = task.config
     real = count_bytes(blocks_of(task, settings)[1], settings, task.example())
     blocks = build_blocks(task.build_chain(initial=False), settings, task)
@@ -116,14 +115,14 @@ def test_bytes_on_fake_tensors_are_those_of_real_ones(changes: dict[str, Any], c
     assert real.peak["loss"] > 0
 
 
-def test_blocks_save_memory_and_checkpointing_saves_more() -> None:
+def test_blocks_save_memory_and_recomputation_saves_more() -> None:
     def peak(**changes: Any) -> int:
         task = task_of(**changes, data__batch=4)
         blocks = build_blocks(task.build_chain(initial=False), task.config, task)
         return estimate_step(blocks, task.config, shapes_of(task.example)).footprint.peak_bytes
 
-    whole, recomputed = (peak(local__schedule="end_to_end", local__checkpoint=each) for each in (False, True))
-    local, both = (peak(local__cut=CUT, local__checkpoint=each) for each in (False, True))
+    whole, recomputed = (peak(local__schedule="end_to_end", local__recompute=each) for each in ("none", "units"))
+    local, both = (peak(local__cut=CUT, local__recompute=each) for each in ("none", "units"))
     assert recomputed < whole
     assert both < local < whole
 

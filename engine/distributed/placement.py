@@ -1,0 +1,90 @@
+"""Which stage of the pipeline has which blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from engine.config import Config
+from engine.distributed.balance import balance
+from engine.distributed.timing import time_blocks
+from engine.distributed.world import World
+from engine.memory.stages import Sizes
+from engine.task import Task
+
+REMEDY = "give one stage a block, or [] to have blocks timed"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Stage s has blocks ``bounds[s]`` to ``bounds[s + 1] - 1``; ``block_seconds`` of a local step, where timed."""
+
+    bounds: list[int]
+    block_seconds: list[float] | None = None
+
+    def blocks_of(self, stage: int) -> range:
+        return range(self.bounds[stage], self.bounds[stage + 1])
+
+    @property
+    def utilisation(self) -> list[float] | None:
+        """The share of its time that each stage will be busy: the slowest all of it."""
+        if self.block_seconds is None:
+            return None
+        stages = [sum(self.block_seconds[start:stop]) for start, stop in pairwise(self.bounds)]
+        return [seconds / max(stages) for seconds in stages]
+
+
+def place(config: Config, task: Task, world: World, blocks: int, shared: str = "") -> Placement:
+    """The placement that the config names, or the one that measured times balance.
+
+    Args:
+        shared: name of the encoder of shared conditioning, if there is one.
+
+    Raises:
+        ValueError: more stages than blocks, stages that are not the ranks' or out of order, or a budget of
+            memory that no placement keeps.
+    """
+    stages, wish = world.stages, config.placement.stages
+    if config.local.end_to_end and stages > 1:
+        raise ValueError(
+            f"local.schedule: end_to_end is one block, which {world.size} ranks can only share; set "
+            f"placement.replicas {world.size}, or another schedule"
+        )
+    _check_stages(shared, stages, world.size)
+    if stages > blocks:
+        raise ValueError(
+            f"placement: {world.size} ranks make {stages} stages, there are {blocks} blocks; start fewer ranks, "
+            "or raise local.blocks or placement.replicas"
+        )
+    if wish:
+        return Placement(_named(wish, stages, blocks))
+    budget = config.placement.memory
+    if stages == 1 and not budget:
+        return Placement([0, blocks])
+    seconds = time_blocks(config, task, world)
+    return Placement(balance(seconds, stages, Sizes(config, task) if budget else None, budget), seconds)
+
+
+def _check_stages(shared: str, stages: int, ranks: int) -> None:
+    if shared and stages > 1:
+        raise ValueError(
+            f"placement: {shared!r} learns from the gradients of all blocks, which would have to travel back; ranks "
+            f"can be replicas: placement.replicas {ranks}"
+        )
+
+
+def _named(wish: Sequence[int], stages: int, blocks: int) -> list[int]:
+    if len(wish) != blocks:
+        raise ValueError(f"placement.stages: {len(wish)} stages for {blocks} blocks; {REMEDY}")
+    for block, (before, stage) in enumerate(pairwise([0, *wish])):
+        if not 0 <= stage < stages:
+            raise ValueError(
+                f"placement.stages: block {block} is on stage {stage}, there are stages 0 to {stages - 1}; {REMEDY}"
+            )
+        if stage < before:
+            raise ValueError(f"placement.stages: block {block} is on stage {stage}, before the block before it")
+    empty = sorted(set(range(stages)) - set(wish))
+    if empty:
+        raise ValueError(f"placement.stages: stage {empty[0]} of {stages} has no block; start fewer ranks, or {REMEDY}")
+    return [*(list(wish).index(stage) for stage in range(stages)), blocks]

@@ -1,0 +1,68 @@
+"""Replication: several ranks hold the same block and train on different parts of each micro-batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from engine.config import Config
+from engine.learning.block import Block
+from engine.learning.blocks import Blocks
+from engine.learning.build import prepare
+from engine.learning.optimizer import MakeOptimizer
+from engine.learning.shared import SharedEncoder
+
+
+def prepare_replicas(blocks: Blocks, config: Config, device: torch.device, group: dist.ProcessGroup) -> None:
+    """As ``engine.learning.build.prepare``, for blocks that all ranks of ``group`` hold.
+
+    Raises:
+        ValueError: as ``replicate``.
+    """
+    for block in blocks.learners:
+        block.task.group = group
+    if blocks.encoder is not None:
+        blocks.encoder.group = group
+
+    def attach(block: Block, make_optimizer: MakeOptimizer) -> None:
+        learns = any(parameter.requires_grad for parameter in block.parameters())
+        if isinstance(block, SharedEncoder) or not learns:  # it averages by itself; what never changes is alike
+            block.attach(make_optimizer)
+        else:
+            replicate(block, config, group, make_optimizer)
+
+    prepare(blocks, config, device, attach)
+
+
+def replicate(block: Block, config: Config, group: dist.ProcessGroup, make_optimizer: MakeOptimizer) -> None:
+    """Make ``block`` one of its replicas on the ranks of ``group``, and give it its optimizer.
+
+    Each block is wrapped on its own: one wrapper around several blocks with several backward passes would
+    average some gradients twice and others never. Without ``placement.sync_batch_norm`` each replica has
+    running statistics of its own; those of replica 0 are saved.
+
+    Raises:
+        ValueError: what the kind of replication cannot do is asked for (names both keys), or DeepSpeed is missing.
+    """
+    placement, local = config.placement, config.local
+    kind = placement.replication
+    if kind != "ddp" and local.precision == "fp16":
+        raise ValueError(f"local.precision: fp16 cannot be combined with placement.replication {kind}; use bf16")
+    if placement.offload_optimizer and not kind.startswith("zero"):
+        raise ValueError(f"placement.offload_optimizer: needs placement.replication zero1, zero2 or zero3, not {kind}")
+    if placement.sync_batch_norm:
+        from engine.distributed.replication.batch_norm import synchronise
+
+        synchronise([*block.unit_modules, *([block.auxiliary] if block.auxiliary is not None else [])], group)
+    if kind == "ddp":
+        from engine.distributed.replication.ddp import DDP
+
+        block.replication = DDP(block, group, make_optimizer)
+    elif kind == "fsdp":
+        from engine.distributed.replication.fsdp import FSDP
+
+        block.replication = FSDP(block, group, make_optimizer)
+    else:
+        from engine.distributed.replication.zero import Zero
+
+        block.replication = Zero(block, group, make_optimizer, int(kind[-1]), placement.offload_optimizer)

@@ -1,0 +1,111 @@
+"""Replicas that share parameters, gradients and optimizer state: torch's FSDP2 around one block."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from engine.distributed.replication.protocol import Replication, Whole
+from engine.learning.block import Block
+from engine.learning.optimizer import MakeOptimizer, load_state_by_name
+from engine.network.message import Message
+
+
+class FSDP(Replication):
+    """A block's parameters are whole only while the block is at work; between local steps each replica has 1/R."""
+
+    def __init__(self, block: Block, group: dist.ProcessGroup, make_optimizer: MakeOptimizer) -> None:
+        super().__init__(block, group)
+        self.whole = Whole(block)
+        inside = set(self.whole.modules())
+        places = {id(p): (module, key) for module in inside for key, p in module._parameters.items()}
+        # FSDP exchanges parameters only in what it wraps. Where a unit's module is made around parameters of a
+        # module that is not a part of it (a class token, say), that module must follow.
+        self._followers = [
+            (module, key, *places[id(p)])
+            for module in block.chain.model.modules()
+            for key, p in module._parameters.items()
+            if module not in inside and p is not None and id(p) in places
+        ]
+        mesh = DeviceMesh.from_group(group, block.device.type)
+        # Backward comes right after forward: to shard in between would only gather twice.
+        self.wrapped = fully_shard(self.whole, mesh=mesh, reshard_after_forward=False)
+        self._follow()
+        block.attach(make_optimizer)
+
+    def train_forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
+        self.wrapped.set_requires_gradient_sync(update)
+        result: tuple[Message, Tensor] = self.whole(message)
+        return result
+
+    def train_update(self) -> Tensor:
+        return _full(super().train_update())
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        self.wrapped.unshard()
+        self._follow()
+        # A state_dict of any of its modules would shard the block again, under the feet of whoever evaluates.
+        held = [(module, module._state_dict_pre_hooks) for module in self.whole.modules()]
+        for module, hooks in held:
+            module._state_dict_pre_hooks = OrderedDict(
+                (key, hook) for key, hook in hooks.items() if not hook.__module__.startswith("torch.distributed.fsdp")
+            )
+        try:
+            yield
+        finally:
+            for module, hooks in held:
+                module._state_dict_pre_hooks = hooks
+            self.wrapped.reshard()
+            self._follow()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: _full(tensor) for name, tensor in super().tensors().items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        own = self.block.named_state()
+        super().load_tensors({name: _like(tensors[name], own[name]) for name in own if name in tensors})
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return {name: _full(tensor) for name, tensor in super().optimizer_state().items()}
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        assert self.block.optimizer is not None
+        named = self.block.parameters_by_name()
+        load_state_by_name(self.block.optimizer, named, state)
+        for _, parameter in named:
+            own = self.block.optimizer.state.get(parameter, {})
+            for key, value in own.items():
+                if value.shape == parameter.shape:
+                    own[key] = _like(value, parameter)
+
+    def _follow(self) -> None:
+        for module, key, place, place_key in self._followers:
+            module._parameters[key] = place._parameters[place_key]
+
+
+def _full(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole: Tensor = DTensor.full_tensor(tensor)
+    return whole.detach()
+
+
+def _like(tensor: Tensor, example: Tensor) -> Tensor:
+    """The whole ``tensor``, which every replica has, sharded as ``example`` is; nothing is sent."""
+    if not isinstance(example, DTensor):
+        return tensor
+    mesh, rank = example.device_mesh, example.device_mesh.get_local_rank()
+    rows = tensor.to(example.device).contiguous()
+    chunks = rows.chunk(mesh.size())  # by rows, as FSDP does; there may be fewer rows than replicas
+    own = chunks[rank] if rank < len(chunks) else rows[:0]
+    return DTensor.from_local(
+        own.clone(), mesh, example.placements, run_check=False, shape=rows.shape, stride=rows.stride()
+    )

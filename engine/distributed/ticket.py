@@ -1,0 +1,114 @@
+"""How an order becomes bytes: a ticket, the structure of its message, tensors small and large."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from engine.distributed.order import KINDS, Order
+from engine.learning.outcome import Report
+from engine.network.message import Message, flatten, specs, unflatten
+
+TICKET_BYTES = 1024
+SMALL_BYTES = 16 * 1024  # tensors up to this size travel joined in one transfer
+ALIGNMENT = 16
+
+
+class Ticket(NamedTuple):
+    """The first, small transfer of every order; ``header`` is the length of a new structure, 0 if it is the last one's.
+
+    ``bytes`` are those of the tensors that follow; -1 if no message does.
+    """
+
+    number: int
+    kind: int
+    sequence: int
+    update: int
+    weight: float
+    header: int
+    bytes: int
+
+
+FORM = struct.Struct("<qqqqdqq")
+
+
+def pack(order: Order, device: torch.device, last: bytes) -> tuple[list[Tensor], int, bytes, bool]:
+    """Tensors to send, their bytes (-1 without a message), the structure's header, and whether it is the last one's."""
+    if order.message is None:
+        return [], -1, b"", True
+    reports = [(r.block, r.loss, r.gradient_norm, r.skipped) for r in order.reports]
+    tensors, structure = flatten(_once((order.message.parts(), reports)))
+    header = pickle.dumps(structure)
+    small, large = [], []
+    for tensor, spec in zip(tensors, specs(structure), strict=True):
+        raw = spec.to_bytes(tensor).to(device)
+        if raw.numel() > SMALL_BYTES:
+            large.append(raw)
+        elif raw.numel():
+            small += [raw, raw.new_zeros(-raw.numel() % ALIGNMENT)]
+    # What is in line with a live tensor must not be changed before it is sent: the joined ones are copies.
+    sent = [*([torch.cat(small)] if small else []), *large]
+    return sent, sum(tensor.numel() for tensor in sent), header, header == last
+
+
+def transfer_sizes(structure: Any) -> tuple[list[int], int]:
+    """Bytes of each transfer: small tensors joined, then each large one."""
+    sizes = [spec.nbytes for spec in specs(structure)]
+    small = sum(size + -size % ALIGNMENT for size in sizes if size <= SMALL_BYTES)
+    large = [size for size in sizes if size > SMALL_BYTES]
+    transfers = [*([small] if small else []), *large]
+    return transfers, sum(transfers)
+
+
+def unpack(ticket: Ticket, structure: Any, rooms: list[Tensor], device: torch.device) -> Order:
+    """Inverse of ``pack``, from the transfers of ``transfer_sizes``."""
+    kind = KINDS[ticket.kind]
+    if ticket.bytes < 0:
+        return Order(kind, update=bool(ticket.update), weight=ticket.weight)
+    arrived = [room.to(device) for room in rooms]
+    expected = specs(structure)
+    joined = arrived.pop(0) if any(0 < spec.nbytes <= SMALL_BYTES for spec in expected) else None
+    large, at, tensors = iter(arrived), 0, []
+    for spec in expected:
+        if spec.nbytes > SMALL_BYTES:
+            raw = next(large)
+        elif spec.nbytes:
+            assert joined is not None
+            raw = joined[at : at + spec.nbytes]
+            at += spec.nbytes + -spec.nbytes % ALIGNMENT
+        else:
+            raw = torch.empty(0, dtype=torch.uint8, device=device)
+        tensors.append(spec.from_bytes(raw))
+    tree = unflatten(tensors, structure)
+    parts, reports = pytree.tree_map_only(Same, lambda same: tensors[same.tensor], tree)
+    message = Message.of(parts, ticket.sequence)
+    # Reports are kept for a while; what they arrived with is not.
+    own = tuple(Report(block, loss.clone(), norm.clone(), skipped) for block, loss, norm, skipped in reports)
+    return Order(kind, message, own, bool(ticket.update), ticket.weight)
+
+
+@dataclass(frozen=True)
+class Same:
+    """Stands for a tensor that is there already: what shares memory on one side must share it on the other."""
+
+    tensor: int
+
+
+def _once(tree: Any) -> Any:
+    """The tree with every tensor in it once."""
+    seen: dict[Any, int] = {}
+
+    def first(tensor: Tensor) -> Tensor | Same:
+        key: Any = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        if tensor.numel() and key in seen:
+            return Same(seen[key])
+        seen[key if tensor.numel() else len(seen)] = len(seen)
+        return tensor
+
+    return pytree.tree_map_only(Tensor, first, tree)

@@ -1,0 +1,294 @@
+"""Links: orders from one rank to the next, messages of any shape and type, several under way at a time."""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.distributed.order import KINDS, Order
+from engine.distributed.ticket import FORM, TICKET_BYTES, Ticket, pack, transfer_sizes, unpack
+from engine.distributed.wire import TENSORS, TICKETS, Wire, Work
+
+POLL_SECONDS = 0.2  # between looks at an error or a signal while waiting
+
+
+class LinkError(RuntimeError):
+    """A link failed or its other end gave no sign of life; names both ranks and the order."""
+
+
+class Outbox:
+    """The sending end of a link.
+
+    An order costs one ticket of 1 KiB, which carries number, kind and sequence, then its tensors: small ones
+    joined, large ones as they are. A structure (nesting, shapes, types, values that are no tensors) is sent
+    when it differs from the one before, inside the ticket if it fits, else in a transfer of its own; while
+    shapes repeat it costs nothing::
+
+        send() -> at most `depth` orders -> thread: start transfers -> thread: see them end, make room
+
+    Args:
+        wire: to the next rank.
+        names: this rank and the next, for errors.
+        depth: orders that may wait to be taken; ``send`` waits for room, so that memory stays bounded.
+        timeout: seconds that ``send`` waits before it gives up.
+    """
+
+    def __init__(self, wire: Wire, names: tuple[int, int], *, depth: int = 2, timeout: float = 300.0) -> None:
+        self.train_bytes = 0  # sent so far for training
+        self._wire, self._names, self._depth, self._timeout = wire, names, depth, timeout
+        self._room = threading.Semaphore(depth)
+        self._number, self._header = 0, b""
+        self._error: BaseException | None = None
+        self._stream = _side_stream(wire.device)
+        self._waiting: queue.Queue[tuple[Tensor, list[Tensor], Any] | None] = queue.Queue()
+        self._under_way: queue.Queue[tuple[list[Work], Any] | None] = queue.Queue()
+        self._threads = [_thread(self._start, self._stream), _thread(self._finish, self._stream)]
+
+    def send(self, order: Order) -> None:
+        """Send an order on its way; its tensors are not to be changed afterwards.
+
+        Raises:
+            LinkError: the link broke, or there was no room within ``timeout``.
+        """
+        self._wait_for_room()
+        tensors, size, header, repeated = pack(order, self._wire.device, self._header)
+        if size >= 0:
+            self._header = header
+        content = b"" if repeated or size < 0 else header
+        message = order.message
+        ticket = Ticket(
+            self._number,
+            KINDS.index(order.kind),
+            message.sequence if message else 0,
+            order.update,
+            order.weight,
+            len(content),
+            size,
+        )
+        room = torch.zeros(TICKET_BYTES, dtype=torch.uint8)
+        start = FORM.pack(*ticket)
+        if len(start) + len(content) <= TICKET_BYTES:
+            start += content
+        else:
+            tensors.insert(0, torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self._wire.device))
+        room[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
+        self._number += 1
+        if order.kind == "train":
+            self.train_bytes += TICKET_BYTES + sum(tensor.nbytes for tensor in tensors)
+        self._waiting.put((room, tensors, _now_on(self._wire.device)))
+
+    def close(self) -> None:
+        """See everything off; to be called after the order to stop.
+
+        Raises:
+            LinkError: as ``send``.
+        """
+        blank = torch.zeros(TICKET_BYTES, dtype=torch.uint8)
+        for _ in range(self._depth - 1):  # the other end waits for so many more
+            self._wait_for_room()
+            self._waiting.put((blank, [], None))
+        for _ in range(self._depth):
+            self._wait_for_room()
+        self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _wait_for_room(self) -> None:
+        began = time.monotonic()
+        while not self._room.acquire(timeout=POLL_SECONDS):
+            self._raise()
+            if time.monotonic() - began > self._timeout:
+                raise LinkError(
+                    f"rank {self._names[0]} waited {self._timeout:.0f} s for rank {self._names[1]} to take order "
+                    f"{self._number - self._depth}; if it was only slow, raise placement.timeout"
+                )
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise LinkError(
+                f"rank {self._names[0]}: the link to rank {self._names[1]} broke ({_cause(self._error)})"
+            ) from self._error
+
+    def _start(self) -> None:
+        try:
+            while (item := self._waiting.get()) is not None:
+                ticket, tensors, ready = item
+                if ready is not None:
+                    ready.synchronize()
+                works = [self._wire.send(ticket, TICKETS)]
+                works += [self._wire.send(tensor, TENSORS) for tensor in tensors]
+                self._under_way.put((works, (ticket, tensors)))
+        except Exception as error:
+            self._error = error
+        self._under_way.put(None)
+
+    def _finish(self) -> None:
+        try:
+            while (item := self._under_way.get()) is not None:
+                for work in item[0]:
+                    work.wait()
+                if self._stream is not None:
+                    self._stream.synchronize()
+                del item  # frees the tensors
+                self._room.release()
+        except Exception as error:
+            self._error = error
+
+
+class Inbox:
+    """The receiving end of a link.
+
+    Tickets are asked for ``depth`` orders ahead, tensors as soon as their ticket tells their shapes and there
+    is room, so that they travel while the rank computes::
+
+        thread: tickets -> room for `depth` orders -> ask for tensors -> thread: see them arrive -> receive()
+
+    Args:
+        wire: from the rank before.
+        names: this rank and the one before, for errors.
+        device: where messages are wanted.
+        depth: as of the other end.
+        timeout: seconds that ``receive`` waits before it gives up.
+    """
+
+    def __init__(
+        self, wire: Wire, names: tuple[int, int], device: torch.device, *, depth: int = 2, timeout: float = 300.0
+    ) -> None:
+        self._wire, self._names, self._device, self._depth, self._timeout = wire, names, device, depth, timeout
+        self._room = threading.Semaphore(depth)
+        self._number = 0
+        self._structure: Any = None
+        self._stream = _side_stream(wire.device, device)
+        self._arriving: queue.Queue[tuple[Ticket, Any, list[Tensor], list[Work]] | None] = queue.Queue()
+        self._arrived: queue.Queue[Order | BaseException] = queue.Queue()
+        _thread(self._ask, self._stream)
+        _thread(self._take, self._stream)
+
+    def receive(self) -> Order:
+        """The next order.
+
+        Raises:
+            LinkError: the link broke, what arrived is not what it should be, or nothing came within ``timeout``.
+        """
+        began = time.monotonic()
+        while True:
+            try:
+                order = self._arrived.get(timeout=POLL_SECONDS)
+                break
+            except queue.Empty:
+                if time.monotonic() - began > self._timeout:
+                    raise LinkError(
+                        f"rank {self._names[0]} waited {self._timeout:.0f} s for order {self._number} of rank "
+                        f"{self._names[1]}; if it was only slow, raise placement.timeout"
+                    ) from None
+        if isinstance(order, BaseException):
+            cause = str(order) if isinstance(order, LinkError) else f"broke ({_cause(order)})"
+            raise LinkError(f"rank {self._names[0]}: the link from rank {self._names[1]} {cause}") from order
+        self._number += 1
+        self._room.release()
+        if self._stream is not None and order.message is not None:
+            # Else the allocator would give the memory out again while this rank's stream still reads it.
+            read = [tensor for report in order.reports for tensor in (report.loss, report.gradient_norm)]
+            for tensor in [*order.message.tensors(), *read]:
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        return order
+
+    def _ask(self) -> None:
+        number = 0
+        try:
+            posted = deque(self._ask_ticket() for _ in range(self._depth))
+            while True:
+                room, work = posted.popleft()
+                work.wait()
+                content = bytes(room.numpy())
+                ticket = Ticket(*FORM.unpack_from(content))
+                if ticket.number != number or not 0 <= ticket.kind < len(KINDS):
+                    raise LinkError(f"brought order {ticket.number} of kind {ticket.kind}, order {number} expected")
+                number += 1
+                self._room.acquire()
+                self._arriving.put(self._ask_tensors(ticket, content))
+                if KINDS[ticket.kind] == "stop":
+                    for _, work in posted:  # blank ones
+                        work.wait()
+                    return
+                posted.append(self._ask_ticket())
+        except Exception as error:
+            self._arriving.put(None)
+            self._arrived.put(error)
+
+    def _ask_ticket(self) -> tuple[Tensor, Work]:
+        room = torch.empty(TICKET_BYTES, dtype=torch.uint8)
+        return room, self._wire.receive(room, TICKETS)
+
+    def _ask_tensors(self, ticket: Ticket, content: bytes) -> tuple[Ticket, Any, list[Tensor], list[Work]]:
+        if ticket.header:
+            if FORM.size + ticket.header <= TICKET_BYTES:
+                header = content[FORM.size : FORM.size + ticket.header]
+            else:
+                room = torch.empty(ticket.header, dtype=torch.uint8, device=self._wire.device)
+                self._wire.receive(room, TENSORS).wait()
+                header = bytes(room.cpu().numpy())
+            self._structure = pickle.loads(header)
+        if ticket.bytes < 0:
+            return ticket, self._structure, [], []
+        sizes, total = transfer_sizes(self._structure)
+        if total != ticket.bytes:
+            raise LinkError(f"brought {ticket.bytes} bytes for order {ticket.number}, its structure has {total}")
+        rooms = [torch.empty(size, dtype=torch.uint8, device=self._wire.device) for size in sizes]
+        return ticket, self._structure, rooms, [self._wire.receive(room, TENSORS) for room in rooms]
+
+    def _take(self) -> None:
+        try:
+            while (item := self._arriving.get()) is not None:
+                ticket, structure, rooms, works = item
+                for work in works:
+                    work.wait()
+                order = unpack(ticket, structure, rooms, self._device)
+                if self._stream is not None:
+                    self._stream.synchronize()
+                del item, rooms, works  # the thread keeps nothing alive while it waits
+                self._arrived.put(order)
+                if order.kind == "stop":
+                    return
+                del order
+        except Exception as error:
+            self._arrived.put(error)
+
+
+def _side_stream(*devices: torch.device) -> torch.cuda.Stream | None:
+    """A stream for transfers, so that waiting for one is not waiting for the rank's computing; None on CPUs."""
+    cuda = [device for device in devices if device.type == "cuda"]
+    return torch.cuda.Stream(cuda[0]) if cuda else None  # type: ignore[no-untyped-call]
+
+
+def _thread(target: Callable[[], None], stream: torch.cuda.Stream | None) -> threading.Thread:
+    def run() -> None:
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            target()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def _now_on(device: torch.device) -> Any:
+    """An event that has happened once what the device is to compute so far is there; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

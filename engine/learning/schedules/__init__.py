@@ -1,0 +1,34 @@
+"""Schedules: the order in which blocks run. Results do not depend on it.
+
+To add one, write a class with the methods of ``Schedule`` and give it a line in ``SCHEDULES``.
+"""
+
+from __future__ import annotations
+
+from engine.learning.schedules.end_to_end import EndToEnd
+from engine.learning.schedules.sequential import Schedule, Sequential
+from engine.learning.schedules.streams import Streams
+from engine.utilities.text import did_you_mean
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "end_to_end": EndToEnd,
+    "sequential": Sequential,
+    "streams": Streams,
+    "pipeline": Sequential,  # within a stage, whose links `engine.distributed.pipeline` has
+}
+
+
+def find_schedule(name: str) -> type[Schedule]:
+    """The schedule that ``local.schedule`` names.
+
+    Raises:
+        ValueError: there is none of that name; the message has the nearest known one.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(
+            f"local.schedule: {name!r} is unknown{did_you_mean(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}"
+        )
+    return SCHEDULES[name]
+
+
+__all__ = ["SCHEDULES", "EndToEnd", "Schedule", "Sequential", "Streams", "find_schedule"]

@@ -1,0 +1,108 @@
+"""Shared conditioning: an encoder whose features several blocks read, trained by the sum of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.learning.block import Block
+from engine.learning.offload import offloading
+from engine.learning.outcome import BlockError
+from engine.network.chain import Chain
+from engine.network.cut import Span
+from engine.network.message import Message
+from engine.task import Task
+from engine.utilities.seed import derive
+
+
+class SharedEncoder(Block):
+    """What makes a chain's shared conditioning (``Chain.shared``), with an optimizer of its own.
+
+    Blocks are isolated from each other, so none can train what all of them read. Each gets the features as a leaf
+    of its own, and gives the leaf's gradient back::
+
+        message ---> encoder -----------------> block 0 ----> block 1 ----> ... last block
+                        |    features f          leaf f_0      leaf f_1           |
+                        |                           | g_0         | g_1           | g_K
+                        +--- backward from g_0 + g_1 + ... + g_K, update <--------+
+
+    One block alone, it is ordinary backpropagation. The encoder's activations are alive all through the step.
+
+    Args:
+        index: comes after the blocks'; names its files in a checkpoint and its random state.
+
+    Known limitations: the next step's features need this step's gradients of all blocks, so nothing overlaps: neither
+    several ranks' stages nor streams. Replicas average the encoder's gradients, whatever they share of the blocks.
+    fp16 is refused: each block would scale its share of the gradient by a scale of its own.
+    """
+
+    def __init__(self, chain: Chain, task: Task, *, index: int, **options: Any) -> None:
+        super().__init__(chain, Span(index, index + 1, 0, 0), None, task, **options)
+        assert chain.shared is not None
+        self.units = [chain.shared]
+        self.unit_modules.append(chain.shared.module)
+        self.head_module = None  # it is the last block's
+        self.group: dist.ProcessGroup | None = None
+        self._made: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+
+    def encode(self, message: Message) -> Message:
+        """The message with the shared features; what made them stays until ``learn``."""
+        assert not self._made, "learn from this message first"
+        for observer in self.observers:
+            observer.started()
+        replica = [] if self.group is None else [dist.get_rank(self.group)]
+        torch.manual_seed(derive(self.seed, "step", self.index, message.sequence, *replica))
+        try:
+            with offloading(self.device) if self.offload else nullcontext():
+                output: Message = self(message.detach())
+        except Exception as cause:
+            raise BlockError(self.index, message.sequence, cause) from cause
+        self._made = {name: output.features[name] for name in self.chain.shared_names}
+        output = replace(output.detach(), sequence=message.sequence)
+        for observer in self.observers:
+            observer.ended(output)
+        return output
+
+    def collect(self, leaves: Mapping[str, Tensor]) -> None:
+        """Take a block's gradients; summed in fp32, in the order of the blocks."""
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                own = leaf.grad.float()
+                self._gradients[name] = self._gradients[name] + own if name in self._gradients else own
+
+    def learn(self, update: bool) -> None:
+        """One backward from the summed gradients; then the update, if it is time."""
+        made, gradients, self._made, self._gradients = self._made, self._gradients, {}, {}
+        for observer in self.observers:
+            observer.started()
+        pairs = [(made[name], gradient.to(made[name].dtype)) for name, gradient in gradients.items()]
+        try:
+            torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+            if update:
+                if self.group is not None:
+                    self._average(self.group)
+                self.train_update()
+        except Exception as cause:
+            raise BlockError(self.index, self.next_sequence, cause) from cause
+        self.next_sequence += 1
+        for observer in self.observers:
+            observer.ended(None)
+
+    def _average(self, group: dist.ProcessGroup) -> None:
+        learning = [parameter for _, parameter in self.parameters_by_name() if parameter.requires_grad]
+        asked = torch.tensor([float(parameter.grad is not None) for parameter in learning], device=self.device)
+        dist.all_reduce(asked, group=group)
+        for parameter, replicas in zip(learning, asked.tolist(), strict=True):
+            if not replicas:
+                continue  # an optimizer leaves it as it is, as it would on one process
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad /= dist.get_world_size(group)

@@ -1,0 +1,46 @@
+"""Bytes of a pipeline's stages, estimated on fake tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from engine.config import Config
+from engine.learning.blocks import Blocks
+from engine.learning.build import arriving_messages, fresh_blocks, prepare
+from engine.memory.estimate import make_fake
+from engine.memory.footprint import count_bytes
+from engine.task import Task
+
+
+class Sizes:
+    """Bytes of stages, estimated on fake tensors block by block."""
+
+    def __init__(self, config: Config, task: Task) -> None:
+        blocks = fresh_blocks(config, task)
+        arriving = arriving_messages(blocks, task)
+        sizes = [sum(tensor.nbytes for tensor in message.tensors()) for message in arriving]
+        # Beside the one being worked on: those that wait at the near and at the far end of a link.
+        self._waiting = [config.placement.depth * size for size in [*sizes, 0]]
+        self._states, self._peaks = [], []
+        plain = replace(config, local=replace(config.local, compile=False))
+        with FakeTensorMode():
+            make_fake([blocks[0].chain.model, *blocks])
+            for block, message in zip(blocks, arriving, strict=True):
+                block.scaled = False  # a scaler asks for values, and fake tensors have none
+                prepare(Blocks([block]), plain, torch.device("cpu"))
+                message = message.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+                self._peaks.append(count_bytes(Blocks([block]), plain, message).peak_bytes)
+                assert block.optimizer is not None
+                held = [*block.parameters(), *block.buffers()]
+                held += [value for state in block.optimizer.state.values() for value in state.values()]
+                self._states.append(sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor)))
+
+    def stage(self, start: int, stop: int) -> float:
+        """Bytes at the peak of a stage with blocks ``start`` to ``stop - 1``."""
+        beyond = max(p - s for p, s in zip(self._peaks[start:stop], self._states[start:stop], strict=True))
+        links = (self._waiting[start] if start else 0) + self._waiting[stop]
+        return sum(self._states[start:stop]) + beyond + links

@@ -1,0 +1,98 @@
+"""What a run says: metrics.jsonl, TensorBoard curves, tables and a progress bar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from engine.learning.block import Block
+from engine.utilities.console import progress_bar
+from engine.utilities.files import write_text
+
+
+class RunLog:
+    """Writes a run's curves; lines and points after ``step`` (of an interrupted run) are dropped first."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in _lines(self.path) if line.get("step", 0) <= step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add one line and one point per number; lists become one curve per block."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            for number, item in enumerate(value if isinstance(value, list) else [value]):
+                tag = f"{name}/block_{number}" if isinstance(value, list) else name
+                if isinstance(item, int | float):
+                    self.curves.add_scalar(tag, item, step)
+
+    def close(self) -> None:
+        self.curves.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue  # the line that a kill cut short
+    return lines
+
+
+def block_table(blocks: Sequence[Block], bounds: Sequence[int] = ()) -> Table:
+    """Units, parameters and what auxiliary networks (and losses with their own) have of each block; its stage, if
+    ``bounds`` make several."""
+    table, stages = Table(title="Blocks"), len(bounds) > 2
+    for name in ("stage", "block", "units") if stages else ("block", "units"):
+        table.add_column(name)
+    for name in ("number", "parameters", "auxiliary parameters", "auxiliary share"):
+        table.add_column(name, justify="right")
+    sums = [0, 0, 0]
+    for block in blocks:
+        own = sum(p.numel() for p in block.parameters())
+        dropped = [part for part in (block.auxiliary, block.criterion) if isinstance(part, nn.Module)]
+        extra = sum(p.numel() for part in dropped for p in part.parameters())
+        counts = len(block.units), own - extra, extra
+        where = [str(sum(block.index >= bound for bound in bounds) - 1)] if stages else []
+        number = "shared" if block.span.start == block.span.stop else str(block.index)
+        table.add_row(*where, number, block.title, *_counts(*counts))
+        sums = [a + b for a, b in zip(sums, counts, strict=True)]
+    table.add_row(*([""] if stages else []), "all", "", *_counts(*sums), style="bold")
+    return table
+
+
+def _counts(units: int, parameters: int, extra: int) -> list[str]:
+    return [str(units), f"{parameters:,}", f"{extra:,}", f"{extra / max(1, parameters + extra):.0%}"]
+
+
+class Progress:
+    """The bar of a run's current epoch; nothing where it is not shown or there is no terminal."""
+
+    def __init__(self, epochs: int, steps: int, *, shown: bool) -> None:
+        self._epochs, self._steps, self._epoch = epochs, steps, -1
+        self._bar = progress_bar(shown)
+        self._task = self._bar.add_task("", total=steps)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, epoch: int, step: int) -> None:
+        """``step`` steps of ``epoch`` (from 0) are done."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._bar.reset(self._task, total=self._steps, description=f"epoch {epoch + 1}/{self._epochs}")
+        self._bar.update(self._task, completed=step)

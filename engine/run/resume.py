@@ -1,0 +1,124 @@
+"""Resume from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from engine.learning.block import Block
+from engine.run.checkpoint import Division, Incomplete, Position, check_names, read_state
+
+
+class Saved:
+    """A checkpoint, held against the blocks it is to go into.
+
+    With other blocks or another auxiliary network, auxiliary networks will start fresh and ``log`` says so.
+
+    Args:
+        blocks: all of the network's, whole (not yet shared with other ranks).
+        verify: whether to check files against their fingerprints.
+
+    Raises:
+        ValueError: damaged, or the checkpoint of another model (names the first difference).
+    """
+
+    def __init__(
+        self, path: Path, blocks: Sequence[Block], auxiliary: Any, log: Callable[[str], None], *, verify: bool = True
+    ) -> None:
+        self.path, self._state = path, read_state(path, verify=verify)
+        self._model, self._auxiliary, self._optimizer = (
+            _Tensors(path, self._state, kind) for kind in ("model", "auxiliary", "optimizer")
+        )
+        check_names(blocks[0].chain.model, self._model.shapes, str(path))
+        saved = Division(self._state["cut"], self._state["auxiliary"], self._auxiliary.shapes)
+        self._same = saved == Division.of(blocks, auxiliary)
+        if not self._same:
+            log(f"{path} has other blocks or auxiliary networks: the model goes on, auxiliary networks start fresh")
+        self.position = Position(**self._state["position"])
+
+    def load(self, blocks: Sequence[Block]) -> None:
+        """Put model, optimizer and (unless they start fresh) auxiliary state into ``blocks``: only theirs is read.
+
+        Raises:
+            ValueError: another optimizer; nothing has been changed then.
+        """
+        for block in blocks:
+            if block.optimizer is not None and block.optimizer_name != self._state["optimizer"]:
+                raise ValueError(
+                    f"optimizer.name: {self.path} was trained with {self._state['optimizer']}, the config says "
+                    f"{block.optimizer_name}"
+                )
+        for block in blocks:
+            names = block.model_names()
+            own = [name for name in self._auxiliary.shapes if name.startswith(f"auxiliary.{block.index}.")]
+            own = own if self._same else []
+            block.load(
+                self._model.read(names), self._auxiliary.read(own), self._optimizer.of_parameters([*names, *own])
+            )
+            counters = self._state["blocks"][block.index] if self._same else {}
+            block.next_sequence = self.position.sequence
+            block.skipped = counters.get("skipped", 0)
+            if block.scaler is not None and counters.get("scaler"):
+                block.scaler.load_state_dict(counters["scaler"])
+
+
+def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Callable[[str], None]) -> Position:
+    """Put a checkpoint into all of a network's blocks; see ``Saved``.
+
+    Raises:
+        ValueError: as ``Saved`` and its ``load``; nothing has been changed then.
+    """
+    saved = Saved(path, blocks, auxiliary, log)
+    saved.load(blocks)
+    return saved.position
+
+
+def load_model(path: Path, model: nn.Module) -> int:
+    """Load a checkpoint's model alone, as for evaluation; returns its step.
+
+    Raises:
+        ValueError: damaged, or of another model.
+    """
+    state = read_state(path)
+    saved = _Tensors(path, state, "model")
+    check_names(model, saved.shapes, str(path))
+    model.load_state_dict(saved.read(saved.shapes))
+    return int(state["position"]["step"])
+
+
+class _Tensors:
+    """The tensors of one kind in a checkpoint, read when asked for."""
+
+    def __init__(self, path: Path, state: Mapping[str, Any], kind: str) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._file: dict[str, Path] = {}
+        for name in state["files"]:
+            if name.split(".")[0] != kind:
+                continue
+            try:
+                with safe_open(path / name, "pt") as file:
+                    for key in file.keys():  # noqa: SIM118 (not a mapping)
+                        self.shapes[key] = tuple(file.get_slice(key).get_shape())
+                        self._file[key] = path / name
+            except (SafetensorError, OSError) as error:
+                raise Incomplete(f"{path / name}: {error}") from error
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of these names."""
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self._file[name], []).append(name)
+        tensors = {}
+        for path, keys in wanted.items():
+            with safe_open(path, "pt") as file:
+                tensors.update({key: file.get_tensor(key) for key in keys})
+        return tensors
+
+    def of_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those called ``parameter:state`` of these parameters."""
+        wanted = set(names)
+        return self.read(name for name in self.shapes if name.rsplit(":", 1)[0] in wanted)

@@ -1,0 +1,53 @@
+"""What ``summary.json`` says of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.config import Config
+from engine.distributed.account import RankAccount, busy_shares
+from engine.task import Task
+
+
+def summarise(
+    config: Config,
+    task: Task,
+    ranks: Sequence[RankAccount],
+    values: Mapping[str, float],
+    *,
+    blocks: int,
+    step: int,
+    seconds: float,
+    interrupted: bool,
+    cuda: bool,
+) -> dict[str, Any]:
+    """The content of ``summary.json``, bytes and seconds.
+
+    Args:
+        ranks: every rank's account.
+        values: of the last evaluation; empty if there was none.
+        blocks: of the whole network.
+        step: optimizer steps done.
+        cuda: whether peaks are those of CUDA's allocator; else of resident sets.
+    """
+    local, metric, busy = config.local, task.metric, busy_shares(ranks)
+    several = {"ranks": [{**rank.to_json(), "busy": busy.get(rank.rank)} for rank in ranks]} if len(ranks) > 1 else {}
+    peak_of = "CUDA tensors" if cuda else "resident set of the process"
+    return {
+        "task": task.name,
+        "schedule": "pipeline" if any(rank.stage for rank in ranks) else local.schedule,
+        "blocks": blocks,
+        "auxiliary": None if local.end_to_end else local.family,
+        "world_size": len(ranks),
+        "steps": step,
+        "metric": metric,
+        "value": values.get(metric),
+        **{name: value for name, value in values.items() if name != metric},
+        "seconds": seconds,
+        "peak_memory_bytes": max(rank.peak_bytes for rank in ranks),
+        "peak_memory_of": peak_of + (", the largest rank's" if several else ""),
+        "skipped_updates": [count for rank in ranks if rank.replica == 0 for count in rank.skipped],
+        "interrupted": interrupted,
+        **several,
+    }

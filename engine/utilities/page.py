@@ -1,0 +1,61 @@
+"""Reports as one self-contained HTML page: nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+
+from engine.utilities.files import write_named
+from engine.utilities.sheet import Sheet
+
+Pictures = Sequence[tuple[str, str]]
+"""Titles and SVG texts."""
+
+
+def write_page(
+    path: Path,
+    about: dict[str, Any],
+    tables: Sequence[Sheet],
+    lines: Sequence[str],
+    pictures: Pictures = (),
+    *,
+    blocks: Pictures = (),
+    categories: Mapping[str, str] | None = None,
+) -> None:
+    """Write a page of tables, notes and pictures.
+
+    Args:
+        about: the page's header; ``title`` is its title.
+        lines: notes under the tables.
+        blocks: pictures of single variants' blocks, folded away at first.
+        categories: what is explained in the legend, by name.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    template = jinja2.Template(resources.files("engine.utilities").joinpath("page.html").read_text(), autoescape=True)
+    parts = {"charts": _embedded(pictures), "blocks": _embedded(blocks), "categories": categories}
+    text = template.render(title=about["title"], about=about, sheets=tables, notes=lines, **parts)
+    write_named(path, text + "\n")
+
+
+def _embedded(pictures: Pictures) -> list[tuple[str, str]]:
+    """Pictures as data addresses, so that the page needs no other file."""
+    address = "data:image/svg+xml;base64,"
+    return [(title, address + base64.b64encode(svg.encode()).decode()) for title, svg in pictures]
+
+
+def svg_text(figure: Figure) -> str:
+    """The figure as SVG; equal figures give equal text."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "page", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return buffer.getvalue()

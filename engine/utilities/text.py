@@ -1,0 +1,28 @@
+"""Pieces of one-line error messages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``, did you mean 'sgd'?`` if one of ``known`` is near ``word``, else nothing: to be put after the word.
+
+    Example:
+        >>> did_you_mean("shed", ["sgd", "adamw"]), did_you_mean("rmsprop", ["sgd", "adamw"])
+        (", did you mean 'sgd'?", '')
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(error: object, limit: int = 0) -> str:
+    """The text of an error without line breaks and runs of spaces, cut after ``limit`` characters if that is not 0.
+
+    Example:
+        >>> one_line("no such\\n    file", limit=10)
+        'no such fi'
+    """
+    text = " ".join(str(error).split())
+    return text[:limit] if limit else text

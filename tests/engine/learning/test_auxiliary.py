@@ -1,0 +1,162 @@
+import pytest
+import torch
+from torch import nn
+
+from engine.learning.auxiliary import AuxiliaryNetwork, build_auxiliary
+from engine.learning.auxiliary.glcan import remaining_units
+from engine.learning.auxiliary.thin import thin
+from engine.network.bank import FeatureBank
+from engine.network.cut import Span, cut_by_count
+from engine.network.layout import as_map
+from tasks.classification.config import ClassificationConfig
+from tasks.classification.resnet import resnet_chain
+from tasks.classification.task import Classification
+
+NAMES = ["dgl", "glcan", "greedy"]
+
+
+def classification() -> Classification:
+    config = ClassificationConfig(task="classification")
+    config.model.classes = 10
+    return Classification(config)
+
+
+def build(spec: object, blocks: int = 4, block: int = 1, depth: int = 20, size: int = 32) -> tuple:
+    chain, task = resnet_chain(depth, 10, size), classification()
+    spans = cut_by_count(chain, blocks)
+    bank = FeatureBank({s.index: task.key_features(chain, chain.shapes()[s.stop - 1]) for s in spans[:block]})
+    return chain, spans[block], build_auxiliary(spec, chain, spans[block], bank, task, seed=0)
+
+
+def run(chain, span: Span, auxiliary: AuxiliaryNetwork, blocks: int = 4) -> torch.Tensor:
+    from engine.network.message import Message
+
+    message, bank, task = Message({"x": torch.randn(3, 3, 32, 32)}), FeatureBank(), classification()
+    for earlier in cut_by_count(chain, blocks)[: span.index + 1]:
+        for unit in earlier.units(chain):
+            message = unit(message)
+        if earlier.index < span.index:
+            bank = bank.add(earlier.index, task.key_features(chain, message).detach())
+    return auxiliary(message, bank)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_predicts_classes_and_every_parameter_gets_a_gradient(name: str, block: int) -> None:
+    chain, span, auxiliary = build(name, block=block)
+    prediction = run(chain, span, auxiliary)
+    assert prediction.shape == (3, 10)
+    prediction.square().sum().backward()
+    for parameter, tensor in auxiliary.named_parameters():
+        assert tensor.grad is not None, parameter
+        assert tensor.grad.abs().sum() > 0, parameter
+
+
+def test_glcan_takes_the_first_units_of_each_remaining_stage() -> None:
+    chain = resnet_chain(32, 10, 32)
+
+    def names(stop: int, depth: int) -> list[str]:
+        return [unit.name for unit in remaining_units(chain, Span(0, 2, 0, stop), depth)]
+
+    assert names(1, 1) == ["layer1.0", "layer2.0", "layer3.0"]
+    assert names(3, 1) == ["layer2.0", "layer3.0"], "its own stage does not count"
+    assert names(6, 2) == ["layer2.0", "layer2.1", "layer3.0", "layer3.1"]
+    assert names(12, 2) == ["layer3.1", "layer3.2"], "but in the last stage, what is left of it does"
+    assert names(15, 2) == ["layer3.4"]
+    assert names(6, 0) == []
+    single = Span(3, 16, 3, 4)
+    assert [unit.name for unit in remaining_units(chain, single, 2)] == ["layer2.0", "layer3.0"]
+
+
+def test_glcan_has_weights_of_its_own() -> None:
+    chain, _, auxiliary = build("glcan")
+    assert not {id(p) for p in chain.model.parameters()} & {id(p) for p in auxiliary.parameters()}
+    other = build("glcan", block=0)[2]
+    copies = [dict(network.named_parameters()) for network in (auxiliary, other)]
+    same = [name for name in copies[0] if name in copies[1] and torch.equal(copies[0][name], copies[1][name])]
+    assert not [name for name in same if "conv" in name], "blocks do not start alike"
+
+
+def test_glcan_global_part_reads_the_bank() -> None:
+    chain, span, auxiliary = build("glcan", block=2)
+    assert auxiliary.head.linear.in_features == 64 + 16 + 16
+    assert auxiliary.uses_bank
+    _, _, without = build({"type": "glcan", "use_bank": False}, block=2)
+    assert without.head.linear.in_features == 64
+    assert not without.uses_bank
+    assert run(chain, span, without).shape == (3, 10)
+
+
+def test_glcan_reduces_resolution() -> None:
+    seen = []
+    _, span, auxiliary = build({"type": "glcan", "reduce": 2}, block=0)
+    auxiliary.local_modules[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    chain = resnet_chain(20, 10, 32)
+    run(chain, span, auxiliary)
+    assert seen[0] == (3, 16, 16, 16)
+    tiny = build({"type": "glcan", "reduce": 4}, block=2, size=8)[2]
+    assert tiny.reduce == 1, "2 x 2 maps are not reduced to nothing"
+
+
+def test_glcan_width_thins_and_still_fits() -> None:
+    chain, span, auxiliary = build({"type": "glcan", "width": 0.5}, block=0)
+    full = build("glcan", block=0)[2]
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (auxiliary, full)]
+    assert sizes[0] < 0.3 * sizes[1]
+    assert run(chain, span, auxiliary).shape == (3, 10)
+    convolutions = [m for m in auxiliary.local_modules.modules() if isinstance(m, nn.Conv2d)]
+    assert [c.out_channels for c in convolutions][-1] == 32
+
+
+def test_thin_keeps_groups_and_refuses_what_it_does_not_know() -> None:
+    grouped = thin(nn.Conv2d(64, 64, 3, padding=1, groups=8), 0.5, "u")
+    assert (grouped.in_channels, grouped.groups) == (32, 4)
+    depthwise = thin(nn.Conv2d(64, 64, 3, padding=1, groups=64), 0.25, "u")
+    assert (depthwise.in_channels, depthwise.groups) == (16, 16)
+    block = nn.Sequential(nn.Conv2d(8, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 8, 1))
+    assert thin(block, 2.0, "u")(torch.randn(1, 16, 2, 2)).shape == (1, 16, 2, 2)
+
+    class Same(nn.Conv2d):
+        """More than its base class: replacing it by that would change what it computes."""
+
+    with pytest.raises(ValueError, match="cannot thin Same '' of unit 'u'"):
+        thin(Same(8, 8, 3), 0.5, "u")
+    with pytest.raises(ValueError, match="cannot thin Conv2d .* of unit 'u' .*groups"):
+        thin(nn.Conv2d(24, 24, 3, groups=2), 0.45, "u")
+    module = nn.Module()
+    module.attention = nn.MultiheadAttention(8, 2)
+    with pytest.raises(ValueError, match=r"width=0.5 cannot thin MultiheadAttention 'attention' of unit 'layer7'"):
+        thin(module, 0.5, "layer7")
+
+
+def test_dgl_is_pool_convolutions_and_three_layers() -> None:
+    _, _, auxiliary = build("dgl", block=1)
+    kinds = [type(m).__name__ for m in auxiliary.modules()]
+    assert kinds.count("Conv2d") == 3
+    assert kinds.count("Linear") == 3
+    assert [m.kernel_size for m in auxiliary.modules() if isinstance(m, nn.Conv2d)] == [(1, 1)] * 3
+
+
+def test_bad_options_name_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'glcn' is unknown, did you mean 'glcan'\?; known: dgl, glcan, greedy"):
+        build("glcn")
+    with pytest.raises(ValueError, match=r"glcan has no option 'widht', did you mean 'width'"):
+        build({"type": "glcan", "widht": 1})
+    with pytest.raises(ValueError, match="greedy has no option 'depth'; known: none"):
+        build({"type": "greedy", "depth": 1})
+    with pytest.raises(ValueError, match="options width without `type`, which is one of dgl, glcan, greedy"):
+        build({"width": 0.5})
+    with pytest.raises(ValueError, match="width of glcan is 'wide', expected float"):
+        build({"type": "glcan", "width": "wide"})
+    with pytest.raises(ValueError, match="depth of glcan is 1.5, expected int"):
+        build({"type": "glcan", "depth": 1.5})
+    with pytest.raises(ValueError, match="is unknown"):
+        build({"type": ["a"]})
+    with pytest.raises(ValueError, match="reduce >= 1"):
+        build({"type": "glcan", "reduce": 0})
+
+
+def test_layouts_become_maps() -> None:
+    assert as_map(torch.zeros(2, 5, 3), "NLC").shape == (2, 3, 1, 5)
+    assert as_map(torch.zeros(2, 4, 5, 3), "NHWC").shape == (2, 3, 4, 5)
+    assert as_map(torch.zeros(2, 3), "NCHW").shape == (2, 3, 1, 1)

@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch import nn
+
+from engine.network.chain import Chain, Unit
+from engine.network.message import Message
+from tests.toy import Toy
+
+EXAMPLE = Message({"x": torch.zeros(2, 4)})
+
+
+def three() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def test_a_stray_parameter_is_named() -> None:
+    model = three()
+    with pytest.raises(ValueError, match=r"'1.weight' of the model is in no unit"):
+        Chain(model, [Unit("first", model[0])], Unit("head", model[2]), EXAMPLE, "NLC")
+
+
+def test_a_stray_buffer_is_named() -> None:
+    model = three()
+    norm = nn.Module()
+    norm.weight, norm.bias = model[1].weight, model[1].bias
+    with pytest.raises(ValueError, match=r"'1.running_mean' of the model is in no unit"):
+        Chain(model, [Unit("first", model[0]), Unit("norm", norm)], Unit("head", model[2]), EXAMPLE, "NLC")
+
+
+def test_a_parameter_in_two_units_is_named() -> None:
+    model = three()
+    model[2] = model[0]
+    units = [Unit("first", model[0]), Unit("norm", model[1])]
+    with pytest.raises(ValueError, match=r"'[02].weight' is in two units, 'first' and 'head'"):
+        Chain(model, units, Unit("head", model[2]), EXAMPLE, "NLC")
+
+
+def test_two_units_of_one_name_are_refused() -> None:
+    model = three()
+    with pytest.raises(ValueError, match="two units are called 'a'"):
+        Chain(model, [Unit("a", model[0]), Unit("a", model[1])], Unit("head", model[2]), EXAMPLE, "NLC")
+
+
+def test_names_are_the_models_own_even_through_a_wrapper() -> None:
+    model = three()
+    units = [Unit("both", nn.Sequential(model[0], model[1], nn.ReLU()))]
+    chain = Chain(model, units, Unit("head", model[2]), EXAMPLE, "NLC")
+    assert chain.names(units[0].module) == [n for n in model.state_dict() if not n.startswith("2.")]
+
+
+def test_shapes_cost_no_statistics_and_no_mode() -> None:
+    chain = Toy(norm=True).build_chain()
+    before = {name: tensor.clone() for name, tensor in chain.model.state_dict().items()}
+    chain.model.layers[0].eval()
+    shapes = chain.shapes()
+    assert [tuple(message.x.shape) for message in shapes] == [(2, 6)] * 4
+    assert all(message.x.device.type == "meta" for message in shapes)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in chain.model.state_dict().items())
+    assert [layer.training for layer in chain.model.layers] == [False, True, True, True]
+
+
+def test_skips_travel_past_units_that_ignore_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def open_skip(module: nn.Module, message: Message) -> Message:
+        return Message({"x": module(message.x), "skip": message.x}, message.targets, message.bank, message.sequence)
+
+    def close_skip(module: nn.Module, message: Message) -> Message:
+        features = dict(message.features)
+        skip = features.pop("skip")
+        return Message({**features, "x": module(message.x + skip)}, message.targets, message.bank, message.sequence)
+
+    units = [Unit("open", model[0], open_skip), Unit("middle", model[1])]
+    chain = Chain(model, units, Unit("close", model[2], close_skip), EXAMPLE, "NLC")
+    x = torch.randn(3, 4)
+    assert torch.equal(chain(Message({"x": x})), model[2](model[1](model[0](x)) + x))
+    assert set(chain.shapes()[1].features) == {"x", "skip"}
+
+
+def test_a_copy_has_the_same_distribution_and_other_weights() -> None:
+    unit = Unit("u", three())
+    unit.module[1].running_mean.fill_(3.0)
+    torch.manual_seed(0)
+    copies = [unit.copy(), unit.copy()]
+    for copy in copies:
+        for mine, theirs in zip(copy.module.parameters(), unit.module.parameters(), strict=True):
+            assert torch.equal(mine.flatten().sort().values, theirs.flatten().sort().values)
+            assert mine.data_ptr() != theirs.data_ptr()
+        assert torch.equal(copy.module[1].running_mean, torch.zeros(4))
+    weights = [unit.module[0].weight, *(copy.module[0].weight for copy in copies)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+    assert torch.equal(unit.module[1].running_mean, torch.full((4,), 3.0)), "the original is as it was"

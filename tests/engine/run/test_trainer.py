@@ -1,0 +1,187 @@
+import json
+import math
+import os
+import signal
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.network.message import Message
+from engine.run.trainer import Trainer
+from engine.utilities.device import choose_device
+from tests.toy import Toy, config
+
+
+def trainer(room: Path, task: Toy | None = None, **changes: object) -> Trainer:
+    settings = config(local__blocks=2, train__epochs=2, **changes)
+    settings.output.root, settings.output.name = str(room), "run"
+    return Trainer(settings, task or Toy())
+
+
+def poison(task: Toy, call: int) -> None:
+    """Make the loss not a number the ``call``-th time it is computed."""
+    original, calls = task.loss, count(1)
+    task.loss = lambda prediction, targets: original(prediction, targets) * (math.nan if next(calls) == call else 1)
+
+
+def test_a_run_writes_what_the_design_says(tmp_path: Path) -> None:
+    summary = trainer(tmp_path, train__log_every=1).fit()
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard"}
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+    wanted = {"task", "schedule", "blocks", "auxiliary", "world_size", "steps", "metric", "value", "seconds"}
+    assert wanted | {"peak_memory_bytes"} <= set(summary)
+    assert (summary["blocks"], summary["auxiliary"], summary["steps"]) == (2, "greedy", 8)
+    assert summary["metric"] == "error"
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [line for line in lines if "train_loss" in line]
+    assert [line["step"] for line in losses] == list(range(1, 9))
+    assert all(len(line["train_loss"]) == 2 for line in losses), "one loss a block"
+    assert [line["epoch"] for line in lines if "error" in line] == [1, 2]
+
+
+def test_end_to_end_has_one_block_and_no_auxiliary_network(tmp_path: Path) -> None:
+    summary = trainer(tmp_path, local__schedule="end_to_end").fit()
+    assert (summary["schedule"], summary["blocks"], summary["auxiliary"]) == ("end_to_end", 1, None)
+
+
+def test_the_last_short_batch_is_trained_on(tmp_path: Path) -> None:
+    seen = []
+    task = Toy()
+    original = task.loss
+    task.loss = lambda prediction, targets: (seen.append(len(targets)), original(prediction, targets))[1]
+    trainer(tmp_path, task, train__steps=4).fit()
+    assert seen == [8, 8, 8, 8, 8, 8, 2, 2, 26], "two blocks each; evaluation last"
+
+
+def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+    for expected in ("run", "run-2", "run-3"):
+        made = trainer(tmp_path, train__steps=1)
+        assert made.folder.name == expected
+        made.fit()
+
+
+def test_auto_goes_on_with_the_last_run_of_the_name(tmp_path: Path) -> None:
+    """It took the first one's folder, so an interrupted second run was never gone on with."""
+    for steps in (8, 3):
+        trainer(tmp_path, train__steps=steps).fit()
+    again = trainer(tmp_path, train__resume="auto")
+    assert (again.folder.name, again.position.step) == ("run-2", 3)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_good_checkpoint(tmp_path: Path) -> None:
+    task = Toy()
+    made = trainer(tmp_path, task, train__save_every=1, train__log_every=100)
+    poison(task, call=6)
+    with pytest.raises(ValueError, match=r"block 1: loss is nan at step 3; lower optimizer.lr .*step_2"):
+        made.fit()
+    assert sorted(path.name for path in (made.folder / "checkpoints").iterdir()) == ["step_1", "step_2"]
+
+
+def test_a_loss_that_is_not_a_number_in_any_micro_batch_counts(tmp_path: Path) -> None:
+    """Only the last micro-batch's loss was looked at, and poisoned weights were saved as good ones."""
+    task = Toy()
+    batches = task.batches
+    task.batches = lambda epoch, start, part: (
+        [Message({"x": part}, y) for part, y in zip(b[0].x.split(4), b[0].targets.split(4), strict=True)]
+        for b in batches(epoch, start, part)
+    )
+    poison(task, call=5)
+    made = trainer(tmp_path, task, train__save_every=1)
+    with pytest.raises(ValueError, match=r"block 0: loss is nan at step 2; .*step_1"):
+        made.fit()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    made = trainer(tmp_path, train__steps=1)
+    made.fit()
+    with torch.no_grad():
+        made.chain.model.output.weight[0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"block 1: 'output.weight' is not finite at step 1; .*checkpoint: .*step_1"):
+        made.save()
+
+
+def test_evaluation_leaves_frozen_normalisations_frozen(tmp_path: Path) -> None:
+    made = trainer(tmp_path, Toy(norm=True))
+    made.chain.model.layers[1].norm.eval()
+    made.fit()
+    assert [layer.norm.training for layer in made.chain.model.layers] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_the_run_goes_on_from_there(tmp_path: Path, number: int) -> None:
+    task = Toy()
+    made = trainer(tmp_path, task)
+    original, calls = task.loss, 0
+
+    def loss(prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), number)
+        return original(prediction, targets)
+
+    task.loss = loss
+    before = signal.getsignal(number)
+    summary = made.fit()
+    assert signal.getsignal(number) is before
+    assert summary["interrupted"]
+    assert summary["steps"] == 3, "the step is finished first"
+    again = trainer(tmp_path, train__resume="auto")
+    assert again.position.step == 3
+    assert again.fit()["steps"] == 8
+
+
+def test_batchnorm_with_a_batch_of_one_is_refused_before_training(tmp_path: Path) -> None:
+    task = Toy(norm=True, samples=25)
+    with pytest.raises(
+        ValueError, match=r"smallest micro-batch has 1 sample and BatchNorm 'layers.0.norm' needs at least 2"
+    ):
+        trainer(tmp_path, task)
+    assert not (tmp_path / "run").exists()
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="cuda asked for, but torch .* sees no GPU"):
+        choose_device("cuda")
+    for name in ("gpu", "meta", "cpu:3"):
+        with pytest.raises(ValueError, match=f"'{name}' is none of"):
+            choose_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="cuda:2 asked for, but there are 2 GPUs"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_checkpointing_changes_no_bit_on_a_gpu(tmp_path: Path) -> None:
+    from tests.toy import assert_equal, state
+
+    states = []
+    for recompute in ("none", "units"):
+        made = trainer(tmp_path / recompute, Toy(dropout=0.5), local__recompute=recompute)
+        made.fit()
+        states.append(state(made.blocks))
+    assert_equal(*states)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gpu_repeats_itself_to_the_bit(tmp_path: Path, precision: str) -> None:
+    from tests.toy import assert_equal, state
+
+    states = []
+    for number in range(2):
+        made = trainer(tmp_path / str(number), Toy(norm=True, dropout=0.2), local__precision=precision)
+        assert made.device.type == "cuda"
+        made.fit()
+        states.append(state(made.blocks))
+    assert_equal(*states)

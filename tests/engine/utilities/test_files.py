@@ -1,0 +1,24 @@
+from pathlib import Path
+
+import pytest
+
+from engine.utilities.files import made_once
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    target = tmp_path / "new/folder"
+
+    def make(content: str, fails: bool) -> None:
+        with made_once(target) as room:
+            (room / "file").write_text(content)
+            assert not target.exists() or fails is False
+            if fails:
+                raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        make("half", fails=True)
+    assert list((tmp_path / "new").iterdir()) == []
+    make("whole", fails=False)
+    make("of a slower run", fails=False)
+    assert (target / "file").read_text() == "whole"
+    assert list((tmp_path / "new").iterdir()) == [target]
