@@ -116,7 +116,7 @@ def test_an_altered_byte_or_a_missing_file_is_noticed(tmp_path: Path) -> None:
 
 def test_a_kill_while_saving_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever file the kill comes after, the newest complete checkpoint is the old one, and saving works again."""
-    import engine.run.checkpoint as module
+    import engine.run.save as module
 
     folder = saved(tmp_path)
     made = trainer(tmp_path, train__resume="auto")

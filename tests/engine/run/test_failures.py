@@ -190,7 +190,7 @@ def test_a_checkpoint_holds_nobody_up_longer_than_copying(tmp_path: Path) -> Non
 
 
 def _slow_disk(settings: Config) -> int:
-    import engine.run.checkpoint as module
+    import engine.run.save as module
 
     world = join(settings.placement, "cpu")
     made = Trainer(settings, Toy(dropout=0.3, norm=True, width=8), world)
@@ -313,7 +313,7 @@ def test_a_disk_that_is_full_is_heard_before_the_next_checkpoint(tmp_path: Path)
 
 
 def _full_disk(settings: Config) -> None:
-    import engine.run.checkpoint as module
+    import engine.run.save as module
 
     world = join(settings.placement, "cpu")
     with world.failing_together():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.learning.block import _recomputes
+from engine.learning.recompute import recomputing
 from tasks.style_transfer.scin.losses import (
     Adversary,
     CLIPFeatures,
@@ -155,12 +155,11 @@ def test_parts_that_are_recomputed_give_the_same_losses_and_gradients(parts: int
     found = []
     for divided in (False, True):
         seen.parts = parts if divided else 1
-        token = _recomputes.set(recompute and divided)
-        pictures = images(10).double().requires_grad_()
-        style, content, deep = seen.compare(pictures, seen.styles(styles), seen.contents(contents))
-        total = style.sum() + content.sum() + deep.square().mean() + seen.identity(pictures, contents).sum()
-        total.backward()
-        _recomputes.reset(token)
+        with recomputing(recompute and divided):
+            pictures = images(10).double().requires_grad_()
+            style, content, deep = seen.compare(pictures, seen.styles(styles), seen.contents(contents))
+            total = style.sum() + content.sum() + deep.square().mean() + seen.identity(pictures, contents).sum()
+            total.backward()
         found.append((style.detach(), content.detach(), deep.detach(), pictures.grad))
     for kept, again in zip(*found, strict=True):
         torch.testing.assert_close(again, kept, rtol=1e-3, atol=3e-5)
