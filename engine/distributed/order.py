@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from engine.learning.outcome import Report
 from engine.network.message import Message
 
-Kind = Literal["train", "evaluate", "score", "save", "stop"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+OrderKind = Literal["train", "evaluate", "score", "save", "stop"]
+KINDS: tuple[OrderKind, ...] = get_args(OrderKind)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Order:
         weight: the micro-batch's share of its batch, times the number of replicas (which average gradients).
     """
 
-    kind: Kind
+    kind: OrderKind
     message: Message | None = None
     reports: tuple[Report, ...] = ()
     update: bool = True

@@ -15,7 +15,7 @@ class Pipeline:
     """One rank's stage: blocks, and links to the stages before and after; in one process there are no links.
 
     A stage runs its blocks' local steps on a message and sends it on. Nothing ever comes back, so no stage
-    waits for a later one (but for room, when that is slower), and there is no flush between batches::
+    waits for a later one (except for a free slot, when that one is slower), and there is no flush between batches::
 
         rank 0   0 1 2 3 4 5 ...
         rank 1     0 1 2 3 4 5 ...

@@ -66,12 +66,12 @@ def transfer_sizes(structure: Any) -> tuple[list[int], int]:
     return transfers, sum(transfers)
 
 
-def unpack(ticket: Ticket, structure: Any, rooms: list[Tensor], device: torch.device) -> Order:
+def unpack(ticket: Ticket, structure: Any, buffers: list[Tensor], device: torch.device) -> Order:
     """Inverse of ``pack``, from the transfers of ``transfer_sizes``."""
     kind = KINDS[ticket.kind]
     if ticket.bytes < 0:
         return Order(kind, update=bool(ticket.update), weight=ticket.weight)
-    arrived = [room.to(device) for room in rooms]
+    arrived = [buffer.to(device) for buffer in buffers]
     expected = specs(structure)
     joined = arrived.pop(0) if any(0 < spec.nbytes <= SMALL_BYTES for spec in expected) else None
     large, at, tensors = iter(arrived), 0, []

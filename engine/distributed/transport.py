@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.distributed.order import KINDS, Order
 from engine.distributed.ticket import FORM, TICKET_BYTES, Ticket, pack, transfer_sizes, unpack
 from engine.distributed.wire import TENSORS, TICKETS, Wire, Work
+from engine.utilities.text import one_line
 
 POLL_SECONDS = 0.2  # between looks at an error or a signal while waiting
 
@@ -33,19 +34,19 @@ class Outbox:
     when it differs from the one before, inside the ticket if it fits, else in a transfer of its own; while
     shapes repeat it costs nothing::
 
-        send() -> at most `depth` orders -> thread: start transfers -> thread: see them end, make room
+        send() -> at most `depth` orders -> thread: start transfers -> thread: see them end, free a slot
 
     Args:
         wire: to the next rank.
         names: this rank and the next, for errors.
-        depth: orders that may wait to be taken; ``send`` waits for room, so that memory stays bounded.
+        depth: orders that may wait to be taken; ``send`` waits for a free slot, so that memory stays bounded.
         timeout: seconds that ``send`` waits before it gives up.
     """
 
     def __init__(self, wire: Wire, names: tuple[int, int], *, depth: int = 2, timeout: float = 300.0) -> None:
         self.train_bytes = 0  # sent so far for training
         self._wire, self._names, self._depth, self._timeout = wire, names, depth, timeout
-        self._room = threading.Semaphore(depth)
+        self._slots = threading.Semaphore(depth)
         self._number, self._header = 0, b""
         self._error: BaseException | None = None
         self._stream = _side_stream(wire.device)
@@ -57,9 +58,9 @@ class Outbox:
         """Send an order on its way; its tensors are not to be changed afterwards.
 
         Raises:
-            LinkError: the link broke, or there was no room within ``timeout``.
+            LinkError: the link broke, or no slot was free within ``timeout``.
         """
-        self._wait_for_room()
+        self._wait_for_slot()
         tensors, size, header, repeated = pack(order, self._wire.device, self._header)
         if size >= 0:
             self._header = header
@@ -74,17 +75,17 @@ class Outbox:
             len(content),
             size,
         )
-        room = torch.zeros(TICKET_BYTES, dtype=torch.uint8)
+        buffer = torch.zeros(TICKET_BYTES, dtype=torch.uint8)
         start = FORM.pack(*ticket)
         if len(start) + len(content) <= TICKET_BYTES:
             start += content
         else:
             tensors.insert(0, torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self._wire.device))
-        room[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
+        buffer[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
         self._number += 1
         if order.kind == "train":
             self.train_bytes += TICKET_BYTES + sum(tensor.nbytes for tensor in tensors)
-        self._waiting.put((room, tensors, _now_on(self._wire.device)))
+        self._waiting.put((buffer, tensors, _now_on(self._wire.device)))
 
     def close(self) -> None:
         """See everything off; to be called after the order to stop.
@@ -94,17 +95,17 @@ class Outbox:
         """
         blank = torch.zeros(TICKET_BYTES, dtype=torch.uint8)
         for _ in range(self._depth - 1):  # the other end waits for so many more
-            self._wait_for_room()
+            self._wait_for_slot()
             self._waiting.put((blank, [], None))
         for _ in range(self._depth):
-            self._wait_for_room()
+            self._wait_for_slot()
         self._waiting.put(None)
         for thread in self._threads:
             thread.join()
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_slot(self) -> None:
         began = time.monotonic()
-        while not self._room.acquire(timeout=POLL_SECONDS):
+        while not self._slots.acquire(timeout=POLL_SECONDS):
             self._raise()
             if time.monotonic() - began > self._timeout:
                 raise LinkError(
@@ -140,7 +141,7 @@ class Outbox:
                 if self._stream is not None:
                     self._stream.synchronize()
                 del item  # frees the tensors
-                self._room.release()
+                self._slots.release()
         except Exception as error:
             self._error = error
 
@@ -149,9 +150,9 @@ class Inbox:
     """The receiving end of a link.
 
     Tickets are asked for ``depth`` orders ahead, tensors as soon as their ticket tells their shapes and there
-    is room, so that they travel while the rank computes::
+    is a slot, so that they travel while the rank computes::
 
-        thread: tickets -> room for `depth` orders -> ask for tensors -> thread: see them arrive -> receive()
+        thread: tickets -> buffer for `depth` orders -> ask for tensors -> thread: see them arrive -> receive()
 
     Args:
         wire: from the rank before.
@@ -165,7 +166,7 @@ class Inbox:
         self, wire: Wire, names: tuple[int, int], device: torch.device, *, depth: int = 2, timeout: float = 300.0
     ) -> None:
         self._wire, self._names, self._device, self._depth, self._timeout = wire, names, device, depth, timeout
-        self._room = threading.Semaphore(depth)
+        self._slots = threading.Semaphore(depth)
         self._number = 0
         self._structure: Any = None
         self._stream = _side_stream(wire.device, device)
@@ -195,7 +196,7 @@ class Inbox:
             cause = str(order) if isinstance(order, LinkError) else f"broke ({_cause(order)})"
             raise LinkError(f"rank {self._names[0]}: the link from rank {self._names[1]} {cause}") from order
         self._number += 1
-        self._room.release()
+        self._slots.release()
         if self._stream is not None and order.message is not None:
             # Else the allocator would give the memory out again while this rank's stream still reads it.
             read = [tensor for report in order.reports for tensor in (report.loss, report.gradient_norm)]
@@ -208,14 +209,14 @@ class Inbox:
         try:
             posted = deque(self._ask_ticket() for _ in range(self._depth))
             while True:
-                room, work = posted.popleft()
+                buffer, work = posted.popleft()
                 work.wait()
-                content = bytes(room.numpy())
+                content = bytes(buffer.numpy())
                 ticket = Ticket(*FORM.unpack_from(content))
                 if ticket.number != number or not 0 <= ticket.kind < len(KINDS):
                     raise LinkError(f"brought order {ticket.number} of kind {ticket.kind}, order {number} expected")
                 number += 1
-                self._room.acquire()
+                self._slots.acquire()
                 self._arriving.put(self._ask_tensors(ticket, content))
                 if KINDS[ticket.kind] == "stop":
                     for _, work in posted:  # blank ones
@@ -227,36 +228,36 @@ class Inbox:
             self._arrived.put(error)
 
     def _ask_ticket(self) -> tuple[Tensor, Work]:
-        room = torch.empty(TICKET_BYTES, dtype=torch.uint8)
-        return room, self._wire.receive(room, TICKETS)
+        buffer = torch.empty(TICKET_BYTES, dtype=torch.uint8)
+        return buffer, self._wire.receive(buffer, TICKETS)
 
     def _ask_tensors(self, ticket: Ticket, content: bytes) -> tuple[Ticket, Any, list[Tensor], list[Work]]:
         if ticket.header:
             if FORM.size + ticket.header <= TICKET_BYTES:
                 header = content[FORM.size : FORM.size + ticket.header]
             else:
-                room = torch.empty(ticket.header, dtype=torch.uint8, device=self._wire.device)
-                self._wire.receive(room, TENSORS).wait()
-                header = bytes(room.cpu().numpy())
+                buffer = torch.empty(ticket.header, dtype=torch.uint8, device=self._wire.device)
+                self._wire.receive(buffer, TENSORS).wait()
+                header = bytes(buffer.cpu().numpy())
             self._structure = pickle.loads(header)
         if ticket.bytes < 0:
             return ticket, self._structure, [], []
         sizes, total = transfer_sizes(self._structure)
         if total != ticket.bytes:
             raise LinkError(f"brought {ticket.bytes} bytes for order {ticket.number}, its structure has {total}")
-        rooms = [torch.empty(size, dtype=torch.uint8, device=self._wire.device) for size in sizes]
-        return ticket, self._structure, rooms, [self._wire.receive(room, TENSORS) for room in rooms]
+        buffers = [torch.empty(size, dtype=torch.uint8, device=self._wire.device) for size in sizes]
+        return ticket, self._structure, buffers, [self._wire.receive(buffer, TENSORS) for buffer in buffers]
 
     def _take(self) -> None:
         try:
             while (item := self._arriving.get()) is not None:
-                ticket, structure, rooms, works = item
+                ticket, structure, buffers, works = item
                 for work in works:
                     work.wait()
-                order = unpack(ticket, structure, rooms, self._device)
+                order = unpack(ticket, structure, buffers, self._device)
                 if self._stream is not None:
                     self._stream.synchronize()
-                del item, rooms, works  # the thread keeps nothing alive while it waits
+                del item, buffers, works  # the thread keeps nothing alive while it waits
                 self._arrived.put(order)
                 if order.kind == "stop":
                     return
@@ -291,4 +292,4 @@ def _now_on(device: torch.device) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error, 200)}"

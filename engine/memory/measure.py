@@ -23,6 +23,7 @@ from engine.network.message import Message
 from engine.task import Task
 from engine.utilities.console import progress_bar
 from engine.utilities.device import choose_device, deterministic, resident_bytes
+from engine.utilities.text import one_line
 
 WARM_UP = 3
 
@@ -160,7 +161,7 @@ def _work(load: Load, argv: list[str], threads: int, pipe: Connection) -> None:
                 pipe.send(("answer", stepper.time() if question == "time" else stepper.memory(value)))
     except Exception as error:
         name = "" if isinstance(error, ValueError | BlockError) else f"{type(error).__name__}: "
-        pipe.send(("memory" if _out_of_memory(error) else "error", name + " ".join(str(error).split())))
+        pipe.send(("memory" if _out_of_memory(error) else "error", name + one_line(error)))
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -78,7 +78,8 @@ class Chain:
         example: a message as the first unit gets it (any batch size of at least 2), for shapes.
         layout: order of the axes of ``x`` between units: ``NCHW``, ``NHWC`` or ``NLC`` (tokens).
         shared: an encoder of what several units read (a style, a prompt). It runs before the first unit and adds
-            tensors to the message's features, which stay in it; it learns from all blocks (see ``engine.learning.shared``).
+            tensors to the message's features, which stay in it; it learns from all blocks (see
+            ``engine.learning.shared``).
         shared_names: the features it adds.
 
     Raises:

@@ -73,8 +73,8 @@ class Incomplete(ValueError):
 
 def clean(folder: Path) -> None:
     """Remove what a job that was killed left half written; no other job may be writing there."""
-    for room in folder.glob(".step_*.writing"):
-        shutil.rmtree(room)
+    for partial in folder.glob(".step_*.writing"):
+        shutil.rmtree(partial)
 
 
 def find_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:

@@ -1,8 +1,7 @@
-"""Export the plain network."""
+"""Export: the plain network's weights, for the framework it came from."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.utilities.files import flush
+from engine.utilities.files import replaced
 
 
 def export_model(
@@ -25,11 +24,9 @@ def export_model(
         form: what a torch file holds, made of the weights: a task's ``export``.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    room = target.with_name(f".{target.name}.writing")
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    if target.suffix == ".safetensors":
-        save_file(state, room)
-    else:
-        torch.save(form(state, target), room)
-    flush(room)
-    os.replace(room, target)
+    with replaced(target) as partial:
+        if target.suffix == ".safetensors":
+            save_file(state, partial)
+        else:
+            torch.save(form(state, target), partial)

@@ -64,17 +64,17 @@ class Checkpoint:
     keep: int
 
     @property
-    def room(self) -> Path:
+    def partial(self) -> Path:
         """Where files lie until all are there."""
         return self.folder / f".step_{self.position.step}.writing"
 
     def write(self, snapshots: Sequence[Snapshot]) -> None:
         """Write the files of some blocks, then of each a note that they are whole."""
-        self.room.mkdir(parents=True, exist_ok=True)
+        self.partial.mkdir(parents=True, exist_ok=True)
         for snapshot in snapshots:
             files = []
             for kind, tensors in snapshot.tensors.items():
-                files.append(self.room / f"{kind}.{snapshot.index}.safetensors")
+                files.append(self.partial / f"{kind}.{snapshot.index}.safetensors")
                 save_file(tensors, files[-1])
                 flush(files[-1])
             note = {
@@ -105,20 +105,20 @@ class Checkpoint:
             "blocks": [note["counters"] for note in notes],
             "files": {name: print_ for note in notes for name, print_ in sorted(note["files"].items())},
         }
-        write_text(self.room / "state.json", json.dumps(state, indent=1))
+        write_text(self.partial / "state.json", json.dumps(state, indent=1))
         for index in range(self.blocks):
             self._note(index).unlink()
-        flush(self.room)
+        flush(self.partial)
         target = self.folder / f"step_{self.position.step}"
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(self.room, target)
+        os.replace(self.partial, target)
         flush(self.folder)
         for old in [step for step in saved_steps(self.folder) if step <= self.position.step][: -self.keep]:
             shutil.rmtree(self.folder / f"step_{old}")
         return target
 
     def _note(self, index: int) -> Path:
-        return self.room / f"block.{index}.json"
+        return self.partial / f"block.{index}.json"
 
 
 def save_checkpoint(folder: Path, blocks: Sequence[Block], position: Position, auxiliary: Any, keep: int) -> Path:

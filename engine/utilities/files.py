@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever a kill comes."""
+"""Files and folders that are complete or not there, whenever a process is killed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,32 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to; at the end of the block that file becomes ``path``.
+
+    After an error, and after a kill, ``path`` is what it was before.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with replaced(folder / "notes.txt") as partial:
+        ...     _ = partial.write_text("complete")
+        >>> (folder / "notes.txt").read_text()
+        'complete'
+    """
+    partial = path.with_name(f".{path.stem}.writing{path.suffix}")
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write under another name, flush to disk, rename."""
-    room = path.with_name(f".{path.name}.writing")
-    room.write_text(text)
-    flush(room)
-    os.replace(room, path)
+    """Write a file that is complete or not there."""
+    with replaced(path) as partial:
+        partial.write_text(text)
 
 
 def check_writable(*paths: Path | None) -> None:
@@ -62,9 +82,9 @@ def made_once(target: Path) -> Iterator[Path]:
         ValueError: ``target`` is not there in the end, be it from here or from a faster run beside this one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
     try:
-        whole = room / target.name  # a temporary folder itself is its owner's alone
+        whole = temporary / target.name  # a temporary folder itself is its owner's alone
         whole.mkdir()
         yield whole
         with suppress(OSError):  # another run may have been faster
@@ -72,4 +92,4 @@ def made_once(target: Path) -> Iterator[Path]:
         if not target.is_dir():
             raise ValueError(f"{target} could not be made")
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
