@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 import pytest
 import yaml
 
-from engine.config import config_file, keys, parse, task_name
+from engine.config import Config, config_file, keys, parse, task_name
 from engine.utilities.command import ToolParser
 from tasks import find_task
 
@@ -103,9 +104,11 @@ def test_modules_it_names_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commits_it_names_exist(page: str) -> None:
-    named = re.findall(r"(?:commit |\| )([0-9a-f]{7})(?=[\s|.,;:)])", text(page))
-    if not named or not (ROOT / ".git").exists() or shutil.which("git") is None:
-        pytest.skip("no commits to look up")
+    named = re.findall(r"\b(?=\w*[a-f])(?=\w*\d)[0-9a-f]{7}\b", text(page))
+    if not named:
+        return
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("no history to look commits up in")
     shallow = subprocess.run(["git", "rev-parse", "--is-shallow-repository"], cwd=ROOT, capture_output=True, text=True)
     if shallow.stdout.strip() != "false":
         pytest.skip("the history is not all here")
@@ -183,13 +186,13 @@ def check_command(line: str) -> None:
     elif words[:2] == ["python", "-m"]:
         rest = overrides(importlib.import_module(words[2]).main, words[3:])
         if rest:
-            check_config([word for word in rest if word not in ("OVERRIDES",)])
+            check_config(rest)
     elif words[:2] == ["python", "tools/train.py"]:
         check_config([word for word in words[2:] if word != "OVERRIDES"])
     else:
         assert words[0] == "python", line
         assert (ROOT / words[1]).is_file(), line
-        argv = [word for word in words[2:]]
+        argv = words[2:]
         rest = overrides(importlib.import_module(words[1].removesuffix(".py").replace("/", ".")).main, argv)
         if "--run" in argv:
             check_overrides_of_run(Path(argv[argv.index("--run") + 1]).name, rest)
@@ -210,9 +213,8 @@ def test_commands_are_understood(page: str, parsing_only: None, monkeypatch: pyt
 
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_it_names_exist(page: str) -> None:
-    """`--section.key` and `section.key` in running text are keys of some task's config."""
-    configs = [find_task(str(yaml.safe_load(path.read_text())["task"])).config for path in ROOT.glob("tasks/**/smoke.yaml")]
-    known = set().union(*(keys(config) for config in configs))
+    """`--section.key` and `section.key` in running text are keys of a config."""
+    known = keys(Config)
     named = re.findall(r"`(?:--)?((?:local|optimizer|train|placement|output)\.[a-z_.]+)", FENCE.sub("", text(page)))
     for key in named:
         old = key == "local.checkpoint"  # is understood, and pages say so
@@ -233,9 +235,9 @@ def prepare_train(folder: Path) -> None:
 
 def prepare_super_resolution(folder: Path) -> None:
     import torch
+    from basicsr.archs.edsr_arch import EDSR
 
     import tasks.super_resolution  # noqa: F401  mends `import basicsr`
-    from basicsr.archs.edsr_arch import EDSR
 
     network = EDSR(3, 3, num_feat=32, num_block=16, upscale=2)
     (folder / "runs").mkdir()
@@ -277,7 +279,7 @@ def snippets() -> Iterator[Any]:
                 yield pytest.param(page, code, id=f"{page}-{number}")
 
 
-@pytest.mark.parametrize(("page", "code"), snippets())
+@pytest.mark.parametrize(("page", "code"), [*snippets()])
 def test_snippets_run(page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if page in PREPARED:
@@ -305,37 +307,33 @@ def test_local_in_another_frameworks_config(page: str) -> None:
     assert local_settings(local, {}, 0, ("tail_parts",)).local.blocks == 4
 
 
-def test_your_own_network_in_twenty_lines(tmp_path: Path) -> None:
-    code = saved("README.md")["my_network.py"]
-    command = next(line for line in command_lines("README.md") if "--model.name my_network:chain" in line)
-    assert len([line for line in code.splitlines() if line and not line.startswith("#")]) <= 20
-    (tmp_path / "my_network.py").write_text(code)
-    words = command.replace("python tools", f"{sys.executable} {ROOT}/tools").replace("--config ", f"--config {ROOT}/")
-    assert "layer2" in run([*words.split(), "--train.steps", "3"], tmp_path)
+# Files that the README and docs/extend.md have their readers save, in a copy of the repository.
 
-
-# docs/extend.md, in a copy of the repository.
-
-ALL_IN_ONE = """
+SMALL = "--model.name resnet8 --local.blocks 3 --data.batch 32 --data.size 16 --data.subset 200 --train.steps 3"
+NEW_CONFIG = f"{NEW_TASK}configs/diabetes_mlp_k2_glcan.yaml"
+ONE_PROCESS = """
 import json, runpy, sys
 for argv in json.loads(sys.argv[1]):
     print("==", *argv, flush=True)
     sys.argv = argv
-    try:
-        runpy.run_path(argv[0], run_name="__main__")
-    except SystemExit as error:
-        if error.code:
-            raise
+    runpy.run_path(argv[0], run_name="__main__")
 """
+
+
+def commands_of_extend() -> tuple[list[str], list[str]]:
+    """Those for the new task, and the one for the new auxiliary network."""
+    lines = [line for line in command_lines("docs/extend.md") if line.startswith("python ")]
+    new = [line for line in lines if "diabetes" in line]
+    return new, [line for line in lines if line not in new]
 
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository with everything that docs/extend.md adds to it."""
+    """The repository with everything that its readers are told to add to it."""
     copy = tmp_path_factory.mktemp("extended")
     for name in ("engine", "tasks", "tools"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.jpg"))
-    for path, code in saved("docs/extend.md").items():
+    for path, code in {**saved("README.md"), **saved("docs/extend.md")}.items():
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         (copy / path).write_text(code)
     own = saved("docs/extend.md")["engine/learning/auxiliary/bottleneck.py"].replace('@register("bottleneck")\n', "")
@@ -348,41 +346,45 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def in_copy(copy: Path, *lines: str) -> str:
-    """Several commands of tools in one process."""
-    import json
+@pytest.fixture(scope="module")
+def shown(extended: Path) -> dict[str, str]:
+    """What each of these commands prints, run one after another in one process, which imports everything once."""
+    network = next(line for line in command_lines("README.md") if "--model.name my_network:chain" in line)
+    new, (auxiliary,) = commands_of_extend()
+    wanted = {
+        "network": f"{network} --train.steps 3 --output.name network",
+        **{f"new {number}": line for number, line in enumerate(new)},
+        "old timed": f"{auxiliary} {SMALL} --local.schedule timed --output.name old",
+        "new timed": f"tools/train.py --config {NEW_CONFIG} --train.epochs 1 --local.schedule timed --local.auxiliary "
+        "bottleneck --output.name new",
+        "own": f"tools/train.py --config {NEW_CONFIG} --train.epochs 1 --local.auxiliary my_auxiliary:Bottleneck "
+        "--output.name own",
+    }
+    argv = [shlex.split(line.removeprefix("python ")) for line in wanted.values()]
+    printed = run([sys.executable, "-c", ONE_PROCESS, json.dumps(argv)], extended, PYTHONPATH=str(extended))
+    return dict(zip(wanted, re.split(r"^== .*\n", printed, flags=re.M)[1:], strict=True))
 
-    argv = [shlex.split(line.removeprefix("python ")) for line in lines]
-    return run([sys.executable, "-c", ALL_IN_ONE, json.dumps(argv)], copy, PYTHONPATH=str(copy))
+
+def test_your_own_network_in_twenty_lines(shown: dict[str, str]) -> None:
+    code = saved("README.md")["my_network.py"]
+    assert len([line for line in code.splitlines() if line and not line.startswith("#")]) <= 20
+    assert "layer2" in shown["network"]
 
 
-def test_a_new_task_works_with_every_tool(extended: Path) -> None:
-    commands = [line for line in command_lines("docs/extend.md") if NEW_TASK in line or "diabetes" in line]
-    lines = [line for line in commands if line.startswith("python")]
-    assert len(lines) >= 4
-    shown = in_copy(extended, *lines)
-    error = float(re.findall(r"rmse ([\d.]+) after", shown)[0])
-    assert error < 70, "predicting the mean errs by about 77"
+def test_a_new_task_works_with_every_tool(shown: dict[str, str], extended: Path) -> None:
+    assert len([key for key in shown if key.startswith("new ")]) >= 4
+    assert float(re.findall(r"rmse ([\d.]+) after", shown["new 0"])[0]) < 70, "predicting the mean errs by about 77"
     assert (extended / "diabetes.safetensors").is_file()
 
 
-def test_a_new_auxiliary_network_and_a_new_schedule_work_with_old_and_new_tasks(extended: Path) -> None:
-    old = next(line for line in command_lines("docs/extend.md") if "--local.auxiliary bottleneck" in line)
-    new = f"tools/train.py --config {NEW_TASK}configs/diabetes_mlp_k2_glcan.yaml --train.epochs 1"
-    small = "--model.name resnet8 --local.blocks 3 --data.batch 32 --data.size 16 --train.steps 3 --data.subset 200"
-    shown = in_copy(
-        extended,
-        f"{old} {small} --local.schedule timed --output.name old",
-        f"{new} --local.auxiliary bottleneck --local.schedule timed --output.name new",
-        f"{new} --local.auxiliary my_auxiliary:Bottleneck --output.name own",
-    )
-    assert len(re.findall(r"ms of each block: [\d., ]+", shown)) == 2
-    assert "rmse" in shown
-    same = re.findall(r"rmse [\d.]+ after", shown)
-    assert len(set(same)) == 1, "registered or named, it is the same network"
+def test_a_new_auxiliary_network_and_schedule_work_with_old_and_new_tasks(shown: dict[str, str]) -> None:
+    assert re.search(r"ms of each block: [\d.]+, [\d.]+, [\d.]+", shown["old timed"])
+    assert re.search(r"ms of each block: [\d.]+, [\d.]+", shown["new timed"])
+    registered, named = (re.findall(r"rmse [\d.]+ after", shown[key]) for key in ("new timed", "own"))
+    assert registered == named != []
 
 
-def test_the_page_on_skips(tmp_path: Path) -> None:
+def test_the_other_snippets_of_extend_run() -> None:
     for code in blocks("docs/extend.md", "python"):
         if not SAVED_AS.match(code) and code.count("\n") > 1:
             exec(compile(code, "docs/extend.md", "exec"), {"__name__": "snippet"})
