@@ -10,17 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config, parse, task_name
-from tasks.torchvision_operators import provide_operators
+from tasks import torchvision_hook
 
-provide_operators()
+torchvision_hook.install()
 
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """How tools find a task: the class of its config and the class built from such a config."""
+    """How tools find a task.
+
+    Args:
+        config: the class of its config.
+        task: the class built from such a config, as ``module:Class``, so that reading a config imports no framework.
+    """
 
     config: type[Config]
-    build: Any
+    task: str
+
+    def build(self, config: Config) -> Any:
+        """The task of a config."""
+        module, _, name = self.task.partition(":")
+        return getattr(importlib.import_module(module), name)(config)
 
 
 def find_task(name: str) -> TaskEntry:

@@ -11,24 +11,21 @@ from torch import Tensor
 _library: torch.library.Library | None = None
 
 
-def provide_operators() -> None:
-    """Define ``torchvision::nms`` and ``qnms`` on the CPU, before torchvision is imported.
+def define_operators() -> bool:
+    """Define ``torchvision::nms`` and ``qnms`` on the CPU, unless torchvision's own operators load; whether it did.
 
-    Without them ``import torchvision`` fails with "operator torchvision::nms does not exist". Does nothing
-    where torchvision's own operators load, or where they are defined already.
+    To be called before torchvision is imported: without them that fails with "operator torchvision::nms does not
+    exist". ``tasks.torchvision_hook`` does.
     """
     global _library
     spec = importlib.util.find_spec("torchvision")
     if _library is not None or spec is None or _own_operators_load(Path(str(spec.origin)).parent):
-        return
+        return _library is not None
     _library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _library.impl(name, nms, "CPU")
-    from torchvision.ops import boxes  # only now can it be imported
-
-    # torchvision.ops.nms asks whether its own library is there; the operator it then calls is ours.
-    boxes._assert_has_ops = lambda: None
+    return True
 
 
 def _own_operators_load(package: Path) -> bool:

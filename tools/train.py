@@ -9,8 +9,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config import config_file, parse, task_name
-from engine.distributed.meet import join
-from engine.run.trainer import Trainer
 from engine.utilities.command import run_tool
 from tasks import find_task
 
@@ -23,6 +21,10 @@ def main(argv: Sequence[str]) -> None:
     if not config.output.name:
         file = config_file(argv)
         config.output.name = file.stem if file else config.task
+    # Only now: torch takes seconds to import, which --help and a mistake in a config need not wait for.
+    from engine.distributed.meet import join
+    from engine.run.trainer import Trainer
+
     world = join(config.placement, config.train.device)
     with world.failing_together():
         trainer = Trainer(config, entry.build(config), world)

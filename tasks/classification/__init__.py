@@ -2,6 +2,5 @@
 
 from tasks import TaskEntry
 from tasks.classification.config import ClassificationConfig
-from tasks.classification.task import Classification
 
-TASK = TaskEntry(ClassificationConfig, Classification)
+TASK = TaskEntry(ClassificationConfig, "tasks.classification.task:Classification")

@@ -9,6 +9,5 @@ with quiet_import():
 
 from tasks.detection import runner as runner  # has MMEngine's Runner see `local` in a config
 from tasks.detection.config import DetectionConfig
-from tasks.detection.task import Detection
 
-TASK = TaskEntry(DetectionConfig, Detection)
+TASK = TaskEntry(DetectionConfig, "tasks.detection.task:Detection")

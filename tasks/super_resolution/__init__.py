@@ -7,6 +7,5 @@ repair_basicsr()
 
 from tasks.super_resolution import local_model as local_model  # noqa: E402  the model_type of BasicSR's options
 from tasks.super_resolution.config import SuperResolutionConfig  # noqa: E402
-from tasks.super_resolution.task import SuperResolution  # noqa: E402
 
-TASK = TaskEntry(SuperResolutionConfig, SuperResolution)
+TASK = TaskEntry(SuperResolutionConfig, "tasks.super_resolution.task:SuperResolution")

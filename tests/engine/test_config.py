@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import config_file, keys, parse, save, task_name
+from engine.config import Config, config_file, keys, parse, save, task_name
 from tasks import find_task
 from tasks.classification.config import ClassificationConfig
 
@@ -113,3 +113,17 @@ def test_every_key_has_a_docstring() -> None:
                 for item, after in pairwise(body):
                     if isinstance(item, ast.AnnAssign) and not ast.unparse(item.annotation).endswith("Config"):
                         assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(item.target)}"
+
+
+@pytest.mark.parametrize(("old", "new"), [("true", "units"), ("false", "none")])
+def test_the_old_key_of_recomputation_is_understood(
+    old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.yaml").write_text(f"task: classification\nlocal: {{checkpoint: {old}, blocks: 2}}\n")
+    for argv in (["--config", str(tmp_path / "old.yaml")], ["--local.checkpoint", old], [f"--local.checkpoint={old}"]):
+        config = parse(Config, argv)
+        assert config.local.recompute == new
+        assert f"local.checkpoint {old} is now local.recompute {new}" in capsys.readouterr().out
+    assert parse(Config, ["--config", str(tmp_path / "old.yaml"), "--local.recompute", "none"]).local.blocks == 2
+    with pytest.raises(ValueError, match="local.checkpoint: 'some' is neither true nor false; the key is now local.re"):
+        parse(Config, ["--local.checkpoint", "some"])

@@ -1,10 +1,12 @@
+import subprocess
+import sys
+
 import torch
 
-from tasks.torchvision_operators import nms, provide_operators
+from tasks.torchvision_operators import nms
 
 
 def test_torchvision_imports_and_suppresses() -> None:
-    provide_operators()
     import torchvision
 
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30], [0, 0, 10, 10]])
@@ -25,3 +27,17 @@ def test_our_suppression_against_the_definition() -> None:
         if all(overlap[index, other] <= 0.4 for other in kept):
             kept.append(index)
     assert nms(boxes, scores, 0.4).tolist() == kept
+
+
+def test_torchvision_is_importable_after_somebody_has_only_looked_for_it() -> None:
+    """transformers asks importlib whether torchvision is there, and imports it much later."""
+    code = """
+import importlib.util, sys
+import tasks
+assert importlib.util.find_spec("torchvision") is not None
+assert "torchvision" not in sys.modules
+import torchvision, torch
+print(torchvision.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "[0]\n", done.stderr[-2000:]

@@ -91,7 +91,7 @@ def build_auxiliary(
     family = _find(str(name), task)
     options = _checked(str(name), family, {**(task.auxiliary_options.get(name) or {}), **options})
     with seeded(seed, "auxiliary", span.index):
-        return family.build(chain, span, bank, task, **options)
+        return family.build(chain=chain, span=span, bank=bank, task=task, **options)
 
 
 def _find(name: str, task: Task) -> type[AuxiliaryNetwork]:

@@ -2,6 +2,5 @@
 
 from tasks import TaskEntry
 from tasks.style_transfer.artbank.config import ArtBankConfig
-from tasks.style_transfer.artbank.task import ArtBankTask
 
-TASK = TaskEntry(ArtBankConfig, ArtBankTask)
+TASK = TaskEntry(ArtBankConfig, "tasks.style_transfer.artbank.task:ArtBankTask")

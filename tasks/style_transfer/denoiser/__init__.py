@@ -2,6 +2,5 @@
 
 from tasks import TaskEntry
 from tasks.style_transfer.denoiser.config import DenoiserConfig
-from tasks.style_transfer.denoiser.task import DenoiserTask
 
-TASK = TaskEntry(DenoiserConfig, DenoiserTask)
+TASK = TaskEntry(DenoiserConfig, "tasks.style_transfer.denoiser.task:DenoiserTask")

@@ -2,6 +2,5 @@
 
 from tasks import TaskEntry
 from tasks.style_transfer.lsast.config import LSASTConfig
-from tasks.style_transfer.lsast.task import LSASTTask
 
-TASK = TaskEntry(LSASTConfig, LSASTTask)
+TASK = TaskEntry(LSASTConfig, "tasks.style_transfer.lsast.task:LSASTTask")

@@ -2,6 +2,5 @@
 
 from tasks import TaskEntry
 from tasks.style_transfer.scin.config import SCINConfig
-from tasks.style_transfer.scin.task import SCINTransfer
 
-TASK = TaskEntry(SCINConfig, SCINTransfer)
+TASK = TaskEntry(SCINConfig, "tasks.style_transfer.scin.task:SCINTransfer")
