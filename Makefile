@@ -3,6 +3,7 @@
 #   PYTHON   interpreter that makes the environment        make train PYTHON=python3.11
 #   VENV     folder of the environment                     make train VENV=/tmp/venv
 #   CONFIG   what `make train` trains                      make train CONFIG=tasks/classification/configs/...
+#   JOBS     processes at a time, for tests and smoke    make test JOBS=2
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,11 +12,14 @@ SHARED ?= ../shared
 
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/torchrun --standalone --nproc-per-node 1
+# Processes at a time, of one thread each. A file of tests goes to one process; the longest go first.
+JOBS   ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # One thread a core that is ours: OpenMP threads on shared cores wait for each other.
-export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+export OMP_NUM_THREADS ?= $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-all train test smoke lint clean
+.PHONY: help install install-all train test test-all missing smoke lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -28,15 +32,21 @@ train: install  ## train the default config, then show what it cost in memory an
 	$(RUN) tools/train.py --config $(CONFIG) --output.name last
 	$(BIN)/python tools/memory.py measure --config $(CONFIG) --threads $(OMP_NUM_THREADS) --steps 5 --html runs/memory.html
 
-test: install-all  ## the whole test suite
+test: install-all missing  ## the tests, but for those that are slow or need a GPU
+	$(PYTEST) -m "not slow and not cuda"
+
+test-all: install-all missing  ## all tests; those that need a GPU are skipped where there is none
+	$(PYTEST)
+
+missing:
 	@for part in data weights wheels; do \
 	  test -d $(SHARED)/$$part || echo "left out: tests that need $(SHARED)/$$part, which is not here"; done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
+# Each config's output is shown when it has ended, whole.
 smoke: install-all  ## a few steps of every task's smoke.yaml, on a GPU where there is one
-	@for config in tasks/*/configs/smoke.yaml tasks/*/*/configs/smoke.yaml; do \
-	  test -f $$config || continue; \
-	  echo "== $$config"; $(BIN)/python -m tests.smoke --config $$config || exit 1; done
+	@ls tasks/*/configs/smoke.yaml tasks/*/*/configs/smoke.yaml | OMP_NUM_THREADS=1 xargs -P $(JOBS) -n 1 sh -c '\
+	  said=$$($(BIN)/python -m tests.smoke --config $$0 2>&1); code=$$?; \
+	  printf "== %s\n%s\n" "$$0" "$$said"; exit $$code'
 
 lint: install-all  ## ruff and mypy
 	$(BIN)/ruff check .

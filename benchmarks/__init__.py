@@ -1,1 +1,1 @@
-"""Benchmarks: every claim of speed, memory or accuracy, as a ratio against competitors in the same run."""
+"""Benchmarks behind every claim of speed, memory or accuracy, as ratios to competitors in the same run."""

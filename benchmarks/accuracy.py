@@ -1,11 +1,12 @@
-"""Accuracy of auxiliary networks against end-to-end training, same data, epochs, schedule and seeds.
+"""Accuracy of auxiliary networks against end-to-end training, with the same data, epochs, schedule and seeds.
 
 python -m benchmarks.accuracy --config FILE [--auxiliaries glcan dgl greedy] [--seeds 0 1 2] [--json FILE]
                               [--section.key value ...]
 
-glcan@8 is glcan in 8 blocks of equal numbers of units, whatever the config's cut; glcan:depth=1,width=0.5 has options.
+glcan@8 means glcan in 8 blocks with equal numbers of units, whatever the config's cut; glcan:depth=1,width=0.5 sets
+options of the auxiliary network.
 
-Every run is a process of its own that runs tools/train.py; its folder stays under --output.root.
+Every run is a separate process of tools/train.py; its folder stays under --output.root.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from engine.utilities.sheet import Sheet
 from tasks import load
 
 UNITS = {"psnr": (1.0, "dB")}
-"""Of metrics that are no shares of 1: what to multiply by to show them, and the unit of their differences."""
+"""For metrics that are not shares of 1: the factor with which they are shown, and the unit of their differences."""
 
 
 def main(argv: Sequence[str]) -> None:
     parser = ToolParser(__doc__)
-    parser.add_argument("--auxiliaries", nargs="+", help="which networks; else all")
+    parser.add_argument("--auxiliaries", nargs="+", help="auxiliary networks to train; default all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="threads a run")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads per run")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--html", type=Path, help="write a page with the table to this file")
     known, rest = parser.parse_known_args(list(argv))
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     kinds = ["end_to_end", *(known.auxiliaries or list(known_families(task)))]
     runs = [(kind, seed) for seed in known.seeds for kind in kinds]
     with ThreadPoolExecutor(known.jobs) as pool:
-        summaries = list(pool.map(lambda run: _train(rest, *run, config.output.root, known.threads), runs))
+        summaries = list(pool.map(lambda run: _train(rest, run[0], run[1], config.output.root, known.threads), runs))
     rows, metric = [], task.metric
     factor, unit = UNITS.get(metric, (100.0, "points"))
     for kind in kinds:
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def overrides(kind: str) -> list[str]:
-    """The words of a local variant.
+    """The command-line words of a local variant.
 
     Example:
         >>> overrides("glcan:depth=1@8")

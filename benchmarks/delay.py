@@ -1,4 +1,4 @@
-"""A long way between ranks: every message of torch.distributed arrives so much later."""
+"""Simulate a long way between ranks: every message of torch.distributed is delayed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch.distributed import distributed_c10d
 
 
 class _Delayed:
-    """A send that has yet to begin."""
+    """A send that begins later."""
 
     def __init__(self) -> None:
-        self.begun, self.work = threading.Event(), None
+        self.begun = threading.Event()
+        self.work: dist.Work | None = None
 
     def wait(self, *arguments: Any) -> Any:
         self.begun.wait()
@@ -26,9 +27,9 @@ class _Delayed:
 
 
 def delay_sends(seconds: float) -> None:
-    """Have every ``isend`` of this process begin ``seconds`` later; they stay in order and do not hold up each other.
+    """Have every ``isend`` of this process begin ``seconds`` later; sends stay in order and do not delay each other.
 
-    Pipelines of this project and of torch send nothing otherwise. Collectives are not delayed.
+    The pipelines of this project and of torch send only by ``isend``. Collectives are not delayed.
     """
     real = dist.isend
     waiting: queue.Queue[tuple[float, _Delayed, tuple[Any, ...], dict[str, Any]]] = queue.Queue()

@@ -1,4 +1,4 @@
-"""A process of its own, so that what it leaves in memory and caches is nobody else's."""
+"""Call a function in a fresh process, so that what it leaves in memory and caches affects nothing else."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ T = TypeVar("T")
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """``function(*arguments)``, called in a process that ends with it."""
+    """The result of ``function(*arguments)``, called in a process that ends afterwards."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()

@@ -1,6 +1,6 @@
 """Pipelines over a long way: python -m benchmarks.latency --config FILE [--delays 0 10 50 200] [--json FILE] [...]
 
-The local pipeline and torch's 1F1B, with every message between ranks held back by so many milliseconds.
+The local pipeline and torch's 1F1B, with every message between ranks delayed by this many milliseconds.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.parallel import WHOLE, check
+from benchmarks.parallel import check
 from benchmarks.rivals.balance import block_seconds, unit_seconds
-from benchmarks.rivals.entries import LOCAL, local_pipelines, rivals
+from benchmarks.rivals.entries import LOCAL, WHOLE, local_pipelines, rivals
 from benchmarks.turns import measure
 from engine.config import at_least
 from engine.memory.report import header, write_json
@@ -25,11 +25,11 @@ from tasks import load
 
 def main(argv: Sequence[str]) -> None:
     parser = ToolParser(__doc__)
-    parser.add_argument("--delays", nargs="+", type=float, default=[0, 10, 50, 200], help="ms a message")
+    parser.add_argument("--delays", nargs="+", type=float, default=[0, 10, 50, 200], help="ms per message")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--micro-batches", nargs="+", type=int, default=[4, 8], help="of 1F1B")
-    parser.add_argument("--steps", type=int, default=10, help="counted steps a variant")
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[4, 8], help="for 1F1B")
+    parser.add_argument("--steps", type=int, default=10, help="counted steps per variant")
+    parser.add_argument("--threads", type=int, default=1, help="threads per process")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--html", type=Path, help="write a page with the table to this file")
     known, rest = parser.parse_known_args(list(argv))
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     if known.json:
         write_json(known.json, about, rows)
     if known.html:
-        write_page(known.html, about, [sheet], ["throughput kept: of the same variant's at the first delay"])
+        write_page(known.html, about, [sheet], ["throughput kept: relative to the same variant at the first delay"])
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """The memory tables of GLCAN's field: python -m benchmarks.memory [--of detectors] [--json FILE]
 
-ResNet-32 and ResNet-110 at batch 1024 (CIFAR-10), ResNet-101, ResNet-152 and ResNeXt-101 32x8d at batch 256
-(ImageNet, 224 px), on fake tensors: no GPU and no data are needed. GLCAN's blocks have equal numbers of units,
-or the cut with the smallest peak ("cut for memory"). Where a figure for the same network is
-published it stands beside ours, as a share of its own end-to-end training: published bytes are what a GPU
-took, workspaces included, and not always at this batch.
+ResNet-32 and ResNet-110 at batch 1024 (CIFAR-10), and ResNet-101, ResNet-152 and ResNeXt-101 32x8d at batch 256
+(ImageNet, 224 px), on fake tensors, without GPU or data. GLCAN's blocks have equal numbers of units, or the cut with
+the smallest peak ("cut for memory"). Published figures for the same network are shown beside ours, as a share of their
+own end-to-end training: published bytes are what a GPU took, workspaces included, and not always at this batch size.
 
---of detectors: RetinaNet R50-FPN and R101-FPN at 800 x 1333 px, batch 2 and 16, beside the checkpointing that
-MMDetection itself offers (``with_cp``, which recomputes the backbone's blocks alone).
+--of detectors: RetinaNet R50-FPN and R101-FPN at 800 x 1333 px, batch 2 and 16, beside MMDetection's own recomputation
+(``with_cp``, which recomputes only the backbone's residual blocks).
 
 --of super_resolution: EDSR-baseline at scales 2 and 4, batch 16 of 48 x 48 px, with its high-resolution end whole and
-in four parts, and what each kind of auxiliary network adds.
+in four parts, and with each kind of auxiliary network.
 
---of denoisers: Stable Diffusion 1.5 at 512 px, batch 1 and 4, in fp32: all of its denoiser trained, and ArtBank's
-prompts of it. Weights, gradients and optimizer take much there that no cut changes, so what activations take at their
-highest, auxiliary networks' included, stands beside the peak.
+--of denoisers: Stable Diffusion 1.5 at 512 px, batch 1 and 4, in fp32: its whole denoiser trained, and ArtBank's
+prompts for it. Much of this memory is weights, gradients and optimizer state, which no cut changes, so the peak of the
+activations, those of auxiliary networks included, is shown beside the overall peak.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Network:
-    """One network of the field, and what is published of its memory.
+    """One network of the field, and published figures of its memory.
 
-    ``variants`` are auxiliary networks and numbers of blocks, or whole variants, end-to-end training first.
-    ``published`` maps a variant's name to (gigabytes, what it is, source); that of end-to-end is the base.
+    ``variants`` are either auxiliary networks with numbers of blocks, or whole variants with end-to-end training first.
+    ``published`` maps the name of a variant to (gigabytes, name in the source, source); ratios are to end-to-end.
     """
 
     title: str
@@ -152,8 +151,10 @@ UPSCALERS = [
     )
     for scale in (2, 4)
 ]
-SD15 = ("--model.pretrained", "stable-diffusion-v1-5/stable-diffusion-v1-5", "--data.size", "512")
-SD15 += ("--data.resize", "512", "--local.precision", "fp32", "--local.schedule", "sequential")
+SD15 = (
+    *("--model.pretrained", "stable-diffusion-v1-5/stable-diffusion-v1-5", "--data.size", "512"),
+    *("--data.resize", "512", "--local.precision", "fp32", "--local.schedule", "sequential"),
+)
 SD15_CUTS = {  # by tools/plan.py's search for the smallest peak of full training at batch 4
     2: ["up1.0"],
     4: ["down2.1", "up0.2", "up3.0"],

@@ -1,4 +1,4 @@
-"""Networks for benchmarks that no framework at hand has in this form: one wide, one heavy in parameters.
+"""Two networks for benchmarks that our frameworks lack in this form: one is wide, one has many parameters.
 
 Chains for ``model.name``: ``benchmarks.networks:wrn28_10``, ``benchmarks.networks:vgg16``.
 """
@@ -14,7 +14,7 @@ from engine.network.message import Message
 
 
 class WideBlock(nn.Module):
-    """Normalise first, two 3x3 convolutions, and a shortcut (Zagoruyko and Komodakis, 2016)."""
+    """A pre-activation block of two 3x3 convolutions and a shortcut (Zagoruyko and Komodakis, 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ def vgg16(classes: int, size: int) -> Chain:
     """VGG-16 with BatchNorm (configuration D of Simonyan and Zisserman, 2014): 138 million parameters at 224 px
     and 1000 classes, 34 million at 32 px and 10.
 
-    Each layer of 4096 gives its features as a map of one position. The first takes maps of any size and pools them to
-    its own: auxiliary networks work at half the resolution.
+    Each layer of 4096 features returns them as a map of one position. The first of them pools maps of any size to the
+    size that it needs, since auxiliary networks work at half the resolution.
 
     Raises:
-        ValueError: ``size`` is no multiple of 32.
+        ValueError: ``size`` is not a multiple of 32.
     """
     if size % 32:
         raise ValueError(f"data.size: {size} px; VGG-16 halves five times, so take a multiple of 32")
@@ -74,7 +74,7 @@ def vgg16(classes: int, size: int) -> Chain:
 
 
 def _chain(layers: list[tuple[str, str, nn.Module]], head: nn.Module, size: int) -> Chain:
-    """A chain of (name, stage, module) and a head, as one model with these names."""
+    """A chain of layers (name, stage, module) and a head; the model uses the same names."""
     model = nn.Sequential()
     for name, _, module in layers:
         model.add_module(name, module)

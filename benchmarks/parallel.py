@@ -1,8 +1,8 @@
 """Training over several ranks against the usual ways: python -m benchmarks.throughput --config FILE --ranks N [...]
 
-One process end-to-end, with recomputation and local; the local pipeline; torch's pipelines (GPipe, 1F1B,
-zero bubble), DDP and FSDP2; DeepSpeed's ZeRO-1, -2, -3 and PipelineModule: one network, one batch, in turns, on CPU
-cores over gloo.
+It compares one process (end-to-end, with recomputation, and local), the local pipeline, torch's pipelines (GPipe, 1F1B,
+zero bubble), DDP and FSDP2, and DeepSpeed's ZeRO-1, -2, -3 and PipelineModule. All train the same network on the same
+batch, in turns, on CPU cores over gloo.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from tasks import load
 
 @dataclass(frozen=True)
 class Row:
-    """What a way to train takes; seconds and bytes, ``..._per_rank`` with one figure a rank.
+    """What one way to train takes, in seconds and bytes; ``..._per_rank`` have one figure per rank.
 
-    ``step_seconds`` is the median of ``step_seconds_range``; ``time_ratio`` is to one process end-to-end.
-    ``cpu_seconds_per_rank`` is of all threads in a step, ``busy_per_rank`` the share of the time in which a rank's
-    computing thread works; the rest it waits for others. ``sent_bytes_per_rank`` is of a step. ``stages`` has each
-    pipeline stage's units. Without figures, ``failure`` says why.
+    ``step_seconds`` is the median and ``step_seconds_range`` the least and most; ``time_ratio`` is to one process end-
+    to-end. ``cpu_seconds_per_rank`` counts all threads in a step. ``busy_per_rank`` is the share of the time in which a
+    rank's computing thread works; the rest of the time it waits for other ranks. ``sent_bytes_per_rank`` is for a step.
+    ``stages`` lists the units of each pipeline stage. If there are no figures, ``failure`` says why.
     """
 
     variant: str
@@ -62,10 +62,10 @@ class Row:
 
 
 def check(config: Config, batch: int, ranks: int, micro_batches: Sequence[int]) -> None:
-    """Refuse what would not be the same for all ways to train.
+    """Refuse settings under which the ways to train could not be compared.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: a setting is refused; the message names its key.
     """
     local = config.local
     if choose_device(config.train.device).type != "cpu":
@@ -87,10 +87,10 @@ def check(config: Config, batch: int, ranks: int, micro_batches: Sequence[int]) 
 def make_rows(
     entries: Sequence[Entry], taken: dict[str, Taken], batch: int, chain: Chain, local: LocalConfig
 ) -> list[Row]:
-    """Figures of all entries; ratios are to the first.
+    """The figures of all entries; ratios are to the first.
 
     Raises:
-        ValueError: the first has failed.
+        ValueError: the first entry has failed.
     """
     first = taken[entries[0].name]
     if first.failure:
@@ -124,7 +124,7 @@ def make_rows(
 
 
 def sheets(rows: Sequence[Row]) -> list[Sheet]:
-    """Time of a step, and what it takes in each rank."""
+    """Tables of the time of a step, and of what a step takes in each rank."""
     base = rows[0].step_seconds
     assert base is not None
     times, ranks = [], []
@@ -161,16 +161,17 @@ def sheets(rows: Sequence[Row]) -> list[Sheet]:
 
 
 def notes(rows: Sequence[Row], families: Sequence[str]) -> list[str]:
-    """What a reader must know to take the figures for what they are."""
+    """What a reader must know to interpret the figures."""
     lines = [
-        f"each way in fresh processes, in turns of {TURN} counted steps; {WARM_UP} steps of warm-up, and the first and "
-        "last step of a turn (pipelines fill and run dry) not counted; a step ends when its last rank is done with it",
-        "CPU: of all threads of a process; busy: share of the time in which its computing thread works, the rest it "
-        "waits for others (a pipeline's stage is idle)",
-        "peak: growth of the process's resident set from before the network on, libraries' own memory included",
+        f"each way to train runs in fresh processes, in turns of {TURN} counted steps; {WARM_UP} steps of warm-up and "
+        "the first and last step of a turn, in which pipelines fill and drain, are not counted; a step ends when its "
+        "last rank has finished it",
+        "CPU: time of all threads of a process; busy: share of the time in which its computing thread works; the rest "
+        "of the time it waits for other ranks",
+        "peak: growth of the process's resident set since before the network was built, libraries' own memory included",
         "sent: bytes the process wrote to its TCP connections, gloo's headers included, as Linux counts them",
-        "pipelines are cut by the measured time of each unit, the local one between its blocks by theirs; in pipelines "
-        "BatchNorm sees a micro-batch at a time, in replicas a rank's share of the batch",
+        "pipelines are cut by the measured time of each unit, the local pipeline by that of each block; BatchNorm sees "
+        "one micro-batch at a time in pipelines, and a rank's part of the batch in replicas",
     ]
     if "deepspeed" not in families:
         lines.append("DeepSpeed's rows are left out: not asked for, or not installed (pip install deepspeed)")
@@ -191,7 +192,7 @@ def compare(
     steps: int = 10,
     threads: int = 1,
 ) -> tuple[list[Row], list[str]]:
-    """All rows of one network and batch, and what to know of them.
+    """All rows for one network and batch, and notes that explain them.
 
     Raises:
         ValueError: the config does not suit this comparison, or end-to-end training itself failed.
@@ -213,10 +214,10 @@ def compare(
 def main(argv: Sequence[str]) -> None:
     parser = ToolParser(__doc__)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--micro-batches", nargs="+", type=int, default=[4, 8], help="of pipelines; several make rows")
-    parser.add_argument("--rivals", nargs="+", choices=FAMILIES, default=[*FAMILIES], help="which; else all")
-    parser.add_argument("--steps", type=int, default=10, help="counted steps a variant")
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[4, 8], help="for pipelines, a row each")
+    parser.add_argument("--rivals", nargs="+", choices=FAMILIES, default=[*FAMILIES], help="default all")
+    parser.add_argument("--steps", type=int, default=10, help="counted steps per variant")
+    parser.add_argument("--threads", type=int, default=1, help="threads per process")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--html", type=Path, help="write a page with the tables to this file")
     known, rest = parser.parse_known_args(list(argv))

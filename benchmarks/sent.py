@@ -1,4 +1,4 @@
-"""Bytes this process has sent to others, as the system counts them."""
+"""Bytes that this process has sent to others, as the system counts them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _AT = 200
 
 
 def sent_bytes() -> int | None:
-    """Bytes written to the process's open TCP connections, repeats left out; None where the system does not tell.
+    """Bytes written to the process's open TCP connections, without retransmissions; None if the system does not tell.
 
-    gloo sends everything over such connections, so this counts what any library really sends, headers and
-    book-keeping included, whatever it calls and in whichever thread.
+    gloo sends everything over such connections. So this counts what a library really sends, including headers and
+    bookkeeping, whichever functions and threads it uses.
 
-    Known limitations: Linux only; what has been closed no longer counts.
+    Known limitations: this works only on Linux, and connections that have been closed no longer count.
     """
     if sys.platform != "linux":
         return None

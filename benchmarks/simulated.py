@@ -1,8 +1,8 @@
 """Pipelines on more ranks than there are cores: python -m benchmarks.simulated --config FILE [--ranks 2 4 8] [...]
 
-Ranks that share cores still need the CPU time that they would need on cores of their own. So every pipeline runs for
-real, each rank's CPU time is taken, and a simulation of its schedule tells how long a step would take if no rank had
-to wait for a core. Where there are cores enough, the simulation is held against the clock.
+Ranks that share cores need as much CPU time as they would need on cores of their own. So every pipeline really runs,
+the CPU time of each rank is measured, and a simulation of the schedule computes how long a step would take if no rank
+had to wait for a core. Where there are enough cores, the simulation is compared with the clock.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from benchmarks.fresh import in_fresh_process
-from benchmarks.parallel import LOCAL, WHOLE, check
+from benchmarks.parallel import check
 from benchmarks.rivals.balance import unit_seconds
-from benchmarks.rivals.entries import local_pipelines, rivals
+from benchmarks.rivals.entries import LOCAL, WHOLE, local_pipelines, rivals
 from benchmarks.rivals.rival import Entry
 from benchmarks.rivals.stage import Stage
-from benchmarks.simulation.actions import Kind, local_pipeline, one_f_one_b
+from benchmarks.simulation.actions import ActionKind, local_pipeline, one_f_one_b
 from benchmarks.simulation.simulator import Simulation, simulate
 from benchmarks.turns import measure
 from engine.config import at_least
@@ -46,11 +46,11 @@ LOCAL_MESSAGES = 32
 
 @dataclass(frozen=True)
 class Row:
-    """A pipeline on so many ranks: seconds and bytes, ``..._per_rank`` with one figure a rank.
+    """A pipeline on several ranks, in seconds and bytes; ``..._per_rank`` have one figure per rank.
 
-    ``computing_seconds_per_rank`` is CPU time in a step, ``simulated_seconds`` of a step on as many cores as ranks,
-    ``measured_seconds`` by the clock (with fewer cores than ranks no figure to go by). ``bubble`` is the ranks' idle
-    share in the simulation.
+    ``computing_seconds_per_rank`` is the CPU time in a step, ``simulated_seconds`` the time of a step on as many cores
+    as ranks, and ``measured_seconds`` the time by the clock, which means little with fewer cores than ranks. ``bubble``
+    is the ranks' idle share in the simulation.
     """
 
     variant: str
@@ -66,7 +66,7 @@ class Row:
 def rows_for(
     argv: Sequence[str], load: Load, ranks: int, parts: Sequence[int], blocks: Sequence[int], steps: int, threads: int
 ) -> list[Row]:
-    """The local pipeline, by whole batches and by micro-batches, with one and more blocks a rank; and 1F1B.
+    """The local pipeline with whole batches and micro-batches, with one or more blocks per rank, and 1F1B.
 
     Raises:
         ValueError: one of them failed.
@@ -85,10 +85,10 @@ def rows_for(
             run = _one_f_one_b(entry, computing, shares)
             step = run.step_seconds
         else:
-            seconds: list[dict[Kind, float]] = [{"L": each / entry.micro_batches} for each in computing]
+            seconds: list[dict[ActionKind, float]] = [{"L": each / entry.micro_batches} for each in computing]
             run = simulate(local_pipeline(ranks, LOCAL_MESSAGES), seconds, depth=2)
             step = run.step_seconds * entry.micro_batches
-        measured = statistics.mean(taken.seconds)  # over the steps that the CPU time is of
+        measured = statistics.mean(taken.seconds)  # over the same steps as the CPU time
         name = entry.name.split(",")[0]
         row = Row(name, ranks, entry.micro_batches, computing, step, run.bubble, measured, taken.peak_bytes)
         found.append(row)
@@ -98,7 +98,7 @@ def rows_for(
 def _local_entries(
     argv: Sequence[str], load: Load, ranks: int, parts: Sequence[int], blocks: int, threads: int
 ) -> list[Entry]:
-    """The local pipeline cut for so many ranks, with ``blocks`` blocks each."""
+    """The local pipeline cut for ``ranks`` ranks with ``blocks`` blocks each."""
     cut = in_fresh_process(_balanced, list(argv), load, ranks, blocks, threads)
     words = "--local.cut", json.dumps(cut), "--local.blocks", str(ranks * blocks)
     even = {count: [1.0] * (ranks * blocks) for count in sorted({1, 2, 4, *parts})}  # the cut is balanced
@@ -118,8 +118,8 @@ def _balanced(argv: list[str], load: Load, ranks: int, blocks: int, threads: int
 
 
 def _one_f_one_b(entry: Entry, computing: Sequence[float], forward_shares: Sequence[float]) -> Simulation:
-    """1F1B with each rank's CPU time divided over its actions; the update counts with the backward passes."""
-    seconds: list[dict[Kind, float]] = [
+    """1F1B with each rank's CPU time divided among its actions; the update counts with the backward passes."""
+    seconds: list[dict[ActionKind, float]] = [
         {"F": each * share / entry.micro_batches, "B": each * (1 - share) / entry.micro_batches}
         for each, share in zip(computing, forward_shares, strict=True)
     ]
@@ -127,7 +127,7 @@ def _one_f_one_b(entry: Entry, computing: Sequence[float], forward_shares: Seque
 
 
 def _forward_shares(argv: list[str], load: Load, entry: Entry, threads: int) -> list[float]:
-    """Forward's share of the time of each stage's passes."""
+    """The share of forward in the time of forward and backward, for each stage."""
     torch.set_num_threads(threads)
     _, task = load(argv)
     chain = task.build_chain(initial=False)
@@ -171,9 +171,9 @@ def main(argv: Sequence[str]) -> None:
     parser = ToolParser(__doc__)
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[8])
-    parser.add_argument("--blocks-per-rank", nargs="+", type=int, default=[1], help="of the local pipeline")
-    parser.add_argument("--steps", type=int, default=8, help="counted steps a variant")
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--blocks-per-rank", nargs="+", type=int, default=[1], help="for the local pipeline")
+    parser.add_argument("--steps", type=int, default=8, help="counted steps per variant")
+    parser.add_argument("--threads", type=int, default=1, help="threads per process")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--html", type=Path, help="write a page with the table to this file")
     known, rest = parser.parse_known_args(list(argv))

@@ -1,10 +1,10 @@
 """Time of a training step against end-to-end: python -m benchmarks.throughput --config FILE [--ranks N] [...]
 
-Without --ranks: end-to-end, with recomputation, and every auxiliary network at several numbers of blocks;
-each in a process of its own, in turns. Each row has its memory beside its time.
+Without --ranks: end-to-end, end-to-end with recomputation, and every auxiliary network with several numbers of blocks,
+each in a process of its own, in turns. Each row shows memory beside time.
 
-With --ranks N: the config's own blocks as a pipeline on N ranks, beside one process, torch's pipelines, DDP, FSDP2 and
-DeepSpeed (see benchmarks/parallel.py; --ranks N --help has its options).
+With --ranks N: the config's own blocks as a pipeline on N ranks, compared with one process, torch's pipelines, DDP,
+FSDP2 and DeepSpeed (see benchmarks/parallel.py; --ranks N --help lists its options).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> None:
         return
     parser = ToolParser(__doc__)
     parser.add_argument("--blocks", nargs="+", type=int, default=[2, 4, 8, 16])
-    parser.add_argument("--auxiliaries", nargs="+", help="which networks; else all")
-    parser.add_argument("--steps", type=int, default=10, help="counted steps a variant, after 3 of warm-up")
+    parser.add_argument("--auxiliaries", nargs="+", help="auxiliary networks to measure; default all")
+    parser.add_argument("--steps", type=int, default=10, help="counted steps per variant, after 3 of warm-up")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--html", type=Path, help="write a page with the table to this file")

@@ -1,4 +1,4 @@
-"""Ways to train, each in fresh processes, in turns; and what each step takes in every rank."""
+"""Run ways to train in turns, each in fresh processes, and measure what each step takes in every rank."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ from benchmarks.sent import sent_bytes
 from engine.memory.variant import Load
 from engine.utilities.console import progress_bar
 from engine.utilities.device import resident_bytes
+from engine.utilities.text import one_line
 
 WARM_UP = 3
 TURN = 4
-"""Counted steps in a turn. The one before them fills pipelines, the one after them lets them run dry."""
+"""Counted steps in a turn. The step before them fills pipelines, and the step after them drains them."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One rank's steps, the uncounted ones included; seconds and bytes.
+    """One rank's steps in a turn, including those that are not counted, in seconds and bytes.
 
-    ``ended`` are times on the system's one monotonic clock, ``cpu`` the process's CPU time by then, ``main`` that
-    of the thread that computes; ``peak_bytes`` is the growth of the resident set since before the network.
+    ``ended`` are times on the system's monotonic clock, which all processes share; ``cpu`` is the process's CPU time
+    then, and ``main`` that of the computing thread. ``peak_bytes`` is the growth of the resident set since before the
+    network was built.
     """
 
     ended: list[float]
@@ -48,11 +50,12 @@ class Turn:
 
 @dataclass
 class Taken:
-    """What a way to train takes, or why that is not known. Lists after ``seconds`` have one entry a rank.
+    """What a way to train takes, or why this is not known.
 
-    ``cpu_seconds`` is of all threads and a step, ``computing_seconds`` of the thread that computes, ``busy`` the
-    share of the time that this one is at work (the rest it waits for other ranks), ``sent_bytes`` of a step.
-    ``losses`` are of each turn's last step, the mean over the ranks that know one.
+    ``seconds`` has one entry per step, ``losses`` one per turn, and all other lists have one entry per rank.
+    ``cpu_seconds`` counts all threads in a step, and ``computing_seconds`` only the computing thread. ``busy`` is the
+    share of the time in which the computing thread works; the rest of the time it waits for other ranks. ``sent_bytes``
+    is for a step. ``losses`` are those of each turn's last step, averaged over the ranks that know one.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -74,14 +77,14 @@ def measure(
     threads: int = 1,
     timeout: float = 600.0,
 ) -> dict[str, Taken]:
-    """Time ``steps`` steps of each entry, by its name.
+    """Time ``steps`` steps of each entry; return the results by the entries' names.
 
-    The processes of all entries are alive together; while one entry takes its turn all others sleep.
+    The processes of all entries are alive at the same time; while one entry takes its turn, all others sleep.
 
     Args:
-        threads: of each process.
-        timeout: seconds after which an entry that has not answered counts as failed (DeepSpeed's first use
-            compiles an extension).
+        threads: number of threads per process.
+        timeout: seconds after which an entry that has not answered counts as failed; DeepSpeed needs many when it is
+            first used, since it compiles an extension.
     """
     turns: dict[str, list[list[Turn]]] = {entry.name: [] for entry in entries}
     sent: dict[str, list[list[int | None]]] = {entry.name: [] for entry in entries}
@@ -90,7 +93,7 @@ def measure(
     counts = [min(TURN, steps - done) for done in range(0, steps, TURN)]
 
     def ask(name: str, question: int | str) -> list[Any] | None:
-        """What all ranks answer; None if the entry has failed, and is then gone."""
+        """The answers of all ranks; None if the entry has failed, in which case its processes are ended."""
         try:
             return teams[name].ask(question, timeout)
         except _Failure as failure:
@@ -98,17 +101,17 @@ def measure(
             teams.pop(name).end()
             return None
 
-    with tempfile.TemporaryDirectory() as room, progress_bar() as bar:
+    with tempfile.TemporaryDirectory() as folder, progress_bar() as bar:
         shown = bar.add_task("measuring", total=len(entries) + 1 + len(counts))
         try:
             for number, entry in enumerate(entries):
-                teams[entry.name] = _Team(entry, argv, load, threads, Path(room) / str(number), timeout)
+                teams[entry.name] = _Team(entry, argv, load, threads, Path(folder) / str(number), timeout)
                 ask(entry.name, "built?")
                 bar.advance(shown)
             for count in [WARM_UP - 2, *counts]:
                 for name in list(teams):
                     answers = ask(name, count + 2)
-                    # Only when all ranks are done has all that they sent left them.
+                    # What a rank has sent is certain to have left it only when all ranks are done.
                     totals = None if answers is None else ask(name, "sent?")
                     if answers is not None and totals is not None:
                         turns[name].append(answers)
@@ -125,7 +128,7 @@ def measure(
 
 
 def _count(taken: Taken, turns: Sequence[Sequence[Turn]]) -> None:
-    """Put turns' figures together; the first turn was to warm up."""
+    """Combine the figures of all turns but the first, which is for warm-up."""
     counted, ranks = turns[1:], range(len(turns[0]))
     for turn in counted:
         ended = [max(times) for times in zip(*(rank.ended for rank in turn), strict=True)]
@@ -143,7 +146,7 @@ def _count(taken: Taken, turns: Sequence[Sequence[Turn]]) -> None:
 
 
 def _sent(turns: Sequence[Sequence[Turn]], sent: Sequence[Sequence[int | None]]) -> list[int | None]:
-    """Bytes a step that each rank has sent since the end of the first turn."""
+    """Bytes per step that each rank has sent since the end of the first turn."""
     steps = sum(len(turn[0].ended) for turn in turns[1:])
     return [
         None if first is None or last is None else round((last - first) / steps)
@@ -152,7 +155,7 @@ def _sent(turns: Sequence[Sequence[Turn]], sent: Sequence[Sequence[int | None]])
 
 
 class _Failure(Exception):
-    """An entry that will give no figures, and why."""
+    """An entry has failed; the message says why."""
 
 
 class _Team:
@@ -174,16 +177,16 @@ class _Team:
             self.pipes.append(here)
 
     def ask(self, question: int | str, timeout: float) -> list[Any]:
-        """Ask all ranks for so many steps, whether they are built, or what they have sent.
+        """Ask all ranks to take a number of steps, whether they are built, or how much they have sent.
 
         Raises:
-            _Failure: with what went wrong first.
+            _Failure: a rank has failed; the message says what went wrong first.
         """
         for pipe in self.pipes:
             try:
                 pipe.send(question)
             except BrokenPipeError:
-                continue  # what it said last can still be read
+                continue  # its last words can still be read below
         answers: dict[int, Any] = {}
         failures: list[tuple[float, str]] = []
         end = time.monotonic() + timeout
@@ -202,7 +205,8 @@ class _Team:
                 if kind == "error":
                     when, text = answers[rank]
                     failures.append((when, f"rank {rank}: {text}"))
-                    # The others are told by the network at once, or never; the cause may be among them.
+                    # Other ranks fail at once, as their connections break, or never. One of them may be the cause, so
+                    # wait for them a little.
                     end = min(end, time.monotonic() + 5)
         if failures:
             raise _Failure(min(failures)[1])
@@ -228,10 +232,10 @@ def _work(
     timeout: float,
     pipe: Connection,
 ) -> None:
-    """A rank: builds, then takes as many steps as it is asked for, until it is ended."""
+    """A rank: build the rival, then take steps whenever asked, until the process is ended."""
     torch.set_num_threads(threads)
-    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (to the process's end; libraries greet there, amid tables)
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries, about each other
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends; libraries would print into our tables)
+    warnings.simplefilter("ignore", FutureWarning)  # libraries warn about each other
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(entry.ranks))
     try:
         maker = find(entry.maker)
@@ -257,7 +261,7 @@ def _work(
         return  # whoever asked is gone
     except Exception as error:
         name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        pipe.send(("error", (time.perf_counter(), name + " ".join(str(error).split()))))
+        pipe.send(("error", (time.perf_counter(), name + one_line(error))))
 
 
 def _take(rival: Rival, steps: int, before: int) -> Turn:

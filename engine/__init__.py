@@ -1,1 +1,1 @@
-"""Local learning: cut a chain into blocks, train each with its own loss, send no gradient across."""
+"""Local learning: cut a network into blocks and train each with its own loss; no gradient crosses a boundary."""

@@ -1,4 +1,7 @@
-"""Typed configuration: dataclasses read from YAML and dotted overrides, every error one line."""
+"""Typed configuration: dataclasses read from YAML and dotted overrides; every error is one line.
+
+The docstring below each field states the option's effect. ``tools/train.py --help`` prints these docstrings.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,13 @@ from engine.utilities.console import console
 from engine.utilities.files import write_text
 from engine.utilities.text import did_you_mean, one_line
 
+# A process-wide switch: without it, --help ignores the docstrings below the fields. jsonargparse has no setting per
+# parser.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 Recompute = Literal["none", "units"]
-"""What of a block's activations backward recomputes."""
+"""Which activations of a block backward recomputes: none, or those of every unit except the last."""
 
 
 @dataclass
@@ -34,24 +39,26 @@ class LocalConfig:
     blocks: int = 4
     """Number of blocks; more blocks need less memory and cost some accuracy."""
     cut: list[str] = field(default_factory=list)
-    """Names of the units that start a block (the first block's left out); replaces `blocks` and `balance`."""
+    """Name of the first unit of every block except the first; replaces `blocks` and `balance`."""
     balance: Literal["units", "parameters"] | list[float] = "units"
-    """What `blocks` evens out: units, parameters, or one weight per unit."""
+    """What the cut into `blocks` makes even: the number of units, the number of parameters, or the sum of the given
+    weights, one per unit."""
     auxiliary: str | dict[str, Any] = "glcan"
-    """Auxiliary network: a name, or a mapping with `type` and its options."""
+    """Auxiliary network that gives each block its local loss: a name, or a mapping with `type` and its options."""
     schedule: str = "sequential"
-    """Order in which blocks run: `sequential`, one after another; `streams`, on streams of one GPU; `pipeline`, on the
-    ranks that torchrun starts (several ranks turn `sequential` into it). The result is the same. `end_to_end`:
-    ordinary backpropagation, as one block."""
+    """Order in which blocks run: `sequential` runs them one after another, `streams` overlaps them on one GPU, and
+    `pipeline` spreads them over the ranks that torchrun starts (so does `sequential` when there are several ranks);
+    the result is the same. `end_to_end` trains the whole network as one block by ordinary backpropagation."""
     recompute: Recompute = "none"
-    """Activation checkpointing: `units` runs the forward pass of each of a block's units, except the last, again in
-    backward instead of keeping its activations. Less memory, more time, same result."""
+    """Activation checkpointing: `units` keeps no activations of a block's units, except the last, and recomputes them
+    in backward. This takes less memory and more time; the result is the same."""
     offload: bool = False
-    """Keep what backward needs in main memory instead of on the GPU. Less GPU memory, more time, same result."""
+    """Keep the tensors that backward needs in main memory instead of on the GPU. This takes less GPU memory and more
+    time; the result is the same."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast type of forward and loss; fp16 scales each block's loss on its own."""
+    """Autocast type of forward and loss; with fp16, each block scales its loss by a factor of its own."""
     compile: bool = False
-    """Compile each block with torch.compile; the first step takes longer."""
+    """Compile each block with torch.compile; the first step then takes longer."""
 
     @property
     def end_to_end(self) -> bool:
@@ -66,28 +73,29 @@ class LocalConfig:
 
 @dataclass
 class OptimizerConfig:
-    """One optimizer per block, all alike."""
+    """The optimizer; every block has one of its own, with the same settings."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW."""
+    """Algorithm: SGD with momentum, or AdamW."""
     lr: float = 0.1
-    """Peak learning rate."""
+    """Peak learning rate, reached at the end of warm-up."""
     momentum: float = 0.9
-    """Momentum of SGD; AdamW's first beta."""
+    """Momentum of SGD, or the first beta of AdamW."""
     nesterov: bool = True
-    """Nesterov's form of momentum (SGD only)."""
+    """Use Nesterov momentum; AdamW ignores it."""
     weight_decay: float = 1e-4
-    """L2 decay of SGD, decoupled decay of AdamW; on every parameter."""
+    """L2 penalty for SGD, decoupled decay for AdamW; applies to every parameter."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """Course of the learning rate after warm-up: to 0 by a half cosine, or times `gamma` at `milestones`."""
+    """Learning rate after warm-up: `cosine` lowers it to 0 along a half cosine, `step` multiplies it by `gamma` at each
+    of the `milestones`, `constant` keeps it."""
     warmup_epochs: float = 0.0
-    """Epochs over which the rate rises linearly to `lr`."""
+    """Number of epochs over which the learning rate rises linearly to `lr`."""
     milestones: list[int] = field(default_factory=list)
-    """Epochs at which `schedule: step` lowers the rate."""
+    """Epochs at which `schedule: step` multiplies the learning rate by `gamma`."""
     gamma: float = 0.1
-    """Factor at each milestone."""
+    """Factor by which `schedule: step` multiplies the learning rate at each milestone."""
     clip_norm: float = 0.0
-    """Largest gradient norm of each block (not of the whole network); 0 does not clip."""
+    """Largest gradient norm of each block, not of the whole network; 0 turns clipping off."""
 
 
 @dataclass
@@ -95,69 +103,76 @@ class TrainConfig:
     """Length, seed and book-keeping of a run."""
 
     epochs: int = 10
-    """Passes over the training data; fixes the learning-rate course."""
+    """Passes over the training data; the learning-rate schedule spans this many epochs."""
     steps: int = 0
-    """Cap on optimizer steps, for short trials; 0 is no cap."""
+    """End training after this many optimizer steps, for short trials; 0 sets no limit."""
     seed: int = 0
-    """Fixes weights, data order, augmentation and dropout."""
+    """Seed of the initial weights, data order, augmentation and dropout."""
     accumulate: int = 1
-    """Micro-batches per optimizer step; each holds `data.batch` / `accumulate` samples."""
+    """Number of micro-batches per optimizer step; each holds `data.batch` / `accumulate` samples."""
     resume: str = ""
-    """`auto` goes on from the newest complete checkpoint of this run's folder; a folder, from that one."""
+    """`auto` resumes from the newest complete checkpoint in this run's folder; a path resumes from that checkpoint
+    folder. Empty starts from the beginning."""
     save_every: int = 0
-    """Optimizer steps between checkpoints, beside one per epoch; 0 saves per epoch only."""
+    """Save a checkpoint every so many optimizer steps, in addition to one per epoch; 0 saves once per epoch only."""
     keep: int = 2
-    """Newest checkpoints kept; at least 2, so that a damaged one leaves another."""
+    """Number of newest checkpoints to keep; at least 2, so that another remains if one is damaged."""
     evaluate_every: int = 1
-    """Epochs between evaluations; the last epoch is always evaluated."""
+    """Evaluate every so many epochs; the last epoch is always evaluated."""
     log_every: int = 10
-    """Optimizer steps between lines of metrics."""
+    """Write a line of metrics every so many optimizer steps."""
     device: str = "auto"
-    """`auto` takes a GPU where there is one; or `cpu`, `cuda`, `cuda:1`."""
+    """Device that trains: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
     deterministic: bool = True
-    """Choose algorithms that give the same bits on every run; costs some speed on a GPU."""
+    """Choose algorithms whose results are bit-identical from run to run; this costs some speed on a GPU."""
 
 
 @dataclass
 class PlacementConfig:
-    """Which rank has which block when torchrun starts several: stages of the pipeline x replicas."""
+    """Which rank owns which block when torchrun starts several ranks: a mesh of pipeline stages x replicas."""
 
     stages: list[int] = field(default_factory=list)
-    """Stage of each block, as [0, 0, 1, 1]; empty: blocks are timed and balanced when training starts."""
+    """Stage of each block, such as [0, 0, 1, 1]. If empty, the engine times the blocks and balances the stages when
+    training starts."""
     memory: str = ""
-    """Budget for the tensors of a rank (4GiB), which a balance by time must keep; empty sets none."""
+    """Memory budget for the tensors of one rank, such as 4GiB; balancing by time stays within it. Empty sets no
+    budget."""
     replicas: int = 1
-    """Ranks that share each stage's blocks; every replica trains on its part of a batch."""
+    """Number of ranks that own the same blocks; each of these replicas trains on its part of every batch."""
     replication: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
-    """What replicas share: nothing (ddp), all state (fsdp, zero3), optimizer state (zero1), gradients too (zero2)."""
+    """What replicas shard: nothing (`ddp`), optimizer state (`zero1`), optimizer state and gradients (`zero2`), or
+    parameters as well (`fsdp`, `zero3`)."""
     offload_optimizer: bool = False
-    """Keep optimizer state and updates of `zero1` to `zero3` in main memory. Less GPU memory, more time."""
+    """With `zero1` to `zero3`, keep optimizer state in main memory and update there. This takes less GPU memory and
+    more time."""
     sync_batch_norm: bool = True
-    """BatchNorm takes its statistics over all replicas' samples; else over each replica's own."""
+    """Let BatchNorm compute its statistics over the samples of all replicas; otherwise each replica uses its own
+    samples."""
     depth: int = 2
-    """Messages that may wait at either end of a link; more hide slower links and take more memory."""
+    """Messages that may wait at either end of a link; a larger value hides slower links and takes more memory."""
     timeout: float = 300.0
-    """Seconds without a sign of a neighbouring rank after which the job ends."""
+    """End the job if a neighbouring rank gives no sign of life for this many seconds."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """What carries tensors: NCCL between GPUs, gloo through main memory; `auto` takes NCCL if each rank has a GPU."""
+    """Library that carries tensors: NCCL between GPUs, or gloo through main memory; `auto` takes NCCL if every rank has
+    a GPU of its own."""
 
 
 @dataclass
 class OutputConfig:
-    """Where a run writes."""
+    """Where a run writes its files."""
 
     root: str = "runs"
-    """Folder of all runs."""
+    """Folder that holds the folders of all runs."""
     name: str = ""
-    """This run's folder in it; empty: the config file's name."""
+    """Name of this run's folder inside `root`; if empty, the name of the config file."""
 
 
 @dataclass
 class Config:
-    """What every task's config has; a task adds `model` and `data`."""
+    """The sections that every task's config has; a task adds `model` and `data`."""
 
     task: str = ""
-    """Folder under tasks/: classification, style_transfer/scin, ..."""
+    """Which task to train, by its folder under tasks/: classification, style_transfer/scin, ..."""
     local: LocalConfig = field(default_factory=LocalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -165,10 +180,11 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def check(self) -> None:
-        """Refuse values that no run can use.
+        """Refuse values, and combinations of values, that no run can use.
 
         Raises:
-            ValueError: naming the key, its value and what it may be.
+            ValueError: a value is out of range or two keys conflict. The message names the key, its value and the
+                remedy.
         """
         train, optimizer = self.train, self.optimizer
         at_least(
@@ -186,8 +202,11 @@ class Config:
             ("placement.depth", self.placement.depth, 2),
             ("placement.timeout", self.placement.timeout, 1),
         )
+        # torch.optim.SGD refuses this as well, but its message does not name the config's key.
         if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum <= 0:
             raise ValueError("optimizer.nesterov: needs optimizer.momentum above 0; set optimizer.nesterov false")
+        # All three decide what autograd saves for backward: the compiler makes its own choice of what to recompute,
+        # and offload's saved-tensor hooks would see the tensors that recomputation is about to discard.
         chosen = {
             "compile": self.local.compile,
             "recompute": self.local.recompute != "none",
@@ -201,7 +220,7 @@ class Config:
             key = "offload_optimizer" if placement.replication == "ddp" else "replication"
             raise ValueError(f"placement.{key}: shares a block among replicas; set placement.replicas to 2 or more")
         if placement.memory and placement.stages:
-            raise ValueError("placement.memory: has no say where placement.stages is given; leave one of them out")
+            raise ValueError("placement.memory: has no effect where placement.stages is given; leave one of them out")
         if optimizer.lr <= 0:
             raise ValueError(f"optimizer.lr: {optimizer.lr} must be above 0")
         if optimizer.schedule == "step" and not optimizer.milestones:
@@ -209,7 +228,11 @@ class Config:
 
 
 def at_least(*checks: tuple[str, float, float]) -> None:
-    """Refuse, by its key, the first (key, value, least) whose value is below the least."""
+    """Check lower bounds, given as (key, value, least).
+
+    Raises:
+        ValueError: a value is below its least. The message names the key.
+    """
     for key, value, least in checks:
         if value < least:
             raise ValueError(f"{key}: {value} is too small; the least is {least}")
@@ -219,18 +242,24 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def words(argv: Sequence[str]) -> list[str]:
-    """Command-line words with every ``--key=value`` taken apart."""
+    """Command-line words, with every ``--key=value`` split into two words."""
     return [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
 def config_file(argv: Sequence[str]) -> Path | None:
-    """The file that ``--config`` names, the last one if there are several."""
+    """The file that ``--config`` names; the last one if ``--config`` occurs several times, None without it."""
     files = [value for key, value in pairwise(words(argv)) if key == "--config"]
     return Path(files[-1]) if files else None
 
 
 def task_name(argv: Sequence[str]) -> str:
-    """The task that the overrides in ``argv`` or else the config file name."""
+    """The name of the task: from ``--task`` in ``argv``, otherwise from the config file.
+
+    The task must be known before anything is parsed, because it decides which config class does the parsing.
+
+    Raises:
+        ValueError: neither ``--task`` nor ``--config`` is given, or the config file cannot be read.
+    """
     named = [value for key, value in pairwise(words(argv)) if key == "--task"]
     if named:
         return named[-1]
@@ -241,10 +270,10 @@ def task_name(argv: Sequence[str]) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """The mapping that a YAML file holds.
 
     Raises:
-        ValueError: no such file, or not a mapping.
+        ValueError: the file does not exist, is not YAML, or holds something other than a mapping.
     """
     if not path.is_file():
         raise ValueError(f"--config: no such file: {path}")
@@ -254,14 +283,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a config is a mapping of sections, this is {type(content).__name__}")
-    return content
+    return content  # sections and keys are checked in ``parse``
 
 
 def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "tools/train.py") -> AnyConfig:
     """Read ``--config FILE`` and ``--section.key value`` overrides into ``config_class``.
 
     Raises:
-        ValueError: unknown key (with the nearest known one), wrong type, or a refused value.
+        ValueError: a key is unknown (the message suggests the nearest known key), a value has the wrong type, or
+            ``Config.check`` refuses it.
     """
     argv = _renamed_words(words(argv))
     known, sections = keys(config_class), typing.get_type_hints(config_class)
@@ -269,13 +299,16 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     if file is not None:
         content = read_yaml(file)
         if renamed_keys(content.get("local")):
+            # jsonargparse takes YAML text in place of a file's name, so the user's file can stay as it is.
             at = max(number for number, word in enumerate(argv) if word == "--config")
             argv[at + 1] = yaml.safe_dump(content)
+        # Check keys here: jsonargparse reports an unknown key without the file's name or a suggestion.
         _check_keys(_flat(content), known, f"{file}: ")
         for name, value in content.items():
             if dataclasses.is_dataclass(sections.get(name)) and not isinstance(value, dict):
                 raise ValueError(f"{file}: {name}: a section is a mapping of keys, this is {type(value).__name__}")
         auxiliary = (content.get("local") or {}).get("auxiliary", auxiliary)
+    # Remember the name itself: --local.auxiliary.option turns it into a mapping that no longer holds the name.
     auxiliary = next((value for key, value in reversed(list(pairwise(argv))) if key == "--local.auxiliary"), auxiliary)
     _check_keys(
         [word[2:].rstrip("+") for word in argv if word.startswith("--")], {*known, "config", "help", "print_config"}, ""
@@ -292,9 +325,10 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
         raise ValueError(parser_message(error)) from error
     chosen = config.local.auxiliary
     if isinstance(chosen, dict):
+        # Overrides of options arrive as text, because the annotation ``dict[str, Any]`` gives jsonargparse no type.
         chosen = {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in chosen.items()}
         if "type" not in chosen and isinstance(auxiliary, str):
-            chosen = {"type": auxiliary, **chosen}  # --local.auxiliary.option on top of a mere name
+            chosen = {"type": auxiliary, **chosen}  # --local.auxiliary.option on top of a plain name
         config.local.auxiliary = chosen
     elif any(word.startswith("--local.auxiliary.") for word in argv):
         raise ValueError(
@@ -305,7 +339,7 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
 
 
 def keys(config_class: type[Any], prefix: str = "") -> set[str]:
-    """Dotted names of all sections and keys."""
+    """The dotted names of all sections and keys of a config class."""
     found: set[str] = set()
     hints = typing.get_type_hints(config_class)
     for item in dataclasses.fields(config_class):
@@ -316,12 +350,12 @@ def keys(config_class: type[Any], prefix: str = "") -> set[str]:
 
 
 def to_yaml(config: Config) -> str:
-    """The complete, resolved config."""
+    """The complete, resolved config as YAML text, in the order of the fields."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def save(config: Config, path: Path) -> None:
-    """Write the complete, resolved config."""
+    """Write the complete, resolved config to ``path``."""
     write_text(path, to_yaml(config))
 
 
@@ -336,26 +370,27 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _check_keys(names: Sequence[str], known: set[str], where: str) -> None:
     for name in names:
+        # Each auxiliary network has options of its own; ``build_auxiliary`` checks those.
         if name in known or name.startswith("local.auxiliary."):
             continue
         raise ValueError(f"{where}unknown key {name!r}{did_you_mean(name, known)}")
 
 
 def parser_message(error: Exception) -> str:
-    """What jsonargparse has to say, in one line that begins with the key."""
+    """The message of a jsonargparse error, as one line that begins with the key."""
     text = re.sub(r"^Parser key \"?([\w.]+)\"?:", r"\1:", str(error).strip())
     return one_line(text.replace("<class '", "").replace("'>", ""))
 
 
 RECOMPUTE = {"true": "units", "false": "none"}
-"""What ``local.recompute`` is for each value of ``local.checkpoint``, the old name of that key."""
+"""The value of ``local.recompute`` for each value of ``local.checkpoint``, the old name of that key."""
 
 
 def renamed_keys(local: Any) -> bool:
-    """Give keys of a ``local`` section that have another name now their new name; whether there was one.
+    """Rename, in place, the keys of a ``local`` section that are known under a new name; tell whether there were any.
 
     Raises:
-        ValueError: the old key has a value that it could not have.
+        ValueError: an old key has a value that it never accepted.
     """
     if not isinstance(local, dict) or "checkpoint" not in local:
         return False
@@ -374,6 +409,7 @@ def _renamed_words(argv: Sequence[str]) -> list[str]:
 def _recompute(value: str) -> str:
     if value not in RECOMPUTE:
         raise ValueError(f"local.checkpoint: {value!r} is neither true nor false; the key is now local.recompute")
+    # torchrun starts this on every rank; one notice per host is enough.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         console.print(
             f"local.checkpoint {value} is now local.recompute {RECOMPUTE[value]}; the old key will be removed"

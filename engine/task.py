@@ -1,7 +1,7 @@
-"""What the engine asks of a task: a network as a chain, data as messages, a loss, heads, a metric.
+"""What the engine asks of a task: a network as a chain, data as messages, a loss, heads and metrics.
 
-``Task`` is the base class. It has defaults for all that tasks have in common, so an author writes what is peculiar to
-a problem and nothing else; ``docs/extend.md`` has the smallest one.
+``Task`` is the base class. It provides defaults for everything that tasks have in common, so an author writes only what
+is particular to a problem. ``docs/extend.md`` shows the smallest task.
 """
 
 from __future__ import annotations
@@ -23,50 +23,54 @@ from engine.utilities.batches import WHOLE, Batches, Part, load_batches
 
 
 class Metrics(ABC):
-    """Collects predictions and says how good they are."""
+    """Collects predictions and computes how good they are."""
 
     @abstractmethod
     def update(self, prediction: Any, targets: Any) -> None:
-        """Add a micro-batch's predictions."""
+        """Add the predictions for one micro-batch and its targets."""
 
     def save(self, folder: Path) -> None:  # noqa: B027  most have nothing to show
-        """Write what is better looked at than counted (pictures) into ``folder``, which is made only then."""
+        """Write results that people look at, such as pictures, to ``folder``; create it only if there are any."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
-        """The figures of everything so far; the first is the task's metric."""
+        """The figures over all predictions so far, by name; the first is the task's metric."""
 
 
 class Task:
     """A kind of problem (classification, detection, ...) as the engine sees it.
 
-    Every task writes ``name``, ``metric``, ``build_chain``, ``loss``, ``auxiliary_head``, ``example`` and ``metrics``,
-    and its data: either ``training_data``, ``test_data`` and ``message``, from which the methods here make batches, or
-    ``steps_per_epoch``, ``smallest_batch``, ``batches`` and ``test_batches`` themselves.
+    Every task defines ``name``, ``metric``, ``build_chain``, ``loss``, ``auxiliary_head``, ``example`` and ``metrics``,
+    and its data. For the data, a task defines either ``training_data``, ``test_data`` and ``message``, from which the
+    methods here make batches, or ``steps_per_epoch``, ``smallest_batch``, ``batches`` and ``test_batches`` directly.
 
     Args:
-        config: the run's. The methods here read ``train``, and of a section ``data`` the keys ``batch`` and, where
-            they exist, ``drop_last`` and ``workers``.
+        config: the config of the run. The methods here read the section ``train`` and, in the section ``data``, the key
+            ``batch`` and the optional keys ``drop_last`` and ``workers``.
     """
 
     name: str
     """The task's folder under tasks/."""
     metric: str
-    """Name of the first figure of its metrics, as written to ``summary.json``."""
+    """Name of the first figure that ``metrics`` computes; ``summary.json`` reports it under this name."""
     auxiliary_options: Mapping[str, Mapping[str, Any] | None] = {}
-    """By name of an auxiliary network: options whose defaults differ for this task; None if the task cannot take it."""
+    """For an auxiliary network, by name: the options whose defaults differ for this task, or None if this task cannot
+    use that network."""
     own_auxiliaries: Mapping[str, type[nn.Module]] = {}
-    """Auxiliary networks (``engine.learning.auxiliary.AuxiliaryNetwork``) that only this task has, by name."""
+    """Auxiliary networks (``engine.learning.auxiliary.AuxiliaryNetwork``) that only this task offers, by name."""
     single_sample: bool = False
-    """Whether BatchNorm can learn from one sample: it sees more than one value a channel, as in a detector's maps."""
+    """Whether BatchNorm can train on a micro-batch of one sample, because it sees several values per channel even then
+    (a detector's feature maps, for example)."""
     reads_frozen: bool = False
-    """Whether checkpoints leave frozen weights out (``engine.network.frozen``); a run opened again reads them anew."""
+    """Whether checkpoints leave out frozen weights (see ``engine.network.frozen``). A resumed run then reads these
+    weights from their own file again."""
     export_name: str = "model.pth"
-    """What an export is called where nobody names it: a file, or a folder."""
+    """Default name of an export: a file, or a folder."""
     smoke: Mapping[str, Sequence[str] | None] = {}
-    """Variants for ``make smoke`` beside those of all tasks, as overrides of the smoke config; None leaves one out."""
+    """Variants for ``make smoke`` in addition to those of every task, as overrides of the smoke config, by name. None
+    leaves out the common variant of that name."""
     group: ProcessGroup | None = None
-    """The replicas that share a batch, for losses that average over all of it; the engine sets it."""
+    """The replicas that share a batch, for losses that average over the whole batch. The engine sets it."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -74,82 +78,85 @@ class Task:
     # The network and what it learns from.
 
     def build_chain(self, initial: bool = True) -> Chain:
-        """Build the network; its weights depend on ``train.seed`` alone.
+        """Build the network. Its initial weights depend on ``train.seed`` alone.
 
-        ``initial`` loads the initial weights that the config names; without, others are to be loaded.
+        Args:
+            initial: whether to load the initial weights that the config names. The engine passes False when it loads
+                other weights afterwards, or none.
         """
         self._missing("build_chain")
 
     def loss(self, prediction: Any, targets: Any) -> Tensor:
-        """The scalar loss of a prediction, averaged over the batch."""
+        """The loss of a prediction: a scalar, averaged over the batch."""
         self._missing("loss")
 
     def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Callable[[Any, Any], Tensor]]:
-        """The loss of each block: ``loss`` itself, or modules, called alike, with networks of their own.
+        """The loss of each block: ``loss`` itself, or modules with the same signature that contain networks.
 
-        Parameters of such a module learn with its block (a projection, a discriminator), and are dropped after
-        training like auxiliary networks. Several may share frozen networks, which must then be buffers that are not
-        saved.
+        The parameters of such a module (a projection, a discriminator) train with its block and are dropped after
+        training, like those of an auxiliary network. Several modules may share a frozen network if its tensors are
+        non-persistent buffers.
         """
         return [self.loss] * len(spans)
 
     def key_features(self, chain: Chain, message: Message) -> Any:
-        """What of a block's output enters the feature bank: detached tensors, or any nesting of them.
+        """The part of a block's output that enters the feature bank: detached tensors, or any nesting of them.
 
-        Nothing by default: what travels in the message anyway (early maps, skips) needs no bank.
+        By default nothing does. Features that travel in the message anyway (early maps, skips) need no bank.
         """
         return {}
 
     def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> nn.Module:
-        """A light copy of the task's own head for features like those of ``message``.
+        """A light copy of the task's own head, for features with the shapes of ``message``.
 
-        ``message`` and ``bank`` hold fake tensors of the shapes to come. The result is called as
-        ``head(message, bank)`` and returns what ``loss`` takes as prediction; an empty bank means that
-        the auxiliary network has no global part.
+        ``message`` and ``bank`` hold meta tensors: they have shapes and types, but no values. Auxiliary networks call
+        the result as ``head(message, bank)``; it returns what ``loss`` accepts as a prediction. An empty bank means
+        that the auxiliary network has no global part.
         """
         self._missing("auxiliary_head")
 
     def example(self) -> Message:
-        """A made-up micro-batch of the largest size that training sees; reads no data.
+        """A synthetic micro-batch of the largest size that occurs in training, made without reading any data.
 
-        For estimates and timing, where shapes and types count, values do not.
+        Estimates and timing use it; its shapes and types matter, its values do not.
         """
         self._missing("example")
 
     # Data.
 
     def training_data(self) -> Dataset[Any]:
-        """The training samples, asked for as (epoch, index), so that augmentation depends on nothing else."""
+        """The training samples, indexed by (epoch, index), so that augmentation can depend on these two alone."""
         self._missing("training_data")
 
     def test_data(self) -> Dataset[Any]:
-        """The test samples, asked for as (0, index)."""
+        """The test samples, indexed by (0, index)."""
         self._missing("test_data")
 
     def message(self, samples: Any) -> Message:
-        """A message of samples that torch's ``default_collate`` has joined."""
+        """Make a message of samples that torch's ``default_collate`` has joined."""
         self._missing("message")
 
     @property
     def batching(self) -> Batches:
-        """How an epoch is divided."""
+        """How an epoch is divided into batches and micro-batches."""
         data, accumulate = self.config.data, self.config.train.accumulate
         count = len(self.training_data())  # type: ignore[arg-type]
         return Batches(count, data.batch, accumulate, getattr(data, "drop_last", False))
 
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch, one for a last short batch included."""
+        """Optimizer steps per epoch, including one for a last batch that is not full."""
         return self.batching.steps
 
     def smallest_batch(self) -> int:
-        """Samples in the smallest micro-batch that training will see."""
+        """Samples in the smallest micro-batch that occurs in training."""
         return self.batching.smallest()
 
     def batches(self, epoch: int, start: int, part: Part = WHOLE) -> Iterator[list[Message]]:
-        """For each optimizer step from ``start`` on in ``epoch``, its micro-batches.
+        """Yield the micro-batches of each optimizer step of ``epoch``, beginning with step ``start``.
 
-        The bits depend on nothing but seed, epoch and step. Of every micro-batch only ``part`` is wanted, as
-        ``Part.of`` says; put together again, the parts are the whole micro-batch in its order.
+        The result must depend on seed, epoch and step alone, so that a resumed run is bit-identical. Each message holds
+        only the samples that ``part`` selects from its micro-batch (see ``Part.of``); concatenated in order, all parts
+        give the whole micro-batch.
         """
         seed, data = self.config.train.seed, self.training_data()
         loaded = load_batches(data, self.batching, epoch, start=start, part=part, shuffle=seed, workers=self._workers)
@@ -157,7 +164,7 @@ class Task:
             yield [self.message(samples) for samples in micro_batches]
 
     def test_batches(self) -> Iterator[Message]:
-        """The test data, in micro-batches no larger than training's: what trains in some memory evaluates in it too."""
+        """Yield the test data in micro-batches no larger than those of training, so that evaluation fits in memory."""
         data = self.test_data()
         batching = Batches(len(data), self.batching.micro_batch)  # type: ignore[arg-type]
         for (samples,) in load_batches(data, batching, 0, workers=self._workers):
@@ -170,30 +177,37 @@ class Task:
     # After training.
 
     def metrics(self) -> Metrics:
-        """An empty collection of the task's figures."""
+        """A fresh ``Metrics`` object for one evaluation."""
         self._missing("metrics")
 
     def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
-        """What a torch file ``target`` of the network's weights is to hold, as the task's framework reads it.
+        """The object to save in the torch file ``target``, in the form that the task's framework loads.
 
-        Writes beside it what that framework needs too, if anything.
+        A task may also write further files that its framework needs beside ``target``.
+
+        Args:
+            state: the network's weights on the CPU, under the framework's own names.
         """
         return state
 
     def write_export(self, target: Path) -> str | None:
-        """Write an export in a form of the task's own and say what was written; None: a file of weights will do.
+        """Write an export in a format of the task's own.
+
+        Returns:
+            A description of what was written, or None if the task has no such format and a plain file of weights
+            should be written instead.
 
         Raises:
-            ValueError: ``target`` cannot have that form.
+            ValueError: ``target`` does not suit that format.
         """
         return None
 
     def painter(self, chain: Chain, predict: Callable[[Message], Any]) -> Any:
-        """What ``tools/stylize.py`` paints with (``tasks.style_transfer.stylize``); None if this task cannot paint.
+        """The painter that ``tools/stylize.py`` uses (see ``tasks.style_transfer.stylize``); None if there is none.
 
         Args:
-            chain: of the trained network, on the device that works.
-            predict: the network's prediction, in the precision it was trained in.
+            chain: the trained network, on the device that paints.
+            predict: computes the network's prediction in the precision of training.
         """
         return None
 
@@ -202,7 +216,7 @@ class Task:
 
 
 def evaluate(task: Task, predict: Callable[[Message], Any], folder: Path | None = None) -> dict[str, float]:
-    """The task's figures of ``predict`` on its test data; pictures, if it makes any, go into ``folder``."""
+    """Evaluate ``predict`` on the task's test data; return the figures, and save pictures, if any, to ``folder``."""
     metrics = task.metrics()
     for message in task.test_batches():
         metrics.update(predict(message), message.targets)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config, parse, task_name
+from engine.utilities.text import did_you_mean
 from tasks import torchvision_hook
 
 torchvision_hook.install()
@@ -42,9 +42,7 @@ def find_task(name: str) -> TaskEntry:
     root = Path(__file__).parent
     known = sorted(folder.parent.relative_to(root).as_posix() for folder in root.glob("**/configs"))
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"task: {name!r} is unknown{hint}; known: {', '.join(known)}")
+        raise ValueError(f"task: {name!r} is unknown{did_you_mean(name, known)}; known: {', '.join(known)}")
     entry: TaskEntry = importlib.import_module(f"tasks.{name.replace('/', '.')}").TASK
     return entry
 

@@ -1,4 +1,4 @@
-"""The section ``local`` of another framework's config, as the engine's own."""
+"""Read the section ``local`` of another framework's config as the engine's own config."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from engine.config import Config, LocalConfig, TrainConfig, parser_message, rena
 from engine.utilities.text import did_you_mean
 
 KEYS = ("blocks", "cut", "balance", "auxiliary", "recompute", "offload")
-"""Of ``engine.config.LocalConfig``, those that make sense where another framework trains."""
+"""The keys of ``engine.config.LocalConfig`` that make sense where another framework trains."""
 
 
 def local_settings(
     local: Mapping[str, Any], elsewhere: Mapping[str, str], seed: int, others: Collection[str] = ()
 ) -> Config:
-    """The engine's config with this ``local`` and seed.
+    """The engine's config with this ``local`` section and seed.
 
     Args:
-        elsewhere: keys that have another place in that framework, and which.
-        others: keys that are not the engine's, and are left to the caller.
+        elsewhere: keys that the framework configures elsewhere, each with a hint where.
+        others: keys that are not the engine's; they are allowed and left to the caller.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), one that has its place elsewhere, or a value that will
-            not do.
+        ValueError: a key is unknown (the message names the nearest known one) or is configured elsewhere, or a value is
+            not valid.
     """
     local = dict(local)
     renamed_keys(local)

@@ -34,7 +34,7 @@ class Run:
 
     @torch.no_grad()
     def predict(self, message: Message) -> Any:
-        """The network's prediction, in the precision it was trained in."""
+        """The network's prediction, in the precision that it was trained in."""
         with autocast(self.device, self.precision):
             return self.chain(message.to(self.device))
 
@@ -43,10 +43,10 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
     """Build the network of ``folder``'s config and load the newest complete checkpoint into it.
 
     Args:
-        overrides: of that config, as on the command line.
+        overrides: words that override the config, as on the command line.
 
     Raises:
-        ValueError: not a run, or no complete checkpoint in it.
+        ValueError: the folder is not a run, or it has no complete checkpoint.
     """
     config_file = folder / "config.yaml"
     if not config_file.is_file():
@@ -61,7 +61,7 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
     task: Task = entry.build(config)
     chain = task.build_chain(initial=task.reads_frozen)
     step = load_model(path, chain.model)
-    # A run may be opened on another machine than it was trained on.
+    # A run may be opened on another machine than the one that trained it.
     device = choose_device("cpu" if config.train.device == "cpu" else "auto")
     chain.model.to(device).eval()
     return Run(folder, task, chain, device, config.local.precision, step)

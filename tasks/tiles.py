@@ -1,4 +1,4 @@
-"""Large images in tiles: each is computed with some pixels around it, which are thrown away."""
+"""Process large images in tiles; each is computed with some pixels around it, which are then discarded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Tile:
-    """A part of an image, in pixels of its low resolution: [top, bottom) x [left, right).
+    """A part [top, bottom) x [left, right) of an image, in pixels of its low resolution.
 
-    ``wide`` is the part that is computed: top, bottom, left, right.
+    ``wide`` is the larger part that is computed, as top, bottom, left, right.
     """
 
     top: int
@@ -24,12 +24,12 @@ class Tile:
     wide: tuple[int, int, int, int]
 
     def of(self, image: Tensor, multiple: int) -> Tensor:
-        """What to compute of ``image`` (N, C, H, W): mirrored at the far sides up to a multiple of ``multiple``."""
+        """The part of ``image`` (N, C, H, W) to compute, padded as in ``padded`` to multiples of ``multiple``."""
         top, bottom, left, right = self.wide
         return padded(image[..., top:bottom, left:right], multiple)
 
     def put(self, computed: Tensor, image: Tensor, scale: int) -> None:
-        """Put the tile of ``computed`` (C, scale h, scale w), made of what ``of`` gave, into ``image``."""
+        """Copy this tile into ``image`` from ``computed`` (C, scale h, scale w), the result for what ``of`` gave."""
         top, _, left, _ = self.wide
         own = [(edge - start) * scale for edge, start in ((self.top, top), (self.bottom, top))]
         across = [(edge - start) * scale for edge, start in ((self.left, left), (self.right, left))]
@@ -38,19 +38,20 @@ class Tile:
 
 
 def padded(image: Tensor, multiple: int, least: int = 1) -> Tensor:
-    """``image`` (N, C, H, W) mirrored at the far sides up to multiples of ``multiple`` that are ``least`` at least."""
+    """``image`` (N, C, H, W) padded at bottom and right to multiples of ``multiple`` that are at least ``least``."""
     height, width = image.shape[2:]
     down, across = (-(-max(side, least) // multiple) * multiple - side for side in (height, width))
-    # Mirroring needs more pixels than it adds; few images are so small.
+    # Mirroring needs more pixels than it adds; the smallest images repeat their edge instead.
     mirrored = down < height and across < width
     return F.pad(image, (0, across, 0, down), "reflect" if mirrored else "replicate") if down or across else image
 
 
 def tiles(height: int, width: int, side: int, overlap: int, multiple: int = 1) -> list[Tile]:
-    """Tiles of at most ``side`` that cover an image of ``height`` x ``width`` once; 0: a single one.
+    """Tiles of at most ``side`` pixels that cover an image of ``height`` x ``width`` once; a ``side`` of 0 means one
+    tile.
 
-    What is computed of each is ``overlap`` pixels larger, and as much more as makes its edges multiples of
-    ``multiple``: SwinIR's windows lie where they do in the whole image.
+    The computed part of each tile is larger by ``overlap`` pixels, rounded outwards to multiples of ``multiple``, so
+    that SwinIR's windows lie where they would in the whole image.
 
     Example:
         >>> [(tile.left, tile.right, tile.wide[2:]) for tile in tiles(4, 10, 4, 1)]
@@ -75,11 +76,11 @@ def tiles(height: int, width: int, side: int, overlap: int, multiple: int = 1) -
 def enlarge(
     network: Callable[[Tensor], Tensor], image: Tensor, scale: int, multiple: int = 1, side: int = 0, overlap: int = 16
 ) -> Tensor:
-    """What ``network`` makes of ``image`` (1, 3, H, W), tile by tile: (1, 3, scale H, scale W), float32.
+    """The output of ``network`` for ``image`` (1, 3, H, W), tile by tile: (1, 3, scale H, scale W), float32.
 
     Args:
-        multiple: of what the sides of the network's input must be multiples (SwinIR's windows).
-        side: of a tile, in pixels of ``image``; 0: the whole.
+        multiple: the sides of the network's input must be multiples of this (SwinIR's windows).
+        side: side of a tile in pixels of ``image``; 0 computes the image as a whole.
         overlap: pixels around each tile that are computed with it.
     """
     height, width = image.shape[2:]

@@ -9,15 +9,23 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# So that a rank starts in no time; the first update of any optimizer imports torch._dynamo.
-CONTEXT.set_forkserver_preload(["torch._dynamo", "engine.run.trainer", "tests.toy"])
+ROOT = Path(__file__).parents[1]
+# What ranks of the engine's tests import, the function's own needs included: each would take a rank seconds.
+PRELOADED = [
+    *("torch._dynamo", "engine.run.trainer", "engine.utilities.page", "tests.engine.distributed.test_pipeline"),
+    *("engine.learning.auxiliary.glcan", "engine.learning.auxiliary.greedy", "tasks.classification.timm_chain"),
+    *("torchvision.transforms.v2", "sklearn.datasets", "matplotlib.backends.backend_svg"),
+]
 
 
 @dataclass
@@ -30,8 +38,19 @@ class Ended:
     seconds: float
 
 
-def run_ranks(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Ended]:
-    """Call ``function(*arguments)`` on each of ``count`` ranks, as torchrun would start them."""
+def run_ranks(
+    count: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = 120.0,
+    stuck: Sequence[int] = (),
+) -> list[Ended]:
+    """Call ``function(*arguments)`` on each of ``count`` ranks, as torchrun would start them.
+
+    Args:
+        timeout: seconds in which all ranks have to end.
+        stuck: ranks that must still be running when the others have ended; they are killed then.
+    """
     store, began = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), time.monotonic()
     ranks = []
     for rank in range(count):
@@ -41,12 +60,13 @@ def run_ranks(count: int, function: Callable[..., Any], *arguments: Any, timeout
         here, there = CONTEXT.Pipe()
         words = {name: str(value) for name, value in environment.items()}
         process = CONTEXT.Process(target=_rank, args=(words, function, arguments, there), daemon=True)
-        process.start()
+        with _preloaded():
+            process.start()
         there.close()
         ranks.append((process, here))
     ended: dict[int, Ended] = {}
     try:
-        while len(ended) < count:
+        while len(ended) < count - len(stuck):
             assert time.monotonic() - began < timeout, f"ranks {set(range(count)) - set(ended)} hang"
             for rank, (process, pipe) in enumerate(ranks):
                 if rank in ended:
@@ -60,11 +80,51 @@ def run_ranks(count: int, function: Callable[..., Any], *arguments: Any, timeout
                     ended[rank] = Ended(value, process.exitcode, said, time.monotonic() - began)
                 elif process.exitcode is not None and not pipe.poll(0.01):
                     ended[rank] = Ended(None, process.exitcode, "", time.monotonic() - began)
+        assert all(ranks[rank][0].exitcode is None for rank in stuck), f"of ranks {sorted(stuck)}, some do not hang"
     finally:
         for process, _ in ranks:
             process.kill()
             process.join()
-    return [ended[rank] for rank in range(count)]
+    return [ended[rank] for rank in range(count) if rank in ended]
+
+
+_SERVERS: dict[tuple[str, ...], forkserver.ForkServer] = {}
+
+
+@contextlib.contextmanager
+def _preloaded() -> Iterator[None]:
+    """Processes started here are forks of a server that has imported the frameworks of the test that is running.
+
+    Importing a framework takes each rank seconds. One server cannot have them all: they change what others see.
+    """
+    folder = os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[0]
+    own = [folder.removesuffix(".py").replace("/", ".")] if folder.startswith("tests/tasks/") else []
+    modules = tuple(PRELOADED + own)
+    if modules not in _SERVERS:
+        _SERVERS[modules] = server = forkserver.ForkServer()
+        server.set_forkserver_preload(list(modules))
+        before = Path.cwd()
+        os.chdir(ROOT)  # where it finds tests/
+        try:
+            server.ensure_running()
+        finally:
+            os.chdir(before)
+    plain = forkserver.connect_to_new_process
+    forkserver.connect_to_new_process = _SERVERS[modules].connect_to_new_process
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = plain
+
+
+@contextlib.contextmanager
+def forked() -> Iterator[None]:
+    """Meanwhile, what the engine would start as fresh interpreters are forks as ranks are, with all imports done.
+
+    For tests of what such processes find; that they are fresh is the matter of tests/engine/memory/test_measure.py.
+    """
+    with mock.patch.object(multiprocessing, "get_context", return_value=CONTEXT), _preloaded():
+        yield
 
 
 def values(ended: list[Ended]) -> list[Any]:

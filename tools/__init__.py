@@ -1,1 +1,1 @@
-"""Command-line tools: argument parsing only."""
+"""Command-line tools; they only parse arguments, call the library and print."""

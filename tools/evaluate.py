@@ -16,7 +16,7 @@ from tasks.run import open_run
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = ToolParser("Evaluate the newest complete checkpoint of a run; its config can be overridden.")
+    parser = ToolParser("Evaluate the newest complete checkpoint of a run. Further options override the run's config.")
     parser.add_argument("--run", required=True, type=Path, help="folder that tools/train.py wrote")
     known, overrides = parser.parse_known_args(list(argv))
     run = open_run(known.run, overrides)

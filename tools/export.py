@@ -14,10 +14,10 @@ from tasks.run import open_run
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = ToolParser("Write a run's plain network, or what its task writes instead, without auxiliary networks.")
+    parser = ToolParser("Write a run's plain network, without auxiliary networks, or what its task writes instead.")
     parser.add_argument("--run", required=True, type=Path, help="folder that tools/train.py wrote")
     parser.add_argument(
-        "--out", required=True, type=Path, help="FILE.safetensors, or FILE.pth for torch.load; a denoiser's: FOLDER"
+        "--out", required=True, type=Path, help="FILE.safetensors, or FILE.pth for torch.load; FOLDER for a denoiser"
     )
     arguments = parser.parse_args(list(argv))
     run = open_run(arguments.run)

@@ -21,24 +21,24 @@ from engine.utilities.files import check_writable
 from tasks import load
 
 ABOUT = """
-estimate   predict on fake tensors: no GPU, no data, no waiting
-measure    the same rows, from real steps, each in a fresh process
-compare    measure many: end-to-end, with recomputation, with offload to main memory; auxiliary
-           networks at several numbers of blocks
+estimate   predict memory on fake tensors, without GPU, data or waiting
+measure    measure the same rows in real steps, each in a fresh process
+compare    measure many variants: end-to-end, with recomputation, with offload to main memory, and
+           auxiliary networks with several numbers of blocks
 
---config FILE and overrides of it are as for tools/train.py: --local.blocks 8
+--config FILE and its overrides, such as --local.blocks 8, are those of tools/train.py.
 """
 
 
 def main(argv: Sequence[str]) -> None:
     parser = ToolParser(ABOUT)
     parser.add_argument("what", choices=["estimate", "measure", "compare"])
-    parser.add_argument("--device", default="", help="cpu, cuda or cuda:1; else the config's train.device")
-    parser.add_argument("--auxiliaries", nargs="+", help="compare: which networks; else all there are")
-    parser.add_argument("--blocks", nargs="+", type=int, help="compare: numbers of blocks; else 2 4 8 16")
-    parser.add_argument("--steps", type=int, default=10, help="measure, compare: timed steps; 0 counts memory only")
-    parser.add_argument("--threads", type=int, default=1, help="threads a process")
-    parser.add_argument("--snapshots", type=Path, help="measure, compare: folder for the CUDA allocator's histories")
+    parser.add_argument("--device", default="", help="cpu, cuda or cuda:1; default the config's train.device")
+    parser.add_argument("--auxiliaries", nargs="+", help="compare: auxiliary networks; default all")
+    parser.add_argument("--blocks", nargs="+", type=int, help="compare: numbers of blocks; default 2 4 8 16")
+    parser.add_argument("--steps", type=int, default=10, help="measure, compare: timed steps; 0 only counts memory")
+    parser.add_argument("--threads", type=int, default=1, help="threads per process")
+    parser.add_argument("--snapshots", type=Path, help="measure, compare: folder for histories of the CUDA allocator")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--html", type=Path, help="write a page with charts and tables to this file")
     parser.add_argument("--figure", type=Path, help="write the chart of memory against time to this SVG file")
@@ -53,14 +53,14 @@ def main(argv: Sequence[str]) -> None:
     check_writable(known.json, known.html, known.figure)
     device = known.device
     if not device and known.what != "estimate" and load(rest)[0].train.device == "auto":
-        device = choose_device("auto").type  # the prediction beside a measurement is for where it is made
+        device = choose_device("auto").type  # the prediction beside a measurement is for the same device
     if device:
         rest += ["--train.device", device]
     config, task = load(rest)
     variants = four_variants(config)
     if known.what == "compare":
         most = len(task.build_chain(initial=False))
-        # More blocks than units there are: as many as there are.
+        # There cannot be more blocks than units.
         fitting = sorted({min(count, most) for count in counts})
         variants = many_variants(config, known.auxiliaries or list(known_families(task)), fitting)
     rows = report_rows(
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         threads=known.threads,
         snapshots=known.snapshots,
     )
-    for sheet in reversed(sheets(rows)):  # the one that matters most stays in sight
+    for sheet in reversed(sheets(rows)):  # the most important table comes last and stays in sight
         sheet.show()
     for line in notes(rows):
         console.print(line)

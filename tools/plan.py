@@ -26,25 +26,27 @@ from engine.utilities.size import parse_size
 from tasks import find_task, load
 
 ABOUT = """
---memory: finds the fewest blocks, and the cut, that train in one process in so much memory.
---ranks: times every unit and auxiliary network here, and cuts the network into stages that take equally long
-  (in --placement.memory a rank, if that is given).
-Writes a config that tools/train.py runs as it is.
+--memory finds the fewest blocks, and their cut, with which one process trains within this memory.
+--ranks times every unit and auxiliary network on this machine and cuts the network into stages that take equally long,
+  each within --placement.memory if that is given.
+The plan is written as a config that tools/train.py can run as it is.
 
---config FILE and overrides of it are as for tools/train.py: --data.batch 256
+--config FILE and its overrides, such as --data.batch 256, are those of tools/train.py.
 """
 
 
 def main(argv: Sequence[str]) -> None:
     parser = ToolParser(ABOUT)
     aim = parser.add_mutually_exclusive_group(required=True)
-    aim.add_argument("--memory", help="for tensors; leave a GPU some 0.5 GiB for CUDA: 4GiB, 900MiB")
-    aim.add_argument("--ranks", type=int, help="stages of a pipeline, one a rank (with replicas, that many)")
-    parser.add_argument("--blocks-per-rank", type=int, default=1, help="more take less memory and more time")
-    parser.add_argument(
-        "--out", type=Path, help="the config to write; else CONFIG_plan_MEMORY.yaml or CONFIG_plan_Nranks.yaml"
+    aim.add_argument("--memory", help="for tensors, as 4GiB or 900MiB; leave CUDA some 0.5 GiB of a GPU")
+    aim.add_argument(
+        "--ranks", type=int, help="stages of a pipeline, each on one rank, or with replicas on as many ranks"
     )
-    parser.add_argument("--threads", type=int, default=1, help="threads a process")
+    parser.add_argument("--blocks-per-rank", type=int, default=1, help="more blocks take less memory and more time")
+    parser.add_argument(
+        "--out", type=Path, help="config to write; default CONFIG_plan_MEMORY.yaml or CONFIG_plan_Nranks.yaml"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads per process")
     parser.add_argument("--json", type=Path, help="write the plan to this file")
     known, rest = parser.parse_known_args(list(argv))
     at_least(
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def show_ranks(plan: RankPlan, ranks: int, out: Path) -> None:
-    """Show and write a plan for ranks."""
+    """Show a plan for ranks, and write its config."""
     Sheet(f"Blocks on {ranks} stages", ["block", "units", "stage", "ms a step", "stage is busy"], plan.rows()).show()
     processes = ranks * plan.config.placement.replicas
     write_planned(out, f"{ranks} ranks", f"{len(plan.units)} blocks", plan.config)

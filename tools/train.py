@@ -15,7 +15,7 @@ from tasks import find_task
 
 def main(argv: Sequence[str]) -> None:
     if config_file(argv) is None and {"-h", "--help"} & set(argv):
-        argv = ["--task", "classification", *argv]  # any task shows the sections that all have
+        argv = ["--task", "classification", *argv]  # any task will do: the help shows the sections that all have
     entry = find_task(task_name(argv))
     config = parse(entry.config, argv)
     if not config.output.name:

@@ -1,1 +1,1 @@
-"""Ways to train one network on one batch, all behind one protocol (`rival.py`), one file a family."""
+"""Ways to train one network on one batch, behind one protocol (`rival.py`), with one file per family."""

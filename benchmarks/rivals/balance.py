@@ -1,4 +1,4 @@
-"""Where a network is cut into pipeline stages: by the measured time of each unit, or local block."""
+"""Cut a network into pipeline stages by the measured time of each unit or local block."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ REPEATS = 5
 
 
 def unit_seconds(argv: Sequence[str], load: Load, micro_batches: Sequence[int], threads: int) -> dict[int, list[float]]:
-    """For each number of micro-batches, seconds of a whole step in each unit; in a fresh process.
+    """Seconds of a whole step in each unit, for each number of micro-batches, measured in a fresh process.
 
-    A step is forward and backward of every micro-batch and one update. The head and the loss count with the last
+    A step is the forward and backward of every micro-batch and one update. The head and the loss count with the last
     unit.
     """
     return {parts: in_fresh_process(_measure, list(argv), load, parts, threads) for parts in micro_batches}
 
 
 def block_seconds(argv: Sequence[str], load: Load, threads: int) -> list[float]:
-    """Seconds of each block's local step on one micro-batch, as ``placement`` times it; in a fresh process."""
+    """Seconds of each block's local step on one micro-batch, timed as for ``placement`` but in a fresh process."""
     return in_fresh_process(_measure_blocks, list(argv), load, threads)
 
 
 def cut(seconds: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Bounds of ``stages`` stages, the slowest as fast as possible.
+    """Bounds of ``stages`` stages, of which the slowest is as fast as possible.
 
     Raises:
-        ValueError: fewer units than stages.
+        ValueError: there are fewer units than stages.
 
     Example:
         >>> cut([1.0, 1.0, 2.0], 2)
@@ -67,7 +67,7 @@ def _measure(argv: list[str], load: Load, micro_batches: int, threads: int) -> l
             if len(parts) > 1:
                 result = task.loss(chain.head(output).x, message.targets)
             if result.requires_grad:
-                result.backward(torch.ones_like(result))  # type: ignore[no-untyped-call]
+                result.backward(torch.ones_like(result))
             middle = time.perf_counter()
             if optimizer is not None:
                 optimizer.step()

@@ -1,4 +1,4 @@
-"""The rows of the benchmark: which rivals run, from which config, cut where."""
+"""The rows of the benchmark: which rivals run, with which config, and how they are cut."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from benchmarks.rivals.rival import Entry
 from engine.memory.variant import END_TO_END, RECOMPUTED
 
 FAMILIES = ("pipelining", "replicas", "deepspeed")
-"""Of rivals over several ranks; one process and the local pipeline are always there."""
+"""Families of rivals over several ranks; one process and the local pipeline are always compared."""
 LOCAL = "--local.schedule", "sequential", "--local.recompute", "none"
 
-# Rivals train end-to-end, and cut a batch into micro-batches themselves.
+# Rivals train end-to-end and divide a batch into micro-batches themselves.
 WHOLE = ("--train.accumulate", "1")
 LOCAL_PIPELINE = "benchmarks.rivals.local:LocalPipeline"
 
 
 def one_process() -> list[Entry]:
-    """The rows without ranks; the first is what all others are held against."""
+    """The rows of a single process; all others are compared with the first."""
     maker = "benchmarks.rivals.one_process:OneProcess"
     return [
         Entry("one process: end-to-end", maker, overrides=(*END_TO_END.overrides, *WHOLE)),
@@ -28,10 +28,10 @@ def one_process() -> list[Entry]:
 
 
 def local_pipelines(ranks: int, seconds: dict[int, list[float]]) -> list[Entry]:
-    """The rows this project is about.
+    """The rows of this project's own pipeline.
 
     Args:
-        seconds: for each number of micro-batches, of each block's local step.
+        seconds: seconds of each block's local step, for each number of micro-batches.
     """
     found = []
     for parts, each in seconds.items():
@@ -45,7 +45,7 @@ def rivals(families: Sequence[str], ranks: int, seconds: dict[int, list[float]])
     """The rows of other libraries.
 
     Args:
-        seconds: for each number of micro-batches, of each unit in a step; pipelines are balanced by them.
+        seconds: seconds of each unit in a step, for each number of micro-batches; pipelines are balanced by these.
     """
     overrides, found = (*END_TO_END.overrides, *WHOLE), []
 

@@ -1,4 +1,4 @@
-"""This project's pipeline: blocks on ranks, messages one way, no flush between steps."""
+"""This project's pipeline: blocks on ranks, messages in one direction, no flush between steps."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.rivals.rival import Place, Rival
+from engine.distributed.meet import FOREVER
 from engine.distributed.order import Order
 from engine.distributed.pipeline import Pipeline
-from engine.distributed.world import FOREVER, World
+from engine.distributed.world import World
+from engine.learning.blocks import Blocks
 from engine.learning.build import build_blocks, keep_only, prepare
 from engine.learning.schedules import Sequential
 
 
 class LocalPipeline(Rival):
-    """A step is ``train.accumulate`` messages; the first rank goes on to the next while the last is still at this one.
+    """A step is ``train.accumulate`` messages; the first rank starts the next step while the last still works on this
+    one.
 
     The entry's bounds count blocks.
     """
 
     def __init__(self, at: Place) -> None:
         config, task = at.config, at.task
-        # Links ask for messages ahead of time, so also while others have their turn.
+        # Links ask for messages ahead of time and so wait through the turns of other entries, however long these take.
         world = World(at.rank, at.entry.ranks, links=dist.new_group(timeout=FOREVER))
         chain = task.build_chain(initial=False)
         blocks = build_blocks(chain, config, task)
-        own = blocks[at.entry.bounds[at.rank] : at.entry.bounds[at.rank + 1]]
+        own = Blocks(blocks[at.entry.bounds[at.rank] : at.entry.bounds[at.rank + 1]], blocks.encoder)
         keep_only(own, blocks)
         prepare(own, config, torch.device("cpu"))
         depth = config.placement.depth

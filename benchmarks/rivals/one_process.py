@@ -1,4 +1,4 @@
-"""One process: end-to-end, with recomputation, or local, as the config says."""
+"""Training in one process: end-to-end, with recomputation, or local, as the config says."""
 
 from __future__ import annotations
 

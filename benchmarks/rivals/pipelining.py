@@ -20,13 +20,13 @@ from engine.learning.optimizer import build_optimizer
 
 
 class Pipeline(Rival):
-    """Stages of the network on the ranks, micro-batches forward and gradients back, then one update.
+    """Stages of the network on ranks: micro-batches go forward, gradients back, then comes one update.
 
-    Gradients are those of the mean over the batch; BatchNorm sees a micro-batch at a time.
+    Gradients are of the mean loss over the batch; BatchNorm sees one micro-batch at a time.
     """
 
     schedule: ClassVar[Any]
-    """Of torch.distributed.pipelining."""
+    """The schedule's class in torch.distributed.pipelining."""
 
     def __init__(self, place: Place) -> None:
         chain, message = load_network(place)
@@ -45,7 +45,7 @@ class Pipeline(Rival):
         self.optimizer = build_optimizer(place.config.optimizer, named)
 
     def stages_of(self, rank: int, ranks: int) -> list[int]:
-        """Numbers of the stages that this rank has."""
+        """Numbers of the stages on this rank."""
         return [rank]
 
     def make_schedule(self, stages: list[PipelineStage], micro_batches: int, loss: Any) -> Any:
@@ -70,13 +70,13 @@ class GPipe(Pipeline):
 
 
 class OneForwardOneBackward(Pipeline):
-    """Forwards and backwards in alternation, so that few micro-batches' activations are alive."""
+    """Alternating forwards and backwards, so that the activations of only a few micro-batches are alive."""
 
     schedule: ClassVar[Any] = Schedule1F1B
 
 
 class ZeroBubble(Pipeline):
-    """ZB1P: gradients of weights are put off into what would be bubbles; one stage a rank."""
+    """ZB1P: gradients of weights are postponed to fill what would be bubbles; one stage per rank."""
 
     schedule: ClassVar[Any] = ScheduleInterleavedZeroBubble
 
@@ -85,7 +85,7 @@ class ZeroBubble(Pipeline):
 
 
 class ZeroBubbleV(ZeroBubble):
-    """ZB-V: two stages a rank, laid out as a V, so that the first rank has the last stage too."""
+    """ZB-V: two stages per rank, laid out as a V, so that the first rank has the last stage too."""
 
     schedule: ClassVar[Any] = ScheduleZBVZeroBubble
 

@@ -1,4 +1,4 @@
-"""torch's own data parallelism: DDP and FSDP2, each rank on its share of the batch."""
+"""torch's own data parallelism, DDP and FSDP2: each rank trains on its part of the batch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from engine.learning.optimizer import build_optimizer
 
 
 def share(tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    """This rank's samples, as many as any other's.
+    """This rank's samples; all ranks get equally many.
 
     Raises:
-        ValueError: they cannot be shared out evenly.
+        ValueError: the samples cannot be divided evenly.
     """
     if len(tensor) % ranks:
-        raise ValueError(f"data.batch: {len(tensor)} samples cannot be shared out evenly to {ranks} ranks")
+        raise ValueError(f"data.batch: {len(tensor)} samples cannot be divided evenly among {ranks} ranks")
     return tensor.chunk(ranks)[rank]
 
 
 class Replica(Rival):
-    """Forward and backward of the whole network on this rank's samples, gradients averaged over ranks."""
+    """Forward and backward of the whole network on this rank's samples; gradients are averaged over ranks."""
 
     def __init__(self, place: Place) -> None:
         chain, message = load_network(place)
@@ -38,7 +38,7 @@ class Replica(Rival):
 
     @abstractmethod
     def wrap(self, network: Stage) -> nn.Module:
-        """Have the library share the network's gradients, or all of it, between the ranks."""
+        """Have the library average the network's gradients over the ranks, or shard the whole network."""
 
     def step(self) -> Tensor:
         loss = self.task.loss(self.network(self.x), self.y)
@@ -49,14 +49,14 @@ class Replica(Rival):
 
 
 class Ddp(Replica):
-    """Gradients live in the buckets they are sent from, which saves a copy of them."""
+    """Gradients live in the buckets that they are sent from, which saves a copy."""
 
     def wrap(self, network: Stage) -> nn.Module:
         return DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 
 class Fsdp(Replica):
-    """Every unit is a group of its own, gathered when it runs."""
+    """Every unit is sharded as a group of its own and gathered when it runs."""
 
     def wrap(self, network: Stage) -> nn.Module:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))

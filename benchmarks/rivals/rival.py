@@ -1,4 +1,4 @@
-"""What every way to train is to the benchmark: something that steps in each of its ranks."""
+"""A way to train as the benchmark sees it: something that takes steps in each of its ranks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from engine.task import Task
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the benchmark to be; plain values, for they travel to fresh processes.
+    """A future row of the benchmark, in plain values, since it is sent to fresh processes.
 
     Args:
-        name: shown in tables; no two entries share one.
-        maker: the class of the rival, as ``module:class``. Its module is imported in the ranks alone, before
-            memory is counted.
-        ranks: processes it takes.
-        overrides: words that make its config out of the common one.
-        micro_batches: parts of a batch that go through a pipeline one after another.
-        bounds: where each pipeline stage starts, in units (of the local pipeline in blocks), and their number at
-            the end; empty without stages.
-        delay: seconds that every message between ranks takes longer.
+        name: name in tables, different for every entry.
+        maker: the class of the rival, as ``module:class``. Its module is imported only in the ranks, before memory is
+            counted.
+        ranks: number of processes.
+        overrides: words that turn the common config into the config of this entry.
+        micro_batches: number of parts of a batch that pass through a pipeline one after another.
+        bounds: where each pipeline stage starts, in units or, for the local pipeline, in blocks, followed by the number
+            of all units or blocks; empty without stages.
+        delay: seconds by which every message between ranks is delayed.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Place:
-    """What a rival is built from in one of its ranks; with more than one rank, torch's default group is up."""
+    """What a rival is built from in one of its ranks; with several ranks, torch's default group exists already."""
 
     config: Config
     task: Task
@@ -52,8 +52,8 @@ class Place:
 class Rival(ABC):
     """One rank of a way to train. Every rank gets the same calls in the same order.
 
-    Network, batch, initial weights and optimizer come from ``config`` and ``task`` alone, so they are the
-    same for all.
+    Network, batch, initial weights and optimizer depend only on ``config`` and ``task``, so they are the same for all
+    rivals.
     """
 
     @abstractmethod
@@ -63,10 +63,10 @@ class Rival(ABC):
     def step(self) -> Tensor | None:
         """This rank's part of one optimizer step on the whole batch.
 
-        A rank may return before the others are done, or before the step is over (a pipeline without a flush).
+        A rank may return before the other ranks, and in a pipeline without a flush even before the step is over.
 
         Returns:
-            The loss of the samples this rank has seen the end of, detached; None where it has seen none.
+            The detached loss of the samples whose loss this rank has computed; None if there are none.
         """
 
 

@@ -1,4 +1,4 @@
-"""Units as one plain module from tensor to tensor, which is what other libraries take."""
+"""Units as one plain module that maps a tensor to a tensor, which is what other libraries take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Stage(nn.Module):
     """Units ``start`` to ``stop - 1`` of a chain, with the head if they are the last.
 
     Raises:
-        ValueError: more than ``x`` passes between the chain's units.
+        ValueError: messages between the chain's units carry more than ``x``.
     """
 
     def __init__(self, chain: Chain, start: int = 0, stop: int | None = None) -> None:
@@ -30,12 +30,12 @@ class Stage(nn.Module):
         message = Message({"x": x})
         for unit in self.units:
             message = unit(message)
-        # torch's zero-bubble schedules detach a stage's output in place, which a view does not let them.
+        # torch's zero-bubble schedules detach a stage's output in place, which a view does not allow.
         return message.x.clone() if message.x._is_view() else message.x
 
 
 def drop_others(chain: Chain, *kept: Stage) -> None:
-    """Free the weights of all units but those of ``kept``; a head's forward may still hold on to the model."""
+    """Free the weights of all units except those in ``kept``; a head's forward may still refer to the model."""
     own = {id(part) for stage in kept for part in stage.parts}
     for unit in [*chain.units, chain.head]:
         if id(unit.module) not in own:

@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO-1, -2 and -3, and its PipelineModule."""
+"""DeepSpeed's ZeRO-1, -2 and -3, and its PipelineModule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def _initialize(place: Place, network: Any, batch: int, more: dict[str, Any]) -> Any:
-    """DeepSpeed's engine around ``network``, with the optimizer all others have."""
+    """DeepSpeed's engine around ``network``, with the same optimizer as all other rivals."""
     ranks = 1 if isinstance(network, PipelineModule) else place.entry.ranks
     parts = place.entry.micro_batches
     settings = {
@@ -36,7 +36,7 @@ def _initialize(place: Place, network: Any, batch: int, more: dict[str, Any]) ->
 
 
 class Zero(Rival):
-    """Optimizer state (1), gradients too (2), parameters too (3) shared out over the ranks."""
+    """Optimizer state (1), also gradients (2), and also parameters (3) are sharded over the ranks."""
 
     stage: ClassVar[int]
 
@@ -74,7 +74,7 @@ class Zero3(Zero):
 
 
 class Pipe(Rival):
-    """PipelineModule under its 1F1B schedule; a stage is one of its layers, so that it is cut as the others are."""
+    """PipelineModule with its 1F1B schedule; each stage is one of its layers, so that it is cut like the others."""
 
     def __init__(self, place: Place) -> None:
         deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)

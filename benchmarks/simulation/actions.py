@@ -1,4 +1,4 @@
-"""What each rank of a pipeline does in which order, printable: ``2F0`` is block 2, forward, message 0."""
+"""A printable language for what each rank of a pipeline does: ``2F0`` is block 2, forward, message 0."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Kind = Literal["F", "B", "I", "W", "U", "L"]
+ActionKind = Literal["F", "B", "I", "W", "U", "L"]
 
 
 @dataclass(frozen=True, repr=False)
 class Action:
-    """One thing a rank does to one message in one block; blocks that a rank always runs together count as one.
+    """What a rank does to one message in one block; blocks that a rank always runs together count as one.
 
     ==== ==================================================================================================
     F    forward
-    B    backward: I and W in one
-    I    backward's first part: the gradient of the block's input, which the block before waits for
-    W    backward's second part: the gradient of the weights, which nobody waits for
+    B    backward: I and W together
+    I    backward's first part: the gradient of the block's input, for which the block before waits
+    W    backward's second part: the gradient of the weights, for which no other block waits
     U    update of the weights after message ``message`` of an optimizer step
     L    local step: forward, local loss, backward and update; no gradient leaves the block
     ==== ==================================================================================================
@@ -29,7 +29,7 @@ class Action:
     """
 
     block: int
-    kind: Kind
+    kind: ActionKind
     message: int
 
     def __repr__(self) -> str:
@@ -40,22 +40,24 @@ class Action:
         """Inverse of ``repr``.
 
         Raises:
-            ValueError: it is no action.
+            ValueError: the text is not an action.
         """
         found = re.fullmatch(r"(\d+)([A-Z])(\d+)", text)
-        for kind in get_args(Kind):
+        for kind in get_args(ActionKind):
             if found and found[2] == kind:
                 return Action(int(found[1]), kind, int(found[3]))
-        raise ValueError(f"{text!r} is no action; write block, one of {', '.join(get_args(Kind))}, message, as 2F0")
+        raise ValueError(
+            f"{text!r} is no action; write block, one of {', '.join(get_args(ActionKind))}, message, as 2F0"
+        )
 
     def parts(self) -> list[Action]:
-        """The action itself; of a whole backward its two parts."""
+        """The action itself, or the two parts of a whole backward."""
         if self.kind != "B":
             return [self]
         return [Action(self.block, "I", self.message), Action(self.block, "W", self.message)]
 
     def needs(self, last: int) -> list[Action]:
-        """What must have run before, in parts; ``last`` is the last block.
+        """The actions, in parts, that must run before this one; ``last`` is the last block.
 
         Example:
             >>> Action.parse("1L4").needs(last=2), Action.parse("1B4").needs(last=2)
@@ -74,12 +76,12 @@ class Action:
         return needed + [Action(block, "I" if self.kind == "B" else self.kind, message - 1)] * (message > 0)
 
 
-Orders = Sequence[Sequence[Action]]
-"""The actions of each rank, in its order."""
+Program = Sequence[Sequence[Action]]
+"""The actions of each rank, in the order in which the rank runs them."""
 
 
 def local_pipeline(ranks: int, messages: int) -> list[list[Action]]:
-    """Local steps only: a message goes on when its local step is done and nothing ever comes back.
+    """Local steps only: a message moves on when its local step is done, and nothing ever comes back.
 
     Example:
         >>> print(grid(local_pipeline(3, 3)))
@@ -100,7 +102,7 @@ def gpipe(ranks: int, messages: int) -> list[list[Action]]:
         >>> gpipe(2, 2)
         [[0F0, 0F1, 0B0, 0B1], [1F0, 1F1, 1B0, 1B1]]
     """
-    kinds: tuple[Kind, ...] = ("F", "B")
+    kinds: tuple[ActionKind, ...] = ("F", "B")
     return [[Action(rank, kind, message) for kind in kinds for message in range(messages)] for rank in range(ranks)]
 
 
@@ -119,54 +121,56 @@ def one_f_one_b(ranks: int, messages: int) -> list[list[Action]]:
            6  .       1B2
            7  0B2     .
     """
-    orders = []
+    program = []
     for rank in range(ranks):
         ahead = min(messages, ranks - rank - 1)
-        order = [Action(rank, "F", message) for message in range(ahead)]
+        actions = [Action(rank, "F", message) for message in range(ahead)]
         for message in range(messages):
-            order += [Action(rank, "F", message + ahead)] * (message + ahead < messages) + [Action(rank, "B", message)]
-        orders.append(order)
-    return orders
+            actions += [Action(rank, "F", message + ahead)] * (message + ahead < messages) + [
+                Action(rank, "B", message)
+            ]
+        program.append(actions)
+    return program
 
 
 def zero_bubble(ranks: int, messages: int) -> list[list[Action]]:
     """ZB-H1 of Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024 (arXiv 2401.10241).
 
-    1F1B whose backward is split: the rank before gets its gradient after I. Rank r puts its W off by r messages, which
-    fill the wait at the end; no rank holds more than 1F1B's first rank does.
+    This is 1F1B with a split backward: the previous rank gets its gradient after I. Rank r postpones W by r messages,
+    to fill the wait at the end; no rank holds more activations than the first rank of 1F1B.
 
     Example:
         >>> zero_bubble(2, 3)[1]
         [1F0, 1I0, 1F1, 1I1, 1W0, 1F2, 1I2, 1W1, 1W2]
     """
-    orders = []
+    program = []
     for rank, whole in enumerate(one_f_one_b(ranks, messages)):
-        order: list[Action] = []
+        actions: list[Action] = []
         for action in whole:
-            order += action.parts()[:1]
+            actions += action.parts()[:1]
             if action.kind == "B" and action.message >= rank:
-                order.append(Action(rank, "W", action.message - rank))
+                actions.append(Action(rank, "W", action.message - rank))
         late = range(max(0, messages - rank), messages)
-        orders.append(order + [Action(rank, "W", message) for message in late])
-    return orders
+        program.append(actions + [Action(rank, "W", message) for message in late])
+    return program
 
 
-def check(orders: Orders) -> None:
-    """See that every action will run: a block is on one rank and takes its messages in order, each after the block
-    before (going back: after the block behind), and backward follows forward.
+def check(program: Program) -> None:
+    """Check that every action can run: each block is on one rank and takes its messages in order, each message passes
+    the blocks in order (backward in reverse order), and backward follows forward.
 
     Raises:
-        ValueError: with the reason, and the grid up to the action that can never run.
+        ValueError: an action can never run; the message gives the reason and the grid up to this action.
     """
-    _, error = _clock(orders)
+    _, error = _clock(program)
     if error:
-        raise ValueError(f"{error}\n{grid(orders)}")
+        raise ValueError(f"{error}\n{grid(program)}")
 
 
-def grid(orders: Orders) -> str:
-    """A row per tick, a column per rank: every action takes one tick and runs as early as it can.
+def grid(program: Program) -> str:
+    """A table with a row per tick and a column per rank: an action takes one tick and runs as early as possible.
 
-    If not all can run, the last row has the actions that wait for ever.
+    If some actions can never run, the last row has those that wait forever.
 
     Example:
         >>> print(grid([[Action.parse(text) for text in line.split()] for line in ("0F0 0B0 0F1", "1F0 1F1 1B0")]))
@@ -175,8 +179,8 @@ def grid(orders: Orders) -> str:
            1  .       1F0
            2  0B0     1F1  <-- ERROR HERE: 0B0 on rank 0 needs 1B0, which rank 1 never reaches
     """
-    rows, error = _clock(orders)
-    widths = [max(len(f"rank {rank}"), *(len(repr(a)) for a in order), 0) for rank, order in enumerate(orders)]
+    rows, error = _clock(program)
+    widths = [max(len(f"rank {rank}"), *(len(repr(a)) for a in actions), 0) for rank, actions in enumerate(program)]
     left = max(len("tick"), len(str(len(rows))))
     lines = [f"{'tick':<{left}}" + "".join(f"  {f'rank {rank}':<{width}}" for rank, width in enumerate(widths))]
     for tick, row in enumerate(rows):
@@ -186,18 +190,20 @@ def grid(orders: Orders) -> str:
     return f"{text}  <-- ERROR HERE: {error}" if error else text
 
 
-def _clock(orders: Orders) -> tuple[list[list[Action | None]], str]:
-    """What runs at each tick; if some never can, those as a last row, and the first reason."""
+def _clock(program: Program) -> tuple[list[list[Action | None]], str]:
+    """The actions at each tick and an empty text; if some can never run, these as a last row and the first reason."""
     home: dict[int, int] = {}
-    for rank, order in enumerate(orders):
-        for action in order:
+    for rank, actions in enumerate(program):
+        for action in actions:
             home.setdefault(action.block, rank)
-    where = {part: (rank, action) for rank, order in enumerate(orders) for action in order for part in action.parts()}
-    last, places = max(home, default=0), [0] * len(orders)
+    where = {
+        part: (rank, action) for rank, actions in enumerate(program) for action in actions for part in action.parts()
+    }
+    last, places = max(home, default=0), [0] * len(program)
     done: set[Action] = set()
 
     def obstacle(rank: int, action: Action) -> tuple[bool, str]:
-        """Why not, if so; first, whether it is another rank's doing."""
+        """Whether another rank keeps an action from running, and the reason; an empty reason if it can run."""
         if home[action.block] != rank:
             return False, f"{action} on rank {rank}: block {action.block} is on rank {home[action.block]}"
         if not done.isdisjoint(action.parts()):
@@ -212,15 +218,17 @@ def _clock(orders: Orders) -> tuple[list[list[Action | None]], str]:
 
     rows: list[list[Action | None]] = []
     while True:
-        heads = [order[place] if place < len(order) else None for order, place in zip(orders, places, strict=True)]
+        heads = [
+            actions[place] if place < len(actions) else None for actions, place in zip(program, places, strict=True)
+        ]
         found = [(rank, action, obstacle(rank, action)) for rank, action in enumerate(heads) if action is not None]
         if not found:
             return rows, ""
         able = {rank: action for rank, action, (_, reason) in found if not reason}
         if not able:
-            # Who waits for another rank is a victim: the cause comes first.
+            # A rank that waits for another is not the cause: reasons within a rank come first.
             return [*rows, heads], min((elsewhere, rank, reason) for rank, _, (elsewhere, reason) in found)[2]
-        rows.append([able.get(rank) for rank in range(len(orders))])
+        rows.append([able.get(rank) for rank in range(len(program))])
         for rank, action in able.items():
             places[rank] += 1
             done.update(action.parts())

@@ -1,4 +1,4 @@
-"""What the ranks of a run did: utilisation predicted and measured, memory, bytes sent, and the timeline."""
+"""What the ranks of a run did: predicted and measured utilisation, memory, bytes sent, and the timeline."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ TIMELINE, PAGE = "timeline.json", "pipeline.html"
 
 @dataclass(frozen=True)
 class RankAccount:
-    """One rank's figures of a run: bytes at the peak, bytes of messages sent in training, what it did of late.
+    """One rank's figures for a run.
 
-    ``skipped`` counts, for each of its blocks, the updates its loss scaler left out.
+    ``steps`` counts optimizer steps, ``sent_bytes`` the messages sent in training, and ``skipped`` for each of the
+    rank's blocks the updates that its loss scaler skipped. ``entries`` is what the rank did most recently.
     """
 
     rank: int
@@ -41,7 +42,7 @@ class RankAccount:
 
 
 def stage_lines(placement: Placement) -> list[str]:
-    """Each stage's blocks and, where blocks were timed, the share of its time that it will be busy."""
+    """One line per stage: its blocks and, if blocks were timed, the predicted share of time in which it is busy."""
     lines, predicted = [], placement.utilisation
     for stage in range(len(placement.bounds) - 1):
         blocks = placement.blocks_of(stage)
@@ -51,7 +52,7 @@ def stage_lines(placement: Placement) -> list[str]:
 
 
 def busy_shares(ranks: Sequence[RankAccount]) -> dict[int, float]:
-    """The share of the steady state in which each rank worked; empty if there was none, or none was recorded."""
+    """For each rank, the share of the steady state in which it was busy; empty if no steady state was recorded."""
     entries = [entry for rank in ranks for entry in rank.entries]
     return {rank: use.busy for rank, use in utilisation(entries).items()}
 
@@ -59,9 +60,10 @@ def busy_shares(ranks: Sequence[RankAccount]) -> dict[int, float]:
 def report_ranks(folder: Path, ranks: Sequence[RankAccount], placement: Placement) -> None:
     """Print the table of ranks and the timeline, and write both to ``folder``.
 
-    ``pipeline.html`` has the table and a picture of some steps, ``timeline.json`` every entry that was kept.
+    ``pipeline.html`` shows the table and a picture of some steps; ``timeline.json`` holds every entry that was kept.
     """
-    from engine.utilities.page import write_page  # charts and pages take a second to import
+    # Imported here, because matplotlib takes a second that the start of a run need not wait for.
+    from engine.utilities.page import write_page
     from engine.utilities.sheet import Sheet
 
     entries = [entry for rank in ranks for entry in rank.entries]
@@ -93,7 +95,7 @@ def report_ranks(folder: Path, ranks: Sequence[RankAccount], placement: Placemen
     if not entries:
         return
     console.print(action_grid(newest(entries), width=max(20, min(100, console.width - 40))))
-    console.print("the last steps: block that works (10 is a, 11 b, ...), * evaluation and saving, . waiting")
+    console.print("the last steps: the block at work (a is 10, b is 11, ...), * evaluation or saving, . waiting")
     write_text(folder / TIMELINE, to_json(entries) + "\n")
     about = {"title": f"Pipeline: {folder.name}", "date": time.strftime("%Y-%m-%d")}
     write_page(folder / PAGE, about, [sheet], [], [("Who did what when", svg(entries))])

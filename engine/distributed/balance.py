@@ -1,4 +1,4 @@
-"""Balance: how long units, auxiliary networks and blocks take, and what divides them evenly over stages."""
+"""Balance: divide blocks evenly over stages, and units evenly over blocks, by the time they take."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from engine.utilities.size import parse_size, size_text
 
 
 def balance(seconds: Sequence[float], stages: int, sizes: Sizes | None = None, budget: str = "") -> list[int]:
-    """Bounds of consecutive blocks whose slowest stage is as fast as can be, within a budget of memory.
+    """Divide consecutive blocks over stages so that the slowest stage is as fast as possible, within a memory budget.
 
     Args:
-        seconds: of each block's local step, its auxiliary network included.
-        sizes: tells the bytes of a stage; without it no budget counts.
+        seconds: time of each block's local step, including its auxiliary network.
+        sizes: gives the bytes of a stage; without it there is no budget.
+        budget: the most bytes a stage may take, such as 4GiB.
+
+    Returns:
+        The bounds: stage s has blocks ``bounds[s]`` to ``bounds[s + 1] - 1``.
 
     Raises:
-        ValueError: no placement keeps the budget; has the least that one would need.
+        ValueError: no placement stays within the budget. The message gives the least that a placement needs.
 
     Example:
         >>> balance([1.0, 1.0, 1.0, 3.0], 2)
@@ -30,7 +34,7 @@ def balance(seconds: Sequence[float], stages: int, sizes: Sizes | None = None, b
     def cost(start: int, stop: int) -> tuple[float, float]:
         own = sums[stop] - sums[start]
         if sizes and sizes.stage(start, stop) > limit:
-            own = float("inf")
+            own = float("inf")  # the search then takes such a stage only if every placement has one
         return own, own**2
 
     slowest, bounds = best_bounds(len(seconds), stages, cost)[-1]
@@ -45,13 +49,13 @@ def balance(seconds: Sequence[float], stages: int, sizes: Sizes | None = None, b
 
 
 def even_out(bounds: Sequence[int], measure: Callable[[list[int]], list[float]]) -> tuple[list[int], list[float]]:
-    """Move bounds by a unit as long as the slowest block gets faster by it.
+    """Move bounds by one unit at a time, as long as this makes the slowest block faster.
 
     Args:
-        measure: seconds of the blocks between bounds.
+        measure: times the blocks between given bounds, in seconds.
 
     Returns:
-        The bounds, and what was measured with them.
+        The best bounds, and the seconds measured with them.
 
     Example:
         >>> from itertools import pairwise
@@ -63,12 +67,14 @@ def even_out(bounds: Sequence[int], measure: Callable[[list[int]], list[float]])
         slowest = max(range(len(seconds)), key=seconds.__getitem__)
         neighbours = [n for n in (slowest - 1, slowest + 1) if 0 <= n < len(seconds)]
         for other in sorted(neighbours, key=seconds.__getitem__):
+            # The bound between the slowest block and this neighbour; moving it hands one unit to the neighbour.
             tried = best.copy()
             tried[max(slowest, other)] += 1 if other < slowest else -1
             if tried[slowest] == tried[slowest + 1]:
-                continue  # it has but one unit
+                continue  # the slowest block has only one unit and would become empty
             taken = measure(tried)
-            if max(taken) < 0.99 * max(seconds):  # the rest is noise
+            # A smaller gain may be noise, which could move the same bound back and forth for ever.
+            if max(taken) < 0.99 * max(seconds):
                 best, seconds = tried, taken
                 break
         else:

@@ -1,4 +1,4 @@
-"""Orders: what the first stage of a pipeline has every stage do, one after another."""
+"""Orders: what the first stage of a pipeline tells every stage to do, one after another."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ KINDS: tuple[OrderKind, ...] = get_args(OrderKind)
 
 @dataclass(frozen=True)
 class Order:
-    """One thing to do, with what it takes; every stage does it and passes it on.
+    """One thing to do, with everything it needs; every stage carries it out and passes it on.
 
-    A run is a sequence of orders. The first stage tells it, from its data, its clock and its signals; later
-    stages do what arrives and decide nothing, so that all save, evaluate and stop at the same step. In one
-    process the only stage tells itself.
+    A run is a sequence of orders. The first stage issues them, from its data and its signals. Later stages carry out
+    what arrives and decide nothing, so that all stages save, evaluate and stop at the same step. In a single process,
+    the only stage issues and carries out the orders.
 
     Args:
-        kind: ``train`` on a micro-batch, ``evaluate`` one of test data, ``score`` what has been evaluated,
-            ``save`` a checkpoint, ``stop``.
-        message: of ``train`` and ``evaluate``.
-        reports: of the blocks that a ``train`` order has passed.
-        update: whether optimizers step after this micro-batch.
-        weight: the micro-batch's share of its batch, times the number of replicas (which average gradients).
+        kind: ``train`` on a micro-batch, ``evaluate`` a micro-batch of test data, ``score`` everything evaluated so
+            far, ``save`` a checkpoint, or ``stop``.
+        message: the micro-batch to ``train`` on or to ``evaluate``.
+        reports: the reports of the blocks that a ``train`` order has passed.
+        update: whether the optimizers step after this micro-batch.
+        weight: the micro-batch's share of its batch, times the number of replicas, because replicas average gradients.
     """
 
     kind: OrderKind

@@ -1,4 +1,4 @@
-"""The one-way pipeline: a stage of blocks on each rank, orders from the first stage to the last."""
+"""The one-way pipeline: each rank has a stage of blocks, and orders travel from the first stage to the last."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from engine.learning.schedules.sequential import Schedule
 
 
 class Pipeline:
-    """One rank's stage: blocks, and links to the stages before and after; in one process there are no links.
+    """One rank's stage: its blocks, and the links to the stages before and after it. A single process has no links.
 
-    A stage runs its blocks' local steps on a message and sends it on. Nothing ever comes back, so no stage
-    waits for a later one (except for a free slot, when that one is slower), and there is no flush between batches::
+    A stage runs the local steps of its blocks on a message and sends the message on. Nothing ever travels back, so a
+    stage waits for a later one only if that one is slower and no slot of the link is free, and batches need no flush
+    between them::
 
         rank 0   0 1 2 3 4 5 ...
         rank 1     0 1 2 3 4 5 ...
         rank 2       0 1 2 3 4 5 ...       numbers: messages
 
-    When message n comes to rank 1, its blocks have been through message n - 1, as they would in one process;
-    that rank 0 is at message n + 1 by then is nothing to them. So every bit is the same.
+    When message n reaches rank 1, the blocks of rank 1 have finished message n - 1, exactly as in one process. Rank 0
+    may be at message n + 1 by then, but no gradient connects the two, so results are bit-identical to those of one
+    process.
 
     Args:
-        schedule: how the blocks of this stage take turns.
-        inbox: the link from the stage before; None in the first.
-        outbox: the link to the next stage; None in the last.
+        schedule: the order in which the blocks of this stage run.
+        inbox: the link from the stage before; None in the first stage.
+        outbox: the link to the next stage; None in the last stage.
     """
 
     def __init__(self, schedule: Schedule, inbox: Inbox | None = None, outbox: Outbox | None = None) -> None:
         self.schedule, self.inbox, self.outbox = schedule, inbox, outbox
 
     def orders(self, course: Iterable[Order]) -> Iterator[Order]:
-        """The stage's orders up to the one to stop: ``course`` in the first stage, what arrives in the others."""
+        """Yield all orders up to ``stop``: in the first stage those of ``course``, in others those that arrive."""
         if self.inbox is None:
             yield from course
             return
@@ -45,11 +47,11 @@ class Pipeline:
                 return
 
     def run(self, order: Order) -> tuple[Order, Any]:
-        """Follow an order as far as blocks are concerned, and send it on.
+        """Run an order's message through the blocks of this stage, and send the order on.
 
         Returns:
-            The order as this stage leaves it (with all reports of a ``train`` order in the last stage), and the
-            prediction (of an ``evaluate`` order in the last stage, else None).
+            The order as this stage leaves it, and the prediction. In the last stage, a ``train`` order holds the
+            reports of all blocks. The prediction is None except for an ``evaluate`` order in the last stage.
         """
         prediction = None
         if order.message is not None and order.kind == "train":
@@ -62,11 +64,11 @@ class Pipeline:
             else:
                 order = replace(order, message=result)
         if self.outbox is not None:
-            self.schedule.settle()
+            self.schedule.settle()  # the link reads the message on the current stream, which may not have made it
             self.outbox.send(order)
         return order, prediction
 
     def close(self) -> None:
-        """See off what is under way, after the order to stop."""
+        """Wait until everything has been sent; call this after the order to stop."""
         if self.outbox is not None:
             self.outbox.close()

@@ -1,4 +1,4 @@
-"""Which stage of the pipeline has which blocks."""
+"""Placement: which stage of the pipeline owns which blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ REMEDY = "give one stage a block, or [] to have blocks timed"
 
 @dataclass(frozen=True)
 class Placement:
-    """Stage s has blocks ``bounds[s]`` to ``bounds[s + 1] - 1``; ``block_seconds`` of a local step, where timed."""
+    """Stage s owns blocks ``bounds[s]`` to ``bounds[s + 1] - 1``.
+
+    ``block_seconds`` is the time of each block's local step, or None if the blocks were not timed.
+    """
 
     bounds: list[int]
     block_seconds: list[float] | None = None
@@ -28,7 +31,7 @@ class Placement:
 
     @property
     def utilisation(self) -> list[float] | None:
-        """The share of its time that each stage will be busy: the slowest all of it."""
+        """The share of time in which each stage will be busy, which is 1 for the slowest; None without timings."""
         if self.block_seconds is None:
             return None
         stages = [sum(self.block_seconds[start:stop]) for start, stop in pairwise(self.bounds)]
@@ -36,14 +39,16 @@ class Placement:
 
 
 def place(config: Config, task: Task, world: World, blocks: int, shared: str = "") -> Placement:
-    """The placement that the config names, or the one that measured times balance.
+    """The placement that the config states, or one that balances the measured times of blocks.
 
     Args:
+        blocks: number of blocks in the network.
         shared: name of the encoder of shared conditioning, if there is one.
 
     Raises:
-        ValueError: more stages than blocks, stages that are not the ranks' or out of order, or a budget of
-            memory that no placement keeps.
+        ValueError: there are more stages than blocks, ``placement.stages`` does not fit the ranks or is out of order,
+            no placement stays within the memory budget, or the network cannot be divided into stages at all
+            (end-to-end training, a shared encoder).
     """
     stages, wish = world.stages, config.placement.stages
     if config.local.end_to_end and stages > 1:
@@ -62,7 +67,7 @@ def place(config: Config, task: Task, world: World, blocks: int, shared: str = "
     budget = config.placement.memory
     if stages == 1 and not budget:
         return Placement([0, blocks])
-    seconds = time_blocks(config, task, world)
+    seconds = time_blocks(config, task, world)  # a collective call, which gives every rank the same times
     return Placement(balance(seconds, stages, Sizes(config, task) if budget else None, budget), seconds)
 
 

@@ -1,4 +1,4 @@
-"""Cut a network for ranks that take equally long."""
+"""Cut a network so that all ranks take equally long."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from engine.task import Task
 
 @dataclass(frozen=True)
 class RankPlan:
-    """A config cut for so many ranks, where its blocks go, and each block's units."""
+    """A config whose cut suits a number of ranks, the placement of its blocks, and the units of each block."""
 
     config: Config
     placement: Placement
     units: list[str]
 
     def rows(self) -> list[list[str]]:
-        """Each block's number, units, rank, ms a step, and how busy its rank is."""
+        """For each block: its number, its units, its rank, its ms per step, and how busy its rank is."""
         busy, seconds = self.placement.utilisation, self.placement.block_seconds
         assert busy is not None
         assert seconds is not None
@@ -46,15 +46,19 @@ class RankPlan:
 
 
 def plan_ranks(config: Config, task: Task, ranks: int, device: torch.device, blocks_per_rank: int = 1) -> RankPlan:
-    """Cut a network for ``ranks`` stages that take equally long.
+    """Cut a network into ``ranks`` stages that take equally long.
 
-    A first cut comes from the time of each unit and auxiliary network on its own; then bounds move as long as
-    the slowest block, timed whole, gets faster. One block a stage is fastest, since every further one costs the time of
-    an auxiliary network, but more take less memory. With ``placement.memory`` stages get another block until they
-    keep it.
+    The first cut follows from the time of each unit and each auxiliary network on its own. Then bounds move as long as
+    this makes the slowest block, timed as a whole, faster. One block per stage is the fastest choice, because every
+    further block costs the time of an auxiliary network; more blocks take less memory. With ``placement.memory``, every
+    stage gets one more block until all stages stay within the budget.
+
+    Args:
+        blocks_per_rank: number of blocks per stage to start with.
 
     Raises:
-        ValueError: fewer units than ranks, a shared encoder, or a budget that no cut keeps.
+        ValueError: there are fewer units than blocks, the network has a shared encoder, or no cut stays within the
+            budget.
     """
     chain = task.build_chain(initial=False)
     _check_stages(chain.shared.name if chain.shared else "", ranks, ranks)

@@ -1,4 +1,4 @@
-"""Timelines of real runs: what every rank did when, as shares, as a grid for the terminal, as a picture."""
+"""Timelines of real runs: what every rank did and when, as shares, as a grid for the terminal, and as a picture."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ KEYS = ("rank", "block", "kind", "message", "start_seconds", "stop_seconds")
 
 @dataclass(frozen=True)
 class Use:
-    """``busy``: share of the steady state in which a rank did not wait; ``block_seconds``: spent on each block."""
+    """How one rank spent the steady state.
+
+    ``busy`` is the share of time in which it did not wait, ``block_seconds`` the time that it spent on each block.
+    """
 
     busy: float
     block_seconds: dict[int, float]
 
 
 def steady(entries: Sequence[Entry]) -> tuple[float, float] | None:
-    """(start, stop) of the steady state: from when every rank has begun its first step to before any has ended its
-    last; None if that is no time at all. A step is an entry of kind ``train``.
+    """The steady state as (start, stop) in seconds, or None if there is none.
+
+    It begins when the last rank has begun its first step, and ends when the first rank has ended its last step. A step
+    is an entry of kind ``train``.
     """
     steps = _by_rank([entry for entry in entries if entry.kind == "train"])
     if not steps:
@@ -35,7 +40,8 @@ def steady(entries: Sequence[Entry]) -> tuple[float, float] | None:
 def utilisation(entries: Sequence[Entry]) -> dict[int, Use]:
     """How busy each rank was in the steady state (see ``steady``); empty if there was none.
 
-    Whatever is not ``wait`` is busy; an entry that reaches out of the window counts with the part inside.
+    Every kind of entry except ``wait`` counts as busy. Of an entry that extends beyond the steady state, only the part
+    inside counts.
 
     Example:
         >>> slow = [Entry(0, 0, "train", message, message, message + 1) for message in range(4)]
@@ -60,10 +66,11 @@ def utilisation(entries: Sequence[Entry]) -> dict[int, Use]:
 
 
 def newest(entries: Sequence[Entry], messages: int = 12) -> list[Entry]:
-    """Few enough entries to look at: of a run of more ``messages`` the last so many of its steady state.
+    """The entries of the last ``messages`` messages of the steady state, few enough to look at.
 
-    All entries that reach into the time from the first of those messages on the rank that took it last are kept, so
-    that no rank looks idle for want of entries.
+    A run with fewer messages keeps all its entries. The result begins when the last rank to take the first of these
+    messages took it, and includes every entry that extends into this time, so that no rank looks idle because its
+    entries are missing.
     """
     window = steady(entries)
     if window is None or len({entry.message for entry in entries if entry.kind == "train"}) <= messages:
@@ -78,13 +85,13 @@ def newest(entries: Sequence[Entry], messages: int = 12) -> list[Entry]:
 
 
 def action_grid(entries: Sequence[Entry], width: int = 100) -> str:
-    """A row per rank, a column per ``width``-th of the time from the first start to the last stop.
+    """A grid with one row per rank, whose ``width`` columns divide the time from the first start to the last stop.
 
-    A cell shows the block that worked most in it (one digit to base 36, of larger numbers the last), ``*`` for work on
-    none, ``.`` if the rank waited for more than half of it.
+    A cell shows the block that worked most in its slot (one digit to base 36; of a larger number, its last digit),
+    ``*`` for work that belongs to no block, and ``.`` if the rank waited for more than half of the slot.
 
     Raises:
-        ValueError: no entries, or none that took time.
+        ValueError: there are no entries, or none of them took time.
 
     Example:
         >>> rows = [Entry(rank, rank, "train", m, m + rank, m + rank + 1) for rank in (0, 1) for m in (0, 1, 2)]
@@ -112,14 +119,14 @@ def action_grid(entries: Sequence[Entry], width: int = 100) -> str:
 
 
 def svg(entries: Sequence[Entry]) -> str:
-    """A picture of the ``newest`` entries: a lane per rank, a colour per block, the message's number where it fits.
+    """A picture of the ``newest`` entries: one lane per rank, one colour per block, and message numbers where they fit.
 
-    Evaluation is pale, work on no block grey, waiting blank. Equal entries give equal text.
+    Evaluation is pale, work that belongs to no block is grey, and waiting is blank. Equal entries give equal text.
 
     Raises:
-        ValueError: no entries, or none that took time.
+        ValueError: there are no entries, or none of them took time.
     """
-    import matplotlib  # a second, which training need not wait for
+    import matplotlib  # here, because the import takes a second that the start of a run need not wait for
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -138,7 +145,7 @@ def svg(entries: Sequence[Entry]) -> str:
         alpha = 0.4 if entry.kind == "evaluate" else 1.0
         axes.barh(lane, width, left=left, color=colour(entry.block), alpha=alpha, edgecolor="white", linewidth=0.5)
         text = str(entry.message) if entry.message >= 0 else entry.kind
-        # A digit is about 0.06 inch wide, the axes 7.4.
+        # Draw the number only if it fits: a digit is about 0.06 inches wide, the axes are 7.4 inches wide.
         if 0.06 * len(text) + 0.04 < 7.4 * (entry.stop - entry.start) / (end - begin):
             axes.text(left + width / 2, lane, text, ha="center", va="center", fontsize=7)
     axes.set_xlim(0, 1000 * (end - begin))
@@ -152,7 +159,7 @@ def svg(entries: Sequence[Entry]) -> str:
 
 
 def to_json(entries: Sequence[Entry]) -> str:
-    """A list with one object an entry, one a line.
+    """A JSON list with one object per entry, each on a line of its own.
 
     Example:
         >>> from_json(to_json([Entry(0, 2, "train", 5, 0.25, 0.5)]))
@@ -163,10 +170,10 @@ def to_json(entries: Sequence[Entry]) -> str:
 
 
 def from_json(text: str) -> list[Entry]:
-    """Inverse of ``to_json``.
+    """The inverse of ``to_json``.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: the text is not such a list.
     """
     try:
         return [Entry(*(row[key] for key in KEYS)) for row in json.loads(text)]

@@ -1,4 +1,4 @@
-"""How long units, auxiliary networks and blocks take."""
+"""Time units, auxiliary networks and blocks on the device that trains."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ TIMED_STEPS = 5
 
 
 def time_blocks(config: Config, task: Task, world: World) -> list[float]:
-    """Seconds of each block's local step on a made-up micro-batch, its auxiliary network included.
+    """Seconds of each block's local step on a synthetic micro-batch, including its auxiliary network.
 
-    Ranks share the work: rank r times every ``world.size``-th block, on a copy of its own that is dropped.
+    Ranks divide the work: each times every ``world.size``-th block, on a copy of the network that is dropped later.
+    This is a collective call; every rank gets all times.
     """
+    # Not compiled: to compile a copy of every block would take far longer than to time it.
     config = replace(config, local=replace(config.local, compile=False))
     blocks = fresh_blocks(config, task)
     arriving, targets = arriving_messages(blocks, task), task.example().targets
@@ -53,9 +55,9 @@ def _stepping(block: Block, message: Message) -> Callable[[], object]:
 
 @dataclass(frozen=True)
 class UnitTimes:
-    """Seconds of each unit's forward, backward and update, and of what would end a block after it.
+    """Seconds of forward, backward and update, for each unit and for what would end a block after it.
 
-    ``ends[j]`` is the auxiliary network's of a block that ends with unit j; the last one is the head's.
+    ``ends[j]`` is the time of the auxiliary network of a block that ends with unit j; the last entry is the head's.
     """
 
     units: list[float]
@@ -65,7 +67,7 @@ class UnitTimes:
         return sum(self.units[start:stop]) + self.ends[stop - 1]
 
     def cut(self, blocks: int) -> list[int]:
-        """Bounds of so many blocks, the slowest as fast as can be.
+        """The bounds of ``blocks`` blocks of which the slowest is as fast as possible.
 
         Example:
             >>> UnitTimes([1.0, 1.0, 1.0, 1.0], [2.0, 0.5, 1.0, 0.0]).cut(2)
@@ -75,10 +77,10 @@ class UnitTimes:
 
 
 def time_units(config: Config, task: Task, device: torch.device) -> UnitTimes:
-    """Time every unit, and every auxiliary network that a block ending there would have, on a made-up micro-batch.
+    """Time every unit, and the auxiliary network that a block ending there would have, on a synthetic micro-batch.
 
-    Known limitations: no recomputation or offload, and an auxiliary network is that of a block of one
-    unit, without a feature bank.
+    Known limitations: recomputation and offload are not timed, and each auxiliary network is that of a block of one
+    unit without a feature bank.
     """
     chain = task.build_chain(initial=False)
     targets = task.example().targets
@@ -88,6 +90,7 @@ def time_units(config: Config, task: Task, device: torch.device) -> UnitTimes:
         message = _made_up(shape, targets, device)
         units += _least([_running(unit, message, config, index > 0)], device)
         shape = infer_shapes(unit, shape, [unit.module])
+        # As block 0 or 1 of two: only whether the block is the last one matters here.
         span = Span(int(last), 2, index, index + 1)
         (criterion,) = task.criteria(chain, [span])
         if last:
@@ -99,7 +102,7 @@ def time_units(config: Config, task: Task, device: torch.device) -> UnitTimes:
 
 
 class _Head(torch.nn.Module):
-    """The task's own head, called as an auxiliary network is."""
+    """The task's own head, with the signature of an auxiliary network."""
 
     def __init__(self, chain: Chain) -> None:
         super().__init__()
@@ -110,7 +113,11 @@ class _Head(torch.nn.Module):
 
 
 def _running(unit: Unit, message: Message, config: Config, inner: bool) -> Callable[[], None]:
-    """A unit's share of a step: its input wants a gradient unless it is the network's first."""
+    """A function that runs a unit's part of a step.
+
+    Args:
+        inner: whether the unit is not the first of the network, so that its input requires a gradient.
+    """
     device = message.x.device
     unit.module.to(device)
     step = _updating(unit.module, config)
@@ -120,7 +127,8 @@ def _running(unit: Unit, message: Message, config: Config, inner: bool) -> Calla
         if inner and x.is_floating_point():
             x.requires_grad_()
         with autocast(device, config.local.precision):
-            output = unit(message.with_x(x.view_as(x))).x  # a view: a unit may change what it gets in place
+            # A view, because a unit may change its input in place, which autograd forbids on a leaf.
+            output = unit(message.with_x(x.view_as(x))).x
         if output.requires_grad:
             output.backward(torch.ones_like(output))  # type: ignore[no-untyped-call]
         step()
@@ -131,7 +139,7 @@ def _running(unit: Unit, message: Message, config: Config, inner: bool) -> Calla
 def _ending(
     network: torch.nn.Module, criterion: Callable[[Any, Any], Tensor], message: Message, config: Config
 ) -> Callable[[], None]:
-    """A block's end in a step: auxiliary network or head, the loss, and back to what the block sends."""
+    """A function that runs what ends a block: auxiliary network or head, loss, and backward to the units' output."""
     device = message.x.device
     learning = torch.nn.ModuleList([part for part in (network, criterion) if isinstance(part, torch.nn.Module)])
     step = _updating(learning.to(device), config)
@@ -160,7 +168,10 @@ def _updating(module: torch.nn.Module, config: Config) -> Callable[[], None]:
 
 
 def _least(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Seconds of each, in turns, so that drift of the machine's speed meets all; the least disturbed time of each."""
+    """The seconds that each of ``runs`` takes: the shortest of several times, which is the least disturbed one.
+
+    They take turns, so that a change in the machine's speed affects all of them alike.
+    """
     taken: list[list[float]] = [[] for _ in runs]
     for _ in range(1 + TIMED_STEPS):
         for run, seconds in zip(runs, taken, strict=True):
@@ -169,11 +180,11 @@ def _least(runs: Sequence[Callable[[], object]], device: torch.device) -> list[f
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)
-    return [min(seconds[1:]) for seconds in taken]  # the first was to warm up
+    return [min(seconds[1:]) for seconds in taken]  # the first time includes allocation and the choice of algorithms
 
 
 def _made_up(shape: Message, targets: object, device: torch.device) -> Message:
-    """A message of random numbers."""
+    """A message with the shapes of ``shape``, filled with random numbers; integers are 0, which is a valid index."""
 
     def fill(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():

@@ -1,4 +1,4 @@
-"""Links: orders from one rank to the next, messages of any shape and type, several under way at a time."""
+"""Links: they carry orders from one rank to the next, with messages of any shape and type, several at a time."""
 
 from __future__ import annotations
 
@@ -19,32 +19,35 @@ from engine.distributed.ticket import FORM, TICKET_BYTES, Ticket, pack, transfer
 from engine.distributed.wire import TENSORS, TICKETS, Wire, Work
 from engine.utilities.text import one_line
 
-POLL_SECONDS = 0.2  # between looks at an error or a signal while waiting
+POLL_SECONDS = 0.2  # a wait wakes up this often, to notice an error of its threads and to let Python handle signals
 
 
 class LinkError(RuntimeError):
-    """A link failed or its other end gave no sign of life; names both ranks and the order."""
+    """A link failed, or its other end gave no sign of life. The message names both ranks and the order."""
 
 
 class Outbox:
     """The sending end of a link.
 
-    An order costs one ticket of 1 KiB, which carries number, kind and sequence, then its tensors: small ones
-    joined, large ones as they are. A structure (nesting, shapes, types, values that are no tensors) is sent
-    when it differs from the one before, inside the ticket if it fits, else in a transfer of its own; while
-    shapes repeat it costs nothing::
+    An order takes one ticket of 1 KiB, which carries number, kind and sequence, and then its tensors: small ones
+    joined, large ones each on their own. The structure (nesting, shapes, types, and values that are not tensors) is
+    sent only when it differs from that of the message before: inside the ticket if it fits, otherwise in a transfer of
+    its own. While shapes repeat, it costs nothing::
 
-        send() -> at most `depth` orders -> thread: start transfers -> thread: see them end, free a slot
+        send() -> at most `depth` orders -> thread: start transfers -> thread: wait for their end, free a slot
+
+    Starting and finishing need two threads, because a transfer ends only when the other rank takes it, and the next one
+    must start before that.
 
     Args:
-        wire: to the next rank.
+        wire: leads to the next rank.
         names: this rank and the next, for errors.
-        depth: orders that may wait to be taken; ``send`` waits for a free slot, so that memory stays bounded.
+        depth: orders that may be on their way; ``send`` waits for a free slot, so that memory stays bounded.
         timeout: seconds that ``send`` waits before it gives up.
     """
 
     def __init__(self, wire: Wire, names: tuple[int, int], *, depth: int = 2, timeout: float = 300.0) -> None:
-        self.train_bytes = 0  # sent so far for training
+        self.train_bytes = 0  # bytes sent so far for training
         self._wire, self._names, self._depth, self._timeout = wire, names, depth, timeout
         self._slots = threading.Semaphore(depth)
         self._number, self._header = 0, b""
@@ -55,10 +58,10 @@ class Outbox:
         self._threads = [_thread(self._start, self._stream), _thread(self._finish, self._stream)]
 
     def send(self, order: Order) -> None:
-        """Send an order on its way; its tensors are not to be changed afterwards.
+        """Send an order. Its tensors must not change afterwards, because the transfer reads them later.
 
         Raises:
-            LinkError: the link broke, or no slot was free within ``timeout``.
+            LinkError: the link broke, or no slot became free within ``timeout``.
         """
         self._wait_for_slot()
         tensors, size, header, repeated = pack(order, self._wire.device, self._header)
@@ -88,15 +91,18 @@ class Outbox:
         self._waiting.put((buffer, tensors, _now_on(self._wire.device)))
 
     def close(self) -> None:
-        """See everything off; to be called after the order to stop.
+        """Wait until everything has been sent; call this after the order to stop.
 
         Raises:
             LinkError: as ``send``.
         """
+        # The other end always asks for ``depth`` tickets in advance. Blank tickets answer those that it still expects
+        # after the order to stop, because no receive may be pending when the process group is destroyed.
         blank = torch.zeros(TICKET_BYTES, dtype=torch.uint8)
-        for _ in range(self._depth - 1):  # the other end waits for so many more
+        for _ in range(self._depth - 1):
             self._wait_for_slot()
             self._waiting.put((blank, [], None))
+        # When all slots are free, every transfer has ended.
         for _ in range(self._depth):
             self._wait_for_slot()
         self._waiting.put(None)
@@ -124,12 +130,13 @@ class Outbox:
         try:
             while (item := self._waiting.get()) is not None:
                 ticket, tensors, ready = item
+                # Transfers run on a stream of their own, so the tensors must be computed before a transfer reads them.
                 if ready is not None:
                     ready.synchronize()
                 works = [self._wire.send(ticket, TICKETS)]
                 works += [self._wire.send(tensor, TENSORS) for tensor in tensors]
-                self._under_way.put((works, (ticket, tensors)))
-        except Exception as error:
+                self._under_way.put((works, (ticket, tensors)))  # keeps the tensors alive until they are sent
+        except Exception as error:  # raised in the rank's own thread, at its next call
             self._error = error
         self._under_way.put(None)
 
@@ -140,7 +147,7 @@ class Outbox:
                     work.wait()
                 if self._stream is not None:
                     self._stream.synchronize()
-                del item  # frees the tensors
+                del item  # free the tensors before the slot, or ``depth`` would not bound memory
                 self._slots.release()
         except Exception as error:
             self._error = error
@@ -149,16 +156,16 @@ class Outbox:
 class Inbox:
     """The receiving end of a link.
 
-    Tickets are asked for ``depth`` orders ahead, tensors as soon as their ticket tells their shapes and there
-    is a slot, so that they travel while the rank computes::
+    It asks for tickets ``depth`` orders ahead, and for tensors as soon as their ticket has told their shapes and a slot
+    is free, so that they travel while the rank computes::
 
-        thread: tickets -> buffer for `depth` orders -> ask for tensors -> thread: see them arrive -> receive()
+        thread: tickets -> buffer for `depth` orders -> ask for tensors -> thread: wait until they arrive -> receive()
 
     Args:
-        wire: from the rank before.
+        wire: comes from the rank before.
         names: this rank and the one before, for errors.
-        device: where messages are wanted.
-        depth: as of the other end.
+        device: where the messages must arrive.
+        depth: as at the other end.
         timeout: seconds that ``receive`` waits before it gives up.
     """
 
@@ -176,10 +183,11 @@ class Inbox:
         _thread(self._take, self._stream)
 
     def receive(self) -> Order:
-        """The next order.
+        """Wait for the next order and return it.
 
         Raises:
-            LinkError: the link broke, what arrived is not what it should be, or nothing came within ``timeout``.
+            LinkError: the link broke, something other than the next order arrived, or nothing arrived within
+                ``timeout``.
         """
         began = time.monotonic()
         while True:
@@ -198,7 +206,8 @@ class Inbox:
         self._number += 1
         self._slots.release()
         if self._stream is not None and order.message is not None:
-            # Else the allocator would give the memory out again while this rank's stream still reads it.
+            # The link's stream allocated these tensors. Without this, the allocator could reuse their memory as soon as
+            # they are dropped, while the rank's own stream still has to read them.
             read = [tensor for report in order.reports for tensor in (report.loss, report.gradient_norm)]
             for tensor in [*order.message.tensors(), *read]:
                 tensor.record_stream(torch.cuda.current_stream(self._device))
@@ -211,15 +220,15 @@ class Inbox:
             while True:
                 buffer, work = posted.popleft()
                 work.wait()
-                content = bytes(buffer.numpy())
+                content = bytes(buffer.numpy())  # tickets are always on the CPU
                 ticket = Ticket(*FORM.unpack_from(content))
                 if ticket.number != number or not 0 <= ticket.kind < len(KINDS):
                     raise LinkError(f"brought order {ticket.number} of kind {ticket.kind}, order {number} expected")
                 number += 1
-                self._slots.acquire()
+                self._slots.acquire()  # before any buffer is allocated, so that ``depth`` bounds memory here as well
                 self._arriving.put(self._ask_tensors(ticket, content))
                 if KINDS[ticket.kind] == "stop":
-                    for _, work in posted:  # blank ones
+                    for _, work in posted:  # the blank tickets of ``Outbox.close``
                         work.wait()
                     return
                 posted.append(self._ask_ticket())
@@ -239,7 +248,7 @@ class Inbox:
                 buffer = torch.empty(ticket.header, dtype=torch.uint8, device=self._wire.device)
                 self._wire.receive(buffer, TENSORS).wait()
                 header = bytes(buffer.cpu().numpy())
-            self._structure = pickle.loads(header)
+            self._structure = pickle.loads(header)  # written by a rank of this job (see ``ticket.pack``)
         if ticket.bytes < 0:
             return ticket, self._structure, [], []
         sizes, total = transfer_sizes(self._structure)
@@ -257,7 +266,8 @@ class Inbox:
                 order = unpack(ticket, structure, buffers, self._device)
                 if self._stream is not None:
                     self._stream.synchronize()
-                del item, buffers, works  # the thread keeps nothing alive while it waits
+                # Locals would keep the last message alive while the thread waits for the next one.
+                del item, buffers, works
                 self._arrived.put(order)
                 if order.kind == "stop":
                     return
@@ -267,7 +277,7 @@ class Inbox:
 
 
 def _side_stream(*devices: torch.device) -> torch.cuda.Stream | None:
-    """A stream for transfers, so that waiting for one is not waiting for the rank's computing; None on CPUs."""
+    """A stream for transfers, so that waiting for a transfer does not wait for the rank's own work; None on CPUs."""
     cuda = [device for device in devices if device.type == "cuda"]
     return torch.cuda.Stream(cuda[0]) if cuda else None  # type: ignore[no-untyped-call]
 
@@ -277,13 +287,14 @@ def _thread(target: Callable[[], None], stream: torch.cuda.Stream | None) -> thr
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             target()
 
+    # A daemon, because a thread that waits for a rank that is gone must not keep this process alive.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
 
 
 def _now_on(device: torch.device) -> Any:
-    """An event that has happened once what the device is to compute so far is there; None on a CPU."""
+    """An event that happens when the device has finished everything queued so far; None on a CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]

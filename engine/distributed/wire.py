@@ -1,4 +1,4 @@
-"""Wires: bytes from one rank to another."""
+"""Wires: they carry bytes from one rank to another."""
 
 from __future__ import annotations
 
@@ -11,28 +11,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TICKETS, TENSORS = 1, 2  # tags
+# Tags keep the two kinds apart, because several tickets are asked for before the tensors of the first one.
+TICKETS, TENSORS = 1, 2
 
 
 class Work(Protocol):
-    """A transfer under way."""
+    """A transfer that has started."""
 
-    def wait(self) -> Any: ...
+    def wait(self) -> Any:
+        """Wait until it has ended."""
+        ...
 
 
 class Wire(Protocol):
-    """Moves bytes from one rank to another; those of a tag arrive in the order they were sent."""
+    """Moves bytes from one rank to another. Transfers with the same tag arrive in the order in which they were sent."""
 
     device: torch.device
-    """Where tensors must be to be sent."""
+    """Device from which the wire sends tensors, and on which it receives them."""
 
-    def send(self, tensor: Tensor, tag: int) -> Work: ...
+    def send(self, tensor: Tensor, tag: int) -> Work:
+        """Start to send ``tensor``, which must stay unchanged until the transfer has ended."""
+        ...
 
-    def receive(self, tensor: Tensor, tag: int) -> Work: ...
+    def receive(self, tensor: Tensor, tag: int) -> Work:
+        """Start to receive into ``tensor``, whose size must be that of the tensor sent."""
+        ...
 
 
 class GroupWire:
-    """Point-to-point transfers of torch.distributed: gloo through main memory, NCCL between GPUs."""
+    """Point-to-point transfers of torch.distributed: gloo through main memory, NCCL between GPUs.
+
+    NCCL ignores tags. Tickets stay apart from tensors all the same: they are on the CPU, and so always travel by gloo.
+    """
 
     def __init__(self, peer: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.peer, self.group, self.device = peer, group, device
@@ -49,7 +59,7 @@ class GroupWire:
 
 
 class Loopback:
-    """Both ends in one process: a stand-in for tests and for looking at what a link does."""
+    """Both ends of a wire in one process: a stand-in for tests, and for watching what a link does."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The ranks of a job: who is who, what they tell each other beside messages, and whose failure came first."""
+"""The ranks of a job: their roles, what they exchange apart from messages, and how they report a failure."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This rank among the others: a mesh of pipeline stages x replicas.
+    """This rank's place among all ranks, which form a mesh of pipeline stages x replicas.
 
-    Ranks ``stage * replicas`` and on are a stage's replicas: with as many ranks a host as replicas, gradients
-    stay within hosts and only messages travel between them::
+    The replicas of a stage have consecutive ranks, beginning with ``stage * replicas``. With as many ranks per host as
+    replicas, gradients therefore stay within a host, and only messages travel between hosts::
 
         2 replicas       stage 0   stage 1   stage 2
         replica 0        rank 0 -> rank 2 -> rank 4      (main)
         replica 1        rank 1 -> rank 3 -> rank 5
 
-    ``main`` is where a run's losses and figures come together: the last stage's replica 0. It alone writes
-    logs and prints.
+    The main rank is replica 0 of the last stage, where losses and predictions come out. Only the main rank writes logs
+    and prints.
     """
 
     rank: int = 0
@@ -41,12 +41,12 @@ class World:
     replicas: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     links: dist.ProcessGroup | None = None
-    """Of all ranks, for messages."""
+    """Process group of all ranks, for messages."""
     stage_group: dist.ProcessGroup | None = None
-    """The replicas of this rank's stage; None if there is but one."""
+    """Process group of the replicas of this rank's stage; None if there is only one replica."""
     timeout: float = 300.0
     job: str = ""
-    """Names this launch of torchrun, restarts included."""
+    """Name of this launch of torchrun, which stays the same over restarts."""
     wire_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -63,15 +63,16 @@ class World:
 
     @property
     def main(self) -> bool:
+        """Whether this is the main rank, which logs and prints."""
         return self.rank == self.size - self.replicas
 
     @property
     def first(self) -> bool:
-        """Whether this rank reads the data and tells the course of the run."""
+        """Whether this rank belongs to the first stage, which reads the data and issues the orders."""
         return self.stage == 0
 
     def inbox(self, depth: int) -> Inbox | None:
-        """The link from the stage before."""
+        """The link from the same replica of the stage before; None in the first stage."""
         if self.first:
             return None
         peer = self.rank - self.replicas
@@ -79,7 +80,7 @@ class World:
         return Inbox(wire, (self.rank, peer), self.device, depth=depth, timeout=self.timeout)
 
     def outbox(self, depth: int) -> Outbox | None:
-        """The link to the next stage."""
+        """The link to the same replica of the next stage; None in the last stage."""
         if self.stage == self.stages - 1:
             return None
         peer = self.rank + self.replicas
@@ -87,7 +88,7 @@ class World:
         return Outbox(wire, (self.rank, peer), depth=depth, timeout=self.timeout)
 
     def from_main(self, value: T) -> T:
-        """The main rank's value, on every rank."""
+        """The main rank's value, on every rank (a collective call)."""
         if self.size == 1:
             return value
         box = [value]
@@ -95,7 +96,7 @@ class World:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
+        """The values of all ranks, on every rank (a collective call)."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -110,16 +111,16 @@ class World:
         """The sum of ``values`` over this stage's replicas."""
         if self.stage_group is None:
             return values
-        total = values.cpu()
+        total = values.cpu()  # the sum is small and rare: spare the GPU a collective
         dist.all_reduce(total, group=self.stage_group)
         return total
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Of several ranks that fail, the first says why and the others say nothing: theirs follows from it.
+        """A context in which only the first rank that fails prints its error; the others fail because of it.
 
-        A rank notes its failure before its links break, so a failing rank comes before those that miss it. One
-        that was killed notes nothing; the first to miss it says so.
+        A rank records its failure before its links break, so it is ahead of the ranks that miss it. A rank that was
+        killed records nothing; then the first rank that misses it prints the error.
         """
         try:
             yield
@@ -127,14 +128,16 @@ class World:
             if self.size == 1:
                 raise
             self.tell(error)
-            # Threads and groups that wait for other ranks would hold up an orderly end.
+            # An orderly exit would wait for threads and process groups that wait for other ranks. The exit code is 2
+            # for a user's error, as in ``run_tool``.
             os._exit(2 if isinstance(error, ValueError) else 1)
 
     def tell(self, error: Exception) -> None:
-        """Note this rank's failure and, if it is the job's first, say it; once. torchrun's SIGTERM is too late then."""
+        """Record this rank's failure, and print it if it is the first of the job; a second call does nothing."""
         if self.size == 1 or getattr(error, "told", False):
             return
         error.told = True  # type: ignore[attr-defined]
+        # torchrun sends SIGTERM to all ranks as soon as one has ended, which must not cut off the message.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self._first(str(error)):
             if isinstance(error, ValueError | LinkError):
@@ -152,11 +155,15 @@ class World:
             store, mine = dist.distributed_c10d._get_default_store(), f"rank {self.rank}: {text}"
             return bool(store.compare_set("first_failure", "", mine).decode() == mine)
         except Exception:
-            return True  # nobody is left to ask
+            return True  # the store is gone with the process that served it, so there is nothing left to ask
 
     @contextmanager
     def one_of_a_host_first(self) -> Iterator[None]:
-        """The first rank of each host goes ahead (and unpacks or downloads what the others then find)."""
+        """A context that the first rank of each host passes through before the others enter it.
+
+        It may unpack or download files, which the others then find.
+        """
+        # The barrier is one collective: the first ranks reach it on leaving, the others on entering.
         ahead = int(os.environ.get("LOCAL_RANK", "0")) == 0
         if self.size > 1 and not ahead:
             dist.barrier()
@@ -165,12 +172,12 @@ class World:
             dist.barrier()
 
     def leave(self) -> None:
-        """Part from the other ranks."""
+        """Wait for the other ranks, then leave the process groups."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier()  # a rank that left early would break collectives that others are still in
             dist.destroy_process_group()
 
 
 def _lost(cause: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone."""
+    """Whether a collective failed because another rank is gone; gloo raises a RuntimeError with this text."""
     return isinstance(cause, dist.DistError) or "by peer" in str(cause)

@@ -1,4 +1,4 @@
-"""A block: units, their auxiliary network, their optimizer, and the local step that trains them."""
+"""A block: its units, their auxiliary network and optimizer, and the local step that trains them."""
 
 from __future__ import annotations
 
@@ -26,44 +26,44 @@ from engine.utilities.seed import derive
 
 
 class Conditioning(Protocol):
-    """Whatever makes the shared features that blocks read, as a block sees it."""
+    """What a block needs to know of the encoder that makes the shared features."""
 
     def collect(self, leaves: Mapping[str, Tensor]) -> None:
-        """Take the gradients that a block's backward has left in its own leaves of the shared features."""
+        """Take the gradients that a block's backward left in its own leaves of the shared features."""
         ...
 
 
 class Block(nn.Module):
     """Consecutive units trained by one local loss.
 
-    A local step is forward, local loss, backward, clip, optimizer step, and everything freed, *before*
-    the message goes on::
+    A local step consists of forward, local loss, backward, clipping and optimizer step. It frees everything it
+    allocated *before* the message goes on::
 
         message ----> units ----> auxiliary network ----> loss
                         |  (detach)                         |
                         v                                   v
         message' <------+        backward stops at the block's input
 
-    No gradient of the input is computed: the message arrives detached. (Shared conditioning apart, whose
-    gradient goes to its encoder: see ``engine.learning.shared``.) In the last block the task's own head stands in the
-    auxiliary network's place.
+    The message arrives detached, so no gradient of the input is computed. The exception is shared conditioning, whose
+    gradients go to its encoder (see ``engine.learning.shared``). In the last block, the task's own head takes the place
+    of the auxiliary network.
 
     Args:
-        chain: the network the units belong to.
-        span: which units.
+        chain: the network that the units belong to.
+        span: which units of the chain the block has.
         auxiliary: maps (message, bank) to a prediction; None in the last block.
-        task: gives the loss and the key features for the bank.
-        seed: with the block's index and the step it fixes all random state (dropout), so that results
-            do not depend on where or after what the block runs.
-        precision: ``fp32``, or ``bf16``/``fp16`` by autocast. Each block scales its own loss in fp16,
-            so that one block's overflow skips that block's update only.
-        recompute: ``units`` recomputes each unit's activations in backward instead of keeping them; all but the
-            last unit's, which backward needs first. ``none`` keeps them.
-        offload: keep what backward needs in main memory (see ``engine.learning.offload``).
-        clip_norm: clip the gradient norm of *this block* (units and auxiliary network together) to
-            this value; 0 clips nothing. It is not the norm over the whole network.
-        keeps_key_features: add key features to the message's bank, since a later block reads them.
-        criterion: the block's loss (see ``Task.criteria``); else the task's.
+        task: provides the loss and the key features for the bank.
+        seed: fixes, together with the block's index and the micro-batch, all random state (dropout), so that results do
+            not depend on where the block runs or on what ran before.
+        precision: ``fp32``, or ``bf16``/``fp16`` by autocast. With fp16, each block scales its own loss, so an overflow
+            in one block skips the update of that block only.
+        recompute: with ``units``, backward recomputes the activations of every unit except the last, whose activations
+            it needs at once. ``none`` keeps all of them.
+        offload: whether to keep the tensors that backward needs in main memory (see ``engine.learning.offload``).
+        clip_norm: the largest gradient norm of *this block*, units and auxiliary network together, not of the whole
+            network; 0 turns clipping off.
+        keeps_key_features: whether to add key features to the message's bank, because a later block reads them.
+        criterion: the block's loss (see ``Task.criteria``); None takes the task's loss.
     """
 
     def __init__(
@@ -85,12 +85,14 @@ class Block(nn.Module):
         assert (auxiliary is None) == span.last, "the last block, and only it, has the task's own head"
         self.chain, self.span, self.task, self.seed = chain, span, task, seed
         self.units: list[Unit] = span.units(chain)
+        # A Unit is not a module. Only because the modules of the units are registered here does ``parameters()`` return
+        # everything that the block trains.
         self.unit_modules = nn.ModuleList([unit.module for unit in self.units])
         self.auxiliary = auxiliary
         self.head_module = chain.head.module if span.last else None
         self.criterion = criterion or task.loss
         self.conditioning: Conditioning | None = None
-        """Gets the gradients of shared features; needed if the chain has any."""
+        """The encoder that takes the gradients of shared features; required if the chain has any."""
         self.precision, self.recompute, self.clip_norm = precision, recompute, clip_norm
         self.offload, self.keeps_key_features = offload, keeps_key_features
         self.optimizer: torch.optim.Optimizer | None = None
@@ -104,13 +106,15 @@ class Block(nn.Module):
         self._predict: Callable[[Message], tuple[Message, Any]] = self._forward
 
     def attach(self, make_optimizer: MakeOptimizer) -> None:
-        """Create the optimizer over the block's own parameters, units and auxiliary network."""
+        """Create the optimizer, over all parameters that the block trains (see ``named_state``)."""
         self.optimizer = make_optimizer(self.parameters_by_name())
         self.optimizer_name = type(self.optimizer).__name__
+        # A disabled scaler passes losses through, so ``train_backward`` needs no case of its own.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaled)
 
     def compile_forward(self) -> None:
-        """Compile the block's forward pass, auxiliary network included, as one graph of its own."""
+        """Compile the block's forward pass, including its auxiliary network, as one graph."""
+        # Compile this method, not the module: the module's own forward is the units alone.
         self._predict = torch.compile(self._forward)
 
     @property
@@ -119,7 +123,7 @@ class Block(nn.Module):
 
     @property
     def title(self) -> str:
-        """Its units in a few words, as ``stem ... layer1.2``."""
+        """The block's first and last unit, such as ``stem ... layer1.2``, for tables."""
         first, last = self.units[0].name, self.units[-1].name
         return first if first == last else f"{first} ... {last}"
 
@@ -132,12 +136,17 @@ class Block(nn.Module):
         return next(self.parameters()).device
 
     def model_names(self) -> list[str]:
-        """The framework's own names of all the state this block holds of the model."""
+        """The framework's own names of the parameters and buffers of the model that this block holds."""
         head = [self.head_module] if self.head_module is not None else []
         return self.chain.names(*self.unit_modules, *head)
 
     def named_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers, those of the model by its own names, then ``auxiliary.K.name``, the loss's too."""
+        """The block's parameters and buffers, by name.
+
+        Tensors of the model have the model's own names. Those of the auxiliary network are called ``auxiliary.K.NAME``,
+        and those of a loss with networks ``auxiliary.K.criterion.NAME``; K is the block's index.
+        """
+        # Without keep_vars, state_dict would return detached aliases instead of the parameters themselves.
         model = self.chain.model.state_dict(keep_vars=True)
         state = {name: model[name] for name in self.model_names()}
         if self.auxiliary is not None:
@@ -149,14 +158,14 @@ class Block(nn.Module):
         return state
 
     def parameters_by_name(self) -> Named:
-        """The parameters of ``named_state``."""
+        """The parameters in ``named_state``, without its buffers."""
         return [(name, tensor) for name, tensor in self.named_state().items() if isinstance(tensor, nn.Parameter)]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint keeps, by kind: ``model``, ``auxiliary``, ``optimizer`` -> name -> whole tensor.
+        """Everything that a checkpoint saves: for ``model``, ``auxiliary`` and ``optimizer``, whole tensors by name.
 
-        Names are those of ``named_state``, and ``parameter name:state name``. The tensors may be live: copy them.
-        Replicas call this together.
+        The names are those of ``named_state``, and ``PARAMETER:STATE`` for optimizer state. The tensors may be the live
+        ones, so copy them before training goes on. This is a collective call: all replicas make it together.
         """
         assert self.optimizer is not None
         if self.replication is None:
@@ -177,12 +186,13 @@ class Block(nn.Module):
         auxiliary: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
     ) -> None:
-        """Inverse of ``state``; replicas call this together, with the same tensors.
+        """The inverse of ``state``. All replicas call this together, with the same tensors.
 
         Args:
-            model: may hold other blocks' tensors too; what it has not stays as it is.
-            auxiliary: likewise.
-            optimizer: parameters without saved state start fresh.
+            model: tensors of the model by name. Tensors of other blocks are ignored; tensors that are missing here keep
+                their values.
+            auxiliary: tensors of auxiliary networks and losses, likewise.
+            optimizer: optimizer state; parameters without saved state start fresh.
         """
         tensors = {**model, **auxiliary}
         if self.replication is not None:
@@ -191,27 +201,28 @@ class Block(nn.Module):
             return
         for name, tensor in self.named_state().items():
             if name in tensors:
-                tensor.copy_(tensors[name])
+                tensor.copy_(tensors[name])  # in place, because the optimizer holds this very tensor
         if self.optimizer is not None:
             load_state_by_name(self.optimizer, self.parameters_by_name(), optimizer)
 
     def gathered(self) -> AbstractContextManager[None]:
-        """A context for evaluation and export, in which the parameters are whole and may be read.
+        """A context for evaluation and export, in which every replica has the whole parameters and may read them.
 
-        Replicas that share parameters (fsdp, zero3) enter and leave it together; in between each does as it likes.
-        Outside of it their ``forward`` and ``predict`` fail, or wait for the other replicas. No ``state`` inside.
+        Replicas that shard parameters (fsdp, zero3) enter and leave it together; inside, each of them may compute on
+        its own. Outside, their ``forward`` and ``predict`` fail or wait for the other replicas. Do not call ``state``
+        inside.
         """
         return nullcontext() if self.replication is None else self.replication.gathered()
 
     def forward(self, message: Message) -> Message:
-        """Run the units alone, as in evaluation."""
+        """Run the units alone, as evaluation does; return the message that the next block would get."""
         with self.autocast():
             for unit in self.units:
                 message = self._run(unit, message)
         return message
 
     def predict(self, message: Message) -> Any:
-        """The block's prediction: of the task's head in the last block, else of its auxiliary network."""
+        """The block's prediction: from the task's head in the last block, otherwise from its auxiliary network."""
         with self.autocast():
             return self._forward(message)[1]
 
@@ -224,7 +235,8 @@ class Block(nn.Module):
     def _run(self, unit: Unit, message: Message) -> Message:
         for observer in self.observers:
             observer.unit_started(unit)
-        # The last unit would be recomputed right after it was computed: nothing saved.
+        # Backward starts with the last unit. Recomputing it right after its forward pass would cost time and save no
+        # memory.
         recomputed = self.recompute == "units" and torch.is_grad_enabled() and unit is not self.units[-1]
         output = run_recomputed(unit, message) if recomputed else unit(message)
         for observer in self.observers:
@@ -232,22 +244,23 @@ class Block(nn.Module):
         return output
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context that the block's forward and loss run in."""
+        """The autocast context in which the block's forward and loss run."""
         return autocast(self.device, self.precision)
 
     def local_step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> tuple[Message, Report]:
-        """Train on one message and send it on.
+        """Train on one message.
 
         Args:
-            message: the micro-batch; it is detached here, whoever sent it.
+            message: the micro-batch; it is detached here, wherever it comes from.
             update: whether the optimizer steps after this micro-batch.
             weight: this micro-batch's share of the batch; the loss is multiplied by it before backward.
 
         Returns:
-            The message for the next block (detached, this block's key features in its bank), and a report.
+            The message for the next block (detached, with this block's key features in its bank if a later block reads
+            them), and a report.
 
         Raises:
-            BlockError: anything that goes wrong inside, with the block and the micro-batch.
+            BlockError: anything failed inside. It names the block and the micro-batch, and holds the cause.
         """
         for observer in self.observers:
             observer.started()
@@ -263,14 +276,17 @@ class Block(nn.Module):
         assert self.optimizer is not None, "attach an optimizer first"
         if message.sequence != self.next_sequence:
             raise ValueError(f"message {message.sequence} arrived, {self.next_sequence} expected")
-        # Replicas have different samples, so each draws its own dropout.
+        # Seed per block and micro-batch, so that dropout does not depend on which blocks this process runs. Replicas
+        # have different samples, so each draws its own dropout.
         replica = [] if self.replication is None else [self.replication.rank]
         torch.manual_seed(derive(self.seed, "step", self.index, message.sequence, *replica))
         way = self.replication or self
+        # The message is detached, so these become leaves of this block alone; backward leaves their gradients in them.
         for name in self.chain.shared_names:
             message.features[name].requires_grad_()
         with self.autocast(), offloading(self.device) if self.offload else nullcontext():
             output, loss = way.train_forward(message, update)
+        # Ready before backward begins: on streams, the next block starts from here while this one runs backward.
         output = self._outgoing(output.detach(), message)
         leaves = {name: message.features[name] for name in self.chain.shared_names}
         for observer in self.observers:
@@ -280,14 +296,14 @@ class Block(nn.Module):
             observer.backward_started()
         way.train_backward(share)
         if leaves:
-            assert self.conditioning is not None, "nobody would learn from the gradients of shared features"
+            assert self.conditioning is not None, "a chain with shared features needs an encoder to train on gradients"
             self.conditioning.collect(leaves)
         norm = way.train_update() if update else loss.new_full((), float("nan"))
         self.next_sequence += 1
         return output, Report(self.index, loss.detach(), norm, self.skipped)
 
     def _outgoing(self, output: Message, message: Message) -> Message:
-        """What the block sends: its output, with its key features in the bank if a later block reads them."""
+        """The message to send: the block's output, with its key features in the bank if a later block reads them."""
         if not self.keeps_key_features:
             return output
         with torch.no_grad():
@@ -295,30 +311,36 @@ class Block(nn.Module):
         return replace(output, bank=message.bank.add(self.index, key))
 
     def train_forward(self, message: Message, update: bool = True) -> tuple[Message, Tensor]:
-        """Output and loss. (That the optimizer steps after this micro-batch matters to replicas alone.)"""
+        """The output message and the loss. Only replication uses ``update``: it tells when to average gradients."""
         output, prediction = self._predict(message)
         with recomputing(self.recompute != "none"):
             return output, self.criterion(prediction, message.targets)
 
     def train_backward(self, loss: Tensor) -> None:
-        """Backward from the scaled loss."""
+        """Run backward from the loss, which an fp16 scaler scales first."""
         assert self.scaler is not None
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def train_update(self) -> Tensor:
-        """Unscale, clip, step, free the gradients; the norm before clipping (nan without)."""
+        """Unscale, clip, step and free the gradients.
+
+        Returns:
+            The block's gradient norm before clipping, as a scalar; nan if clipping is off.
+        """
         assert self.optimizer is not None
         assert self.scaler is not None
         norm = torch.full((), float("nan"), device=self.device)
         if self.clip_norm > 0:
-            self.scaler.unscale_(self.optimizer)
+            self.scaler.unscale_(self.optimizer)  # otherwise the limit would apply to scaled gradients
             norm = nn.utils.clip_grad_norm_(self.parameters(), self.clip_norm)
         if not self.scaled:
             self.optimizer.step()
         else:
+            # GradScaler does not tell whether it skipped a step, but it lowers its scale only after skipping one.
+            # Reading the scale makes the host wait for the device, so only fp16 pays for it.
             before = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.skipped += int(self.scaler.get_scale() < before)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # freed, so that the next block's gradients can take their place
         return norm

@@ -1,4 +1,4 @@
-"""The blocks of a network, and all that trains with them."""
+"""The blocks of a network, and the encoder that trains together with them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from engine.learning.shared import SharedEncoder
 
 
 class Blocks(list[Block]):
-    """The blocks of a network or of a pipeline's stage, in order, and the encoder of shared conditioning, if any.
+    """The blocks of a network, or of a stage of the pipeline, in order, and the encoder of shared conditioning if any.
 
     Args:
-        encoder: makes the features that all ``blocks`` read.
+        encoder: makes the shared features that ``blocks`` read, and learns from their gradients.
 
     Example:
         >>> Blocks().learners

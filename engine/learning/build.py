@@ -25,7 +25,11 @@ from engine.task import Task
 
 
 def cut(chain: Chain, config: LocalConfig) -> list[Span]:
-    """The spans that a config asks for: one for end-to-end training, else by names or by count."""
+    """Where the config's blocks lie: one block for end-to-end training, otherwise cut by names or by count.
+
+    Raises:
+        ValueError: the cut does not fit the chain (see ``engine.network.cut``).
+    """
     if config.end_to_end:
         return cut_by_count(chain, 1)
     if config.cut:
@@ -34,13 +38,13 @@ def cut(chain: Chain, config: LocalConfig) -> list[Span]:
 
 
 def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = Block) -> Blocks:
-    """Cut the chain and give each block its auxiliary network; ``prepare`` gives optimizers.
+    """Cut the chain and build a block with an auxiliary network for each part. ``prepare`` adds the optimizers.
 
     Args:
-        make: the kind of the blocks.
+        make: the class of the blocks.
 
     Raises:
-        ValueError: a schedule, cut, auxiliary network or option that is unknown or does not fit; names it.
+        ValueError: a schedule, cut, auxiliary network or option is unknown or does not fit. The message names it.
     """
     find_schedule(config.local.schedule)
     local, spans = config.local, cut(chain, config.local)
@@ -51,6 +55,7 @@ def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = B
         auxiliaries.append(
             None if last else build_auxiliary(local.auxiliary, chain, span, bank, task, config.train.seed)
         )
+        # Meta tensors: the next auxiliary networks only need the shapes that the bank will have.
         bank = bank.add(span.index, task.key_features(chain, chain.shapes()[span.stop - 1]))
     options: dict[str, Any] = {
         "seed": config.train.seed,
@@ -61,6 +66,7 @@ def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = B
     }
     blocks = []
     for span, auxiliary, criterion in zip(spans, auxiliaries, task.criteria(chain, spans), strict=True):
+        # A bank that no later block reads would only make messages larger.
         later = auxiliaries[span.index + 1 :]
         block = make(
             chain,
@@ -74,19 +80,26 @@ def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = B
         blocks.append(block)
     if chain.shared is not None:
         _check_shared(chain.shared.name, local)
+        # It counts as one more block, so its files in a checkpoint and its random state have an index of their own.
         return Blocks(blocks, SharedEncoder(chain, task, index=len(blocks), **options))
     return Blocks(blocks)
 
 
 def fresh_blocks(config: Config, task: Task) -> Blocks:
-    """The blocks of a network of its own that loads no weights: to be timed or measured, then dropped."""
+    """The blocks of a new network without loaded weights, to be timed or measured and then dropped."""
     return build_blocks(task.build_chain(initial=False), config, task)
 
 
 def _check_shared(name: str, local: LocalConfig) -> None:
-    """Refuse what cannot be had with a shared encoder."""
+    """Refuse options that a shared encoder does not support.
+
+    Raises:
+        ValueError: the schedule is ``streams``, or the precision is fp16.
+    """
     if local.schedule == "streams":
-        raise ValueError(f"local.schedule: {name!r} learns from every block, so no two overlap; use sequential")
+        raise ValueError(
+            f"local.schedule: {name!r} learns from every block, so no two blocks can overlap; use sequential"
+        )
     if local.precision == "fp16":
         raise ValueError(
             f"local.precision: {name!r} sums the gradients of blocks, which fp16 would scale differently; use bf16"
@@ -94,7 +107,10 @@ def _check_shared(name: str, local: LocalConfig) -> None:
 
 
 def batch_norm_name(blocks: Sequence[Block]) -> str | None:
-    """The name of a BatchNorm in the model or in an auxiliary network: with one, a batch of 1 is refused."""
+    """The name of some BatchNorm in the model or in an auxiliary network; None if there is none.
+
+    BatchNorm cannot train on a batch of one sample, so the caller refuses such a batch.
+    """
     model = blocks[0].chain.model
     name: str
     for name, module in [*model.named_modules(), *(item for block in blocks for item in block.named_modules())]:
@@ -104,24 +120,27 @@ def batch_norm_name(blocks: Sequence[Block]) -> str | None:
 
 
 Attach = Callable[[Block, MakeOptimizer], None]
-"""Gives a block its optimizer; ``Block.attach`` is one."""
+"""A function that gives a block its optimizer, such as ``Block.attach``."""
 
 
 def prepare(blocks: Blocks, config: Config, device: torch.device, attach: Attach = Block.attach) -> None:
-    """Move the model and its blocks to ``device``, give each block its optimizer, compile if asked to.
+    """Move the model and its blocks to ``device``, compile the blocks if the config says so, and add the optimizers.
 
     Args:
-        attach: what gives optimizers. Where several ranks hold the same blocks it wraps them too
-            (``engine.distributed.replication.prepare_replicas``).
+        attach: gives a block its optimizer. Where several ranks own the same blocks, it wraps the blocks as well (see
+            ``engine.distributed.replication.prepare_replicas``).
     """
-    # Moving to where a tensor is already would still fail under fake tensors.
+    # Networks are built on the CPU, so there is nothing to move; under fake tensors even a move to the same device
+    # fails.
     if device.type != "cpu":
         model = blocks[0].chain.model
-        if not any(tensor.is_meta for tensor in model.state_dict().values()):  # no block is on another rank
+        # Blocks of other ranks are meta tensors (see ``keep_only``), which cannot be moved; then this rank's blocks
+        # move one by one. Otherwise move the whole model, including modules that are part of no unit.
+        if not any(tensor.is_meta for tensor in model.state_dict().values()):
             model.to(device)
         for block in blocks:
             block.to(device)
-        blocks[0].chain.check()
+        blocks[0].chain.check()  # a move replaces buffers: the units must still hold those of the model
     if config.local.compile:
         _compile(blocks)
     for block in blocks.learners:
@@ -129,9 +148,10 @@ def prepare(blocks: Blocks, config: Config, device: torch.device, attach: Attach
 
 
 def _compile(blocks: Blocks) -> None:
-    from torch._dynamo import config  # takes a second to import
+    from torch._dynamo import config  # here, because the import takes a second that other runs need not wait for
 
-    # Blocks share the code that is compiled, and a graph is kept for each: more than dynamo's limit of 8.
+    # All blocks share one code object, and dynamo keeps a graph per block for it. Beyond its limit (8 by default) it
+    # would run further blocks uncompiled. Older versions of torch call the limit cache_size_limit.
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, limit, max(getattr(config, limit), 4 * len(blocks.learners)))
     for block in blocks:
@@ -139,11 +159,15 @@ def _compile(blocks: Blocks) -> None:
 
 
 def arriving_messages(blocks: Sequence[Block], task: Task) -> list[Message]:
-    """The message that reaches each block from the task's example, as meta tensors; blocks are on the CPU."""
+    """The message that reaches each block when the task's example passes through, as meta tensors.
+
+    The blocks must still be on the CPU.
+    """
     message, arriving = shapes_of(task.example), []
     for block in blocks:
         arriving.append(message)
 
+        # As ``Block.local_step`` sends it, but without training: the units, then the key features for the bank.
         def forward(message: Message, block: Block = block) -> Message:
             output: Message = block(message)
             if block.keeps_key_features:
@@ -156,8 +180,11 @@ def arriving_messages(blocks: Sequence[Block], task: Task) -> list[Message]:
 
 
 def keep_only(own: Sequence[Block], blocks: Sequence[Block]) -> None:
-    """Free the parameters and buffers of the blocks that other ranks have; their shapes stay known."""
-    kept = {id(module) for block in own for module in block.modules()}  # losses may share frozen networks
+    """Free the parameters and buffers of all ``blocks`` that are not this rank's ``own``.
+
+    They become meta tensors, so that names and shapes stay known.
+    """
+    kept = {id(module) for block in own for module in block.modules()}  # losses of several blocks may share a network
     for block in blocks:
         if block not in own:
             for module in block.modules():

@@ -1,4 +1,4 @@
-"""Observers: told what a block does while it does it, as memory accounting and streams want to know."""
+"""Observers: they learn what a block does while it does it, for memory accounting and for streams."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from engine.network.message import Message
 class Observer:
     """Watches one block (``Block.observers``). Every method does nothing until a subclass overrides it.
 
-    The calls of one local step, in order::
+    One local step makes these calls, in this order::
 
         started
-            unit_started, unit_ended        of every unit
-            output_ready                    the message to send is there, detached
+            unit_started, unit_ended        for every unit
+            output_ready                    the message to send is complete and detached
             backward_started
         ended
 
-    A shared encoder's two halves, ``encode`` and ``learn``, are each enclosed by ``started`` and ``ended``.
+    A shared encoder works in two halves, ``encode`` and ``learn``; ``started`` and ``ended`` enclose each of them.
     """
 
     def started(self) -> None:
@@ -27,7 +27,7 @@ class Observer:
         """The forward pass of ``unit`` begins. (Recomputation in backward is not reported.)"""
 
     def unit_ended(self, unit: Unit, output: Message) -> None:
-        """The forward pass of ``unit`` has made ``output``."""
+        """The forward pass of ``unit`` has returned ``output``."""
 
     def output_ready(self) -> None:
         """The message for the next block is complete; backward has not begun."""
@@ -36,4 +36,4 @@ class Observer:
         """Backward begins."""
 
     def ended(self, output: Message | None) -> None:
-        """The local step has ended with ``output``, the message for the next block (None after ``learn``)."""
+        """The local step has ended; ``output`` is the message for the next block, or None after ``learn``."""

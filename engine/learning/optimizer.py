@@ -1,4 +1,4 @@
-"""Optimizers per block, their learning-rate course, and their state by parameter name."""
+"""Optimizers of blocks, the schedule of their learning rate, and their state by parameter name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ MakeOptimizer = Callable[[Named], torch.optim.Optimizer]
 
 
 def build_optimizer(config: OptimizerConfig, named: Named) -> torch.optim.Optimizer:
-    """An optimizer over the parameters that want gradients.
+    """An optimizer over the parameters that require gradients.
 
-    It works on lists of tensors, as torch's default is on a GPU, on every device: an update takes the same
-    memory everywhere (up to a copy of the block's gradients), so an estimate made on a CPU holds on a GPU.
+    It updates lists of tensors (``foreach``) on every device, which is torch's default only on a GPU. An update then
+    takes the same memory everywhere, up to a copy of the block's gradients, so an estimate made on a CPU holds on a
+    GPU.
     """
-    # A group, since there may be none: frozen units that shared conditioning learns through.
+    # torch refuses an empty list of parameters, but accepts a group without any. A block of frozen units that read
+    # shared conditioning has no parameters of its own to train.
     parameters = [{"params": [parameter for _, parameter in named if parameter.requires_grad]}]
     momentum, decay = config.momentum, config.weight_decay
     if config.name == "sgd":
@@ -31,9 +33,10 @@ def build_optimizer(config: OptimizerConfig, named: Named) -> torch.optim.Optimi
 
 
 def rate_factor(config: OptimizerConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """Learning rate at optimizer step ``step`` (from 0), as a fraction of ``config.lr``.
+    """Learning rate at optimizer step ``step`` (counted from 0), as a fraction of ``config.lr``.
 
-    A pure function of the step, so resuming needs no scheduler state and never loses momentum.
+    This is a pure function of the step, so a resumed run needs no scheduler state, and optimizers are never rebuilt,
+    which would lose their momentum.
 
     Example:
         >>> config = OptimizerConfig(schedule="step", milestones=[2])
@@ -42,7 +45,7 @@ def rate_factor(config: OptimizerConfig, step: int, steps_per_epoch: int, epochs
     """
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return (step + 1) / math.ceil(warmup)
+        return (step + 1) / math.ceil(warmup)  # not step / warmup: a first step at rate 0 would change nothing
     if config.schedule == "cosine":
         done = (step - warmup) / max(1.0, epochs * steps_per_epoch - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
@@ -52,29 +55,30 @@ def rate_factor(config: OptimizerConfig, step: int, steps_per_epoch: int, epochs
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group; nothing else of the optimizer changes."""
+    """Set the learning rate of every parameter group; the rest of the optimizer stays as it is."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def state_by_name(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, Tensor]:
-    """Optimizer state as ``parameter name:state name`` -> tensor."""
+    """Optimizer state as tensors under the names ``PARAMETER:STATE``."""
     state = {}
     for name, parameter in named:
         for key, value in optimizer.state.get(parameter, {}).items():
-            if value is not None:
+            if value is not None:  # SGD without momentum keeps a buffer of None
                 state[f"{name}:{key}"] = torch.as_tensor(value)
     return state
 
 
 def load_state_by_name(optimizer: torch.optim.Optimizer, named: Named, state: Mapping[str, Tensor]) -> None:
-    """Inverse of ``state_by_name``; parameters without saved state start fresh."""
+    """The inverse of ``state_by_name``; parameters without saved state start fresh."""
     parameters = dict(named)
     optimizer.state.clear()
     for full, value in state.items():
         name, key = full.rsplit(":", 1)
         if name in parameters:
             parameter = parameters[name]
-            # Step counters stay on the CPU, as the optimizers themselves keep them.
+            # torch's optimizers keep step counters on the CPU, because reading one must not wait for a GPU. The copy
+            # keeps the optimizer from writing into the saved tensors.
             target = parameter.device if value.shape == parameter.shape else value.device
             optimizer.state.setdefault(parameter, {})[key] = value.to(target, copy=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class BlockError(RuntimeError):
-    """A block failed; names the block, the micro-batch and the cause. The job ends with it."""
+    """A block failed. The error names the block, the micro-batch and the cause, and ends the job."""
 
     def __init__(self, block: int, sequence: int, cause: BaseException) -> None:
         super().__init__(f"block {block} failed at micro-batch {sequence}: {type(cause).__name__}: {cause}")
@@ -17,10 +17,10 @@ class BlockError(RuntimeError):
 
 @dataclass(frozen=True)
 class Report:
-    """What a local step did. Tensors stay on the device: reporting makes nobody wait (an fp16 scaler does).
+    """What a local step did. Its tensors are scalars that stay on the device, so that the host need not wait for them.
 
-    ``gradient_norm`` is the block's own norm before clipping (nan without clipping or update);
-    ``skipped`` counts the updates that this block's loss scaler has left out so far.
+    ``gradient_norm`` is the norm of this block's gradients before clipping; it is nan without clipping or update.
+    ``skipped`` counts the updates that this block's fp16 loss scaler has skipped so far.
     """
 
     block: int

@@ -11,6 +11,6 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Autocast to ``bf16`` or ``fp16``; nothing for ``fp32``."""
+    """A context that casts to ``bf16`` or ``fp16``, or an empty one for ``fp32``."""
     dtype = DTYPES[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

@@ -1,4 +1,4 @@
-"""What a block asks of the replication that it may be under: to run, to update, and to give out its state."""
+"""What a replicated block asks of its replication: to run, to update, and to hand out its state."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from engine.network.message import Message
 
 
 class Replica(Protocol):
-    """One of several ranks' copies of a block; the ranks train on different parts of every micro-batch.
+    """One rank's copy of a block that several ranks own; they train on different parts of every micro-batch.
 
-    Everything but ``train_forward`` is collective: every replica calls it, in the same order. The kinds of
+    Any method may exchange tensors between replicas, so all replicas call every method, in the same order. The kinds of
     replication are in ``engine.distributed.replication``.
     """
 
     rank: int
-    """Among the replicas."""
+    """Rank of this process among the replicas."""
 
     def train_forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
-        """Output and loss. ``update``: the optimizer steps after this micro-batch, so gradients must be averaged."""
+        """Return output and loss. With ``update``, the optimizer steps next, so backward must average gradients."""
         ...
 
     def train_backward(self, loss: Tensor) -> None:
-        """Backward from the loss."""
+        """Run backward from the loss."""
         ...
 
     def train_update(self) -> Tensor:
-        """Clip, step, free the gradients; the gradient norm of the whole block (nan without clipping)."""
+        """Clip, step and free the gradients; return the gradient norm of the whole block (nan without clipping)."""
         ...
 
     def gathered(self) -> AbstractContextManager[None]:
-        """A context in which every replica has the whole parameters, to be read only."""
+        """A context in which every replica has the whole parameters and may read them."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """Whole parameters and buffers under the names of ``Block.named_state``."""
+        """Whole parameters and buffers, under the names of ``Block.named_state``."""
         ...
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over whole parameters and buffers."""
+        """Load whole parameters and buffers; each replica keeps its shard of them."""
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Whole optimizer state as ``parameter name:state name`` -> tensor."""
+        """Whole optimizer state, under the names ``PARAMETER:STATE``."""
         ...
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        """As ``engine.learning.optimizer.load_state_by_name``."""
+        """Load whole optimizer state, as ``engine.learning.optimizer.load_state_by_name`` does."""
         ...

@@ -1,4 +1,4 @@
-"""Shared conditioning: an encoder whose features several blocks read, trained by the sum of their gradients."""
+"""Shared conditioning: an encoder whose features several blocks read; the sum of their gradients trains it."""
 
 from __future__ import annotations
 
@@ -22,38 +22,44 @@ from engine.utilities.seed import derive
 
 
 class SharedEncoder(Block):
-    """What makes a chain's shared conditioning (``Chain.shared``), with an optimizer of its own.
+    """The encoder of a chain's shared conditioning (``Chain.shared``), with an optimizer of its own.
 
-    Blocks are isolated from each other, so none can train what all of them read. Each gets the features as a leaf
-    of its own, and gives the leaf's gradient back::
+    Blocks are isolated from each other, so no single block can train features that all of them read. Each block gets
+    the features as a leaf of its own, and hands back the gradient of that leaf::
 
         message ---> encoder -----------------> block 0 ----> block 1 ----> ... last block
                         |    features f          leaf f_0      leaf f_1           |
                         |                           | g_0         | g_1           | g_K
                         +--- backward from g_0 + g_1 + ... + g_K, update <--------+
 
-    One block alone, it is ordinary backpropagation. The encoder's activations are alive all through the step.
+    With a single block, this is ordinary backpropagation. The encoder's activations stay alive throughout the step.
 
     Args:
-        index: comes after the blocks'; names its files in a checkpoint and its random state.
+        index: the number after the last block's; it names the encoder's files in a checkpoint and seeds its random
+            state.
 
-    Known limitations: the next step's features need this step's gradients of all blocks, so nothing overlaps: neither
-    several ranks' stages nor streams. Replicas average the encoder's gradients, whatever they share of the blocks.
-    fp16 is refused: each block would scale its share of the gradient by a scale of its own.
+    Known limitations: the features of the next step depend on the gradients of all blocks in this step, so neither
+    streams nor the stages of a pipeline can overlap. Replicas always average the encoder's gradients, whatever state of
+    the blocks they shard. fp16 is refused, because each block would scale its gradient by a factor of its own.
     """
 
     def __init__(self, chain: Chain, task: Task, *, index: int, **options: Any) -> None:
+        # A span without units that counts as the last block, so that ``Block`` expects no auxiliary network.
         super().__init__(chain, Span(index, index + 1, 0, 0), None, task, **options)
         assert chain.shared is not None
         self.units = [chain.shared]
         self.unit_modules.append(chain.shared.module)
-        self.head_module = None  # it is the last block's
+        self.head_module = None  # the head belongs to the real last block
         self.group: dist.ProcessGroup | None = None
         self._made: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
 
     def encode(self, message: Message) -> Message:
-        """The message with the shared features; what made them stays until ``learn``."""
+        """Add the shared features to the message, detached. The graph that made them stays alive until ``learn``.
+
+        Raises:
+            BlockError: the encoder failed.
+        """
         assert not self._made, "learn from this message first"
         for observer in self.observers:
             observer.started()
@@ -71,14 +77,20 @@ class SharedEncoder(Block):
         return output
 
     def collect(self, leaves: Mapping[str, Tensor]) -> None:
-        """Take a block's gradients; summed in fp32, in the order of the blocks."""
+        """Add a block's gradients to the sum."""
+        # In fp32, because small gradients would vanish in a bf16 sum. Blocks call this in their order, so the sum is
+        # bit-identical from run to run.
         for name, leaf in leaves.items():
             if leaf.grad is not None:
                 own = leaf.grad.float()
                 self._gradients[name] = self._gradients[name] + own if name in self._gradients else own
 
     def learn(self, update: bool) -> None:
-        """One backward from the summed gradients; then the update, if it is time."""
+        """Run one backward pass from the summed gradients, and update the encoder if ``update`` says so.
+
+        Raises:
+            BlockError: backward or the update failed.
+        """
         made, gradients, self._made, self._gradients = self._made, self._gradients, {}, {}
         for observer in self.observers:
             observer.started()
@@ -96,12 +108,14 @@ class SharedEncoder(Block):
             observer.ended(None)
 
     def _average(self, group: dist.ProcessGroup) -> None:
+        # All replicas must reduce the same parameters, or the collectives would not match. A parameter that took part
+        # in the loss on some replicas only counts as 0 on the others.
         learning = [parameter for _, parameter in self.parameters_by_name() if parameter.requires_grad]
         asked = torch.tensor([float(parameter.grad is not None) for parameter in learning], device=self.device)
         dist.all_reduce(asked, group=group)
         for parameter, replicas in zip(learning, asked.tolist(), strict=True):
             if not replicas:
-                continue  # an optimizer leaves it as it is, as it would on one process
+                continue  # without a gradient the optimizer leaves the parameter alone, as it would in one process
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad, group=group)

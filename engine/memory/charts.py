@@ -1,4 +1,4 @@
-"""Charts of a memory report: bars by category, memory against time, the course of a step."""
+"""Charts of a memory report: bars by category, memory against time, and live bytes over a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLOURS = dict(
 
 
 def write_report(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write charts and tables of ``rows`` to ``path``, as one self-contained HTML page.
+    """Write charts and tables of ``rows`` to ``path`` as one self-contained HTML page.
 
     Raises:
         ValueError: the file cannot be written.
@@ -48,7 +48,7 @@ def write_report(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None
 
 
 def write_figure(path: Path, rows: Sequence[Row]) -> None:
-    """Write the chart of memory against time as an SVG.
+    """Write the chart of memory against time to ``path`` as an SVG.
 
     Raises:
         ValueError: no row has a time, or the file cannot be written.
@@ -60,12 +60,12 @@ def write_figure(path: Path, rows: Sequence[Row]) -> None:
 
 
 def with_time(rows: Sequence[Row]) -> list[Row]:
-    """The rows that ran."""
+    """The rows that have a time, which excludes those that failed."""
     return [row for row in rows if row.step_seconds and not row.failure]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats in both coordinates (less is better), by the first one.
+    """Indices of the points that no other point beats in both coordinates (less is better), by the first coordinate.
 
     Example:
         >>> pareto_front([(1, 3), (2, 2), (3, 2), (3, 1)])
@@ -79,7 +79,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def _bars(names: Sequence[str], sizes: Sequence[dict[str, int]], rows: Sequence[Row] = ()) -> str:
-    """Horizontal stacked bars; beside measured ones a mark where the prediction lies."""
+    """Horizontal stacked bars of MiB by category; measured ``rows`` get a mark where the prediction lies."""
     figure = Figure(figsize=(9.5, 1.2 + 0.3 * len(names)))
     axes, left = figure.subplots(), [0.0] * len(names)
     for category, colour in COLOURS.items():
@@ -98,7 +98,7 @@ def _bars(names: Sequence[str], sizes: Sequence[dict[str, int]], rows: Sequence[
 
 
 def front_figure(rows: Sequence[Row]) -> Figure:
-    """Memory against time of the rows that have both, with the Pareto front."""
+    """Memory (MiB) against time (ms) of ``rows``, with the Pareto front."""
     points = [(1000 * (row.step_seconds or 0), row.peak_bytes / MIB) for row in rows]
     figure = Figure(figsize=(9.5, 5.5))
     axes = figure.subplots()
@@ -107,7 +107,7 @@ def front_figure(rows: Sequence[Row]) -> Figure:
         chosen = [point for point, row in zip(points, rows, strict=True) if (row.auxiliary or "end-to-end") == kind]
         if chosen:
             axes.scatter(*zip(*chosen, strict=True), color=f"C{number}", label=kind, zorder=3)
-    # On a CPU offload saves nothing (its bytes are those on a GPU), so it is no rival there.
+    # On a CPU, offload saves nothing: its bytes are those that a GPU would have. It is therefore no rival there.
     rivals = [point for point, row in zip(points, rows, strict=True) if row.cuda or not row.offload]
     if strangers := [point for point in points if point not in rivals]:
         label = "bytes as on a GPU, not on the front"
@@ -126,8 +126,8 @@ def front_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Name every point as near as there is room, with a line from the name to the point."""
-    # Texts have an extent only on a canvas.
+    """Put a name as close to every point as there is room, with a line from the name to the point."""
+    # matplotlib measures texts only with a renderer, which a figure without a window must make itself.
     renderer = FigureCanvasAgg(axes.get_figure(root=True)).get_renderer()  # type: ignore[no-untyped-call]
     frame = axes.get_window_extent()
     dots = [axes.transData.transform((x, y)) for x, y, _ in points]
@@ -138,6 +138,8 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
         for across, side in ((1.0, "left"), (-1.0, "right"))
         for up in (0.0, 0.6, -0.6, 1.5, -1.5)
     ]
+    # Greedy: try the places from near to far, and take the first that lies inside the axes and covers nothing. Only a
+    # text that was drawn has an extent, so each try draws one, and removes it if it does not fit.
     for x, y, name in sorted(points):
         for right, up, side in places:
             text = axes.annotate(
@@ -162,7 +164,7 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
 
 
 def _timelines(rows: Sequence[Row]) -> str:
-    """Live bytes over the operators of a step: the baselines and the first of each kind of local row."""
+    """Live MiB over the operators of a step, for the baselines and for the first row of each kind of local training."""
     chosen: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         chosen.setdefault((row.schedule, row.auxiliary, row.activation_checkpointing, row.offload), row)

@@ -1,4 +1,4 @@
-"""Peak bytes and time of a training step, predicted on fake tensors: no GPU, no arithmetic, no memory."""
+"""Peak bytes and time of a training step, predicted on fake tensors: without a GPU, arithmetic or memory."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ UNSEEN = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step will hold, and how long it will take on a device of the given speed (see ``engine.memory.work``)."""
+    """The predicted bytes of a step, and its time on a device of the given speed (see ``engine.memory.work``)."""
 
     footprint: Footprint
     step_seconds: float
     units: list[str]
-    """Each block's units, as ``Block.title``."""
+    """The units of each block, as in ``Block.title``."""
 
 
 def estimate_step(blocks: Blocks, config: Config, message: Message, speed: Speed | None = None) -> Estimate:
-    """Bytes of all tensors alive at the peak of one optimizer step of ``config``'s schedule, and its time.
+    """Predict the bytes of all tensors alive at the peak of one optimizer step, and the time of the step.
 
     Args:
-        blocks: as ``build_blocks`` returns them, on the CPU; afterwards their tensors are fake and they are
-            of no further use. Only their parameters take real memory, and no step is computed.
-        config: schedule, optimizer, precision, recomputation, offload and accumulation.
-        message: a micro-batch; only its shapes and types count.
-        speed: of the device that will train; without it the time is 0.
+        blocks: as ``build_blocks`` returns them, on the CPU. Afterwards their tensors are fake, so the blocks cannot be
+            used again. Only their parameters take real memory, and nothing is computed.
+        config: provides schedule, optimizer, precision, recomputation, offload and accumulation.
+        message: a micro-batch; only its shapes and types matter.
+        speed: the speed of the device that will train; without it the time is 0.
 
-    Known limitations: counts tensors as PyTorch makes them on the CPU, each rounded up to 512 bytes. Not
-    seen are workspaces (of convolutions, mostly), fragmentation and a GPU's context. Where CUDA's form of an
-    operator keeps other tensors, the count is the CPU's: dropout keeps a mask of the input's type (on CUDA one
-    byte an element), and under autocast softmax and layer normalisation stay in bf16 (on CUDA in fp32).
-    fp16's loss scaler is left out; with ``local.compile`` the count is that of the uncompiled network.
+    Known limitations: the estimate counts the tensors that PyTorch makes on the CPU, each rounded up to 512 bytes. It
+    does not see workspaces (mostly those of convolutions), fragmentation, or the context of a GPU. Where the CUDA form
+    of an operator keeps other tensors, the count is that of the CPU: dropout keeps a mask of the input's type (on CUDA,
+    one byte per element), and under autocast, softmax and layer normalisation stay in bf16 (on CUDA, in fp32). The loss
+    scaler of fp16 is left out. With ``local.compile``, the count is that of the uncompiled network.
     """
     with FakeTensorMode():
         make_fake([blocks[0].chain.model, *blocks])
         for block in blocks:
-            block.scaled = False  # a scaler asks for values, and fake tensors have none
+            block.scaled = False  # a loss scaler reads values, and fake tensors have none
         config = replace(config, local=replace(config.local, compile=False))
         prepare(blocks, config, torch.device("cpu"))
         message = message.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         work = WorkCounter(speed or Speed.infinite())
         footprint = count_bytes(blocks, config, message, beside=lambda: work)
-    # Of many micro-batches two were run.
+    # ``count_bytes`` runs at most two micro-batches.
     repeats = config.train.accumulate / min(config.train.accumulate, 2)
     return Estimate(footprint, work.seconds * repeats, [block.title for block in blocks])
 
 
 def make_fake(modules: Iterable[nn.Module]) -> None:
-    """Put a fake tensor in every parameter's and buffer's place; what was shared stays shared."""
+    """Replace every parameter and buffer by a fake tensor, under an active FakeTensorMode; shared ones stay shared."""
     made: dict[int, torch.Tensor] = {}
     for root in modules:
         for module in root.modules():

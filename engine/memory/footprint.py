@@ -1,4 +1,4 @@
-"""What a training step holds in memory: bytes by category, by block, and over the course of the step."""
+"""The footprint of a training step: its bytes by category, by block, and over time."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from engine.network.message import Message
 
 CATEGORIES = {
     "parameters": "of the units and the head",
-    "buffers": "of the units and the head (BatchNorm's statistics)",
+    "buffers": "of the units and the head (the statistics of BatchNorm)",
     "gradients": "of these parameters",
-    "optimizer": "state of the optimizer for these parameters",
+    "optimizer": "optimizer state of these parameters",
     "activations": "the batch, messages between blocks, and what the forward pass keeps for backward",
-    "auxiliary": "all that auxiliary networks add: parameters, buffers, gradients, optimizer state, activations",
-    "loss": "the same of losses with networks of their own",
-    "temporary": "made by backward and update, and gone when they end",
+    "auxiliary": "everything that auxiliary networks add: parameters, buffers, gradients, optimizer state, activations",
+    "loss": "the same for losses with networks of their own",
+    "temporary": "made by backward and update, and freed when they end",
 }
-"""Every byte counts under one of these."""
+"""Every byte counts under exactly one of these categories; the text explains it in a report."""
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes alive at the peak of one optimizer step.
 
-    ``by_block`` has the peak while each block's local step runs (in the last micro-batch, say, the
-    gradients of all blocks are alive), ``timeline`` the course of the step.
+    ``peak`` has them by category at the fullest moment of the step. ``by_block`` has them at the fullest moment of each
+    block's local steps; this includes what other blocks hold then, such as their gradients while micro-batches
+    accumulate. ``timeline`` has them over the whole step.
     """
 
     peak: dict[str, int]
@@ -49,7 +50,7 @@ class Footprint:
         return sum(self.peak.values())
 
     def highest(self, *categories: str) -> int:
-        """The most bytes that these categories have together in the course of the step, beyond what always stays."""
+        """The most bytes that these categories hold together during the step, above the least that they hold."""
         sums = [sum(moment.live.get(name, 0) for name in categories) for moment in self.timeline]
         return max(sums) - min(sums)
 
@@ -65,15 +66,15 @@ def count_bytes(
     *,
     beside: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Footprint:
-    """Run two optimizer steps and count the tensors alive in the second; optimizer state is born in the first.
+    """Run two optimizer steps and count the tensors alive in the second. The first one creates the optimizer state.
 
     Args:
-        blocks: prepared ones, on the device whose bytes count, real or fake.
-        config: its schedule runs, with its accumulation. Of many micro-batches two are run: the gradients
-            of all blocks are alive in the second, so that further ones only repeat it.
-        message: a micro-batch, on that device. It stays alive through the step, as in a training loop. (On a
-            CPU the loader's whole batch does; only a GPU has micro-batches moved to it one at a time.)
-        beside: a context around the second step, for other counts.
+        blocks: prepared blocks, with real or fake tensors, on the device whose bytes count.
+        config: provides the schedule and the accumulation. At most two micro-batches run: in the second one, the
+            gradients of all blocks are alive, and any further one would only repeat it.
+        message: a micro-batch on that device. It stays alive through the step, as in a training loop. (On a CPU the
+            loader keeps the whole batch alive; only a GPU gets its micro-batches one at a time.)
+        beside: makes a context around the second step, for other counters.
     """
     schedule, count = find_schedule(config.local.schedule)(blocks), min(config.train.accumulate, 2)
     tracker = MemoryTracker(blocks[0].device.type)
@@ -85,7 +86,7 @@ def count_bytes(
             stack.enter_context(Followed(tracker, block, peaks))
         stack.enter_context(tracker)
         optimizer_step(schedule, message, count)
-        peaks.clear()
+        peaks.clear()  # the first step lacks optimizer state, so its peaks are too low
         tracker.record()
         with beside():
             optimizer_step(schedule, message, count)
@@ -95,7 +96,7 @@ def count_bytes(
 
 
 def optimizer_step(schedule: Schedule, message: Message, micro_batches: int) -> None:
-    """One optimizer step on the same micro-batch so many times."""
+    """Run one optimizer step that uses the same micro-batch ``micro_batches`` times."""
     for number in range(micro_batches):
         passing = replace(message, sequence=schedule.blocks[0].next_sequence)
         schedule.step(passing, update=number == micro_batches - 1, weight=1 / micro_batches)
@@ -107,12 +108,12 @@ def _whole(moment: Moment) -> dict[str, int]:
 
 
 class Followed(Observer):
-    """Makes one block's state known to a tracker, and notes the block's peak. A context: it watches inside.
+    """A context in which a tracker knows the state of one block, and the block's peak is recorded.
 
     Args:
         tracker: counts the block's tensors.
-        block: a prepared one.
-        peaks: gets the fullest moment of the block's local steps under its index.
+        block: a prepared block.
+        peaks: receives the fullest moment of the block's local steps, under the block's index.
     """
 
     def __init__(self, tracker: MemoryTracker, block: Block, peaks: dict[int, Moment]) -> None:
@@ -130,12 +131,14 @@ class Followed(Observer):
         for parameter in block.parameters():
             tracker.add([parameter], self._category(parameter, "parameters"))
             if parameter.requires_grad:
+                # A gradient is made inside backward, where it counts as temporary until this hook names it.
                 handle = parameter.register_post_accumulate_grad_hook(self._count_gradient)  # type: ignore[no-untyped-call]
                 self._stack.callback(handle.remove)
         for buffer in block.buffers():
             tracker.add([buffer], self._category(buffer, "buffers"))
         self._count_state(block.optimizer)
         self._stack.callback(block.optimizer.register_step_post_hook(self._count_state).remove)
+        # From here on, everything that the forward pass makes belongs to the auxiliary network or to the loss.
         for name, part in self._parts:
             self._stack.callback(part.register_forward_pre_hook(self._made_in(name)).remove)
         block.observers.append(self)
@@ -150,11 +153,12 @@ class Followed(Observer):
         self.tracker.reset_peak()
 
     def backward_started(self) -> None:
-        self.tracker.made_in_forward = "activations"  # what is recomputed from here on is the units'
+        self.tracker.made_in_forward = "activations"  # from here on, gradients are enabled only to recompute units
 
     def ended(self, output: Message | None) -> None:
         peak, index = self.tracker.peak, self.block.index
         self.peaks[index] = max(peak, self.peaks.get(index, peak), key=lambda moment: moment.bytes)
+        # The message outlives the local step. An encoder's output counts as activations already, since its graph stays.
         if output is not None and not isinstance(self.block, SharedEncoder):
             self.tracker.keep(output.tensors())
 

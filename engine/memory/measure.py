@@ -1,4 +1,4 @@
-"""Bytes and time of real training steps, every variant in a fresh process of its own."""
+"""Bytes and time of real training steps, with a fresh process for every variant."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from engine.utilities.device import choose_device, deterministic, resident_bytes
 from engine.utilities.text import one_line
 
 WARM_UP = 3
+"""Steps of each variant that run before the timed ones."""
 
 
 @dataclass(frozen=True)
 class CudaMemory:
-    """What CUDA's caching allocator and the driver say of one training step.
+    """What CUDA's caching allocator and the driver report for one training step.
 
-    ``allocated`` and ``reserved`` are peaks of a step that starts without a cache, ``retries`` the times in
-    it that the allocator had to give its cache back and try again. ``used`` is what the device's memory in
-    use has grown by since before the process touched it (by NVML: the context included, and whatever others
-    did meanwhile; None where NVML does not know the device).
+    ``allocated_bytes`` and ``reserved_bytes`` are the peaks of a step that starts with an empty cache. ``retries``
+    counts how often the allocator had to give its cache back and try again. ``used_bytes`` is how much the device's
+    memory in use has grown since before the process touched the device, by NVML; this includes the CUDA context, and
+    anything that other processes did meanwhile. It is None if NVML does not know the device.
     """
 
     allocated_bytes: int
@@ -48,8 +49,8 @@ class CudaMemory:
 class Memory:
     """Bytes of one training step.
 
-    ``footprint`` counts tensors, exactly, on any device. ``resident`` is the peak of the process's resident
-    set, ``resident_before`` what it was before the network was built (Python and torch themselves).
+    ``footprint`` counts tensors exactly, on any device. ``resident_bytes`` is the peak of the process's resident set,
+    ``resident_before_bytes`` its size before the network was built, which is that of Python and torch themselves.
     """
 
     footprint: Footprint
@@ -59,13 +60,13 @@ class Memory:
 
     @property
     def peak_bytes(self) -> int:
-        """On a GPU the allocator's peak, on a CPU that of all tensors."""
+        """The peak: on a GPU that of the allocator, on a CPU that of all tensors."""
         return self.cuda.allocated_bytes if self.cuda else self.footprint.peak_bytes
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes and seconds of a step, or why there are none: the variant ran out of memory."""
+    """Bytes and seconds of a step; if the variant ran out of memory, ``failure`` says so and they are missing."""
 
     memory: Memory | None
     seconds: list[float]
@@ -81,18 +82,25 @@ def measure(
     threads: int = 1,
     snapshots: Path | None = None,
 ) -> dict[str, Measured]:
-    """Count the bytes of each variant's step, then time ``steps`` of them.
+    """Count the bytes of a step of each variant, then time ``steps`` steps of each.
 
-    Every variant lives in a fresh process. They step in turns (A B C A B C ...), so that drift of the
-    machine's speed meets all alike; on a GPU a variant gives its cache back when its turn is over.
+    Every variant lives in a fresh process. The variants take turns (A B C A B C ...), so that a change in the machine's
+    speed affects all of them alike. On a GPU, a variant gives its cache back at the end of its turn.
 
     Args:
-        snapshots: a folder for the CUDA allocator's history of a step, one file a variant, as
-            https://pytorch.org/memory_viz shows it.
+        argv: the command line of the common config.
+        load: makes a config and its task from a command line.
+        threads: number of torch's threads in each process.
+        snapshots: a folder for the CUDA allocator's history of a step, with one file per variant, which
+            https://pytorch.org/memory_viz shows.
+
+    Returns:
+        What was measured, by the variant's name. A variant that ran out of memory has a failure instead.
 
     Raises:
-        ValueError: a variant cannot be built or stepped, for any reason but memory.
+        ValueError: a variant could not be built or failed in a step, for any reason other than memory.
     """
+    # Spawn, not fork: CUDA does not survive a fork, and a forked process would begin with its parent's resident set.
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
     found: dict[str, Memory | None] = {}
@@ -100,15 +108,16 @@ def measure(
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
 
     def ask(name: str, question: Any) -> Any:
-        """A worker's answer; None, and the worker is gone, if it ran out of memory."""
+        """Ask a worker and return its answer. If it ran out of memory, record that, end the worker and return None."""
         process, pipe = workers[name]
         try:
-            with suppress(BrokenPipeError):  # what a worker that has ended said last can still be read
+            with suppress(BrokenPipeError):  # the last words of a worker that has ended can still be read below
                 pipe.send(question)
             kind, answer = pipe.recv()
         except (EOFError, ConnectionResetError):
             process.join()
-            kind, answer = "memory", f"its process was ended (exit code {process.exitcode}), for want of memory?"
+            # The system kills a process that takes too much main memory, without any word from it.
+            kind, answer = "memory", f"its process was ended (exit code {process.exitcode}), perhaps for lack of memory"
         if kind == "error":
             raise ValueError(f"{name}: {answer}")
         if kind == "memory":
@@ -127,7 +136,8 @@ def measure(
                 arguments = load, variant.words(argv), threads, there
                 process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
-                there.close()  # the worker's end is its own, so that its death is noticed here
+                # Only if the worker alone holds its end of the pipe does reading fail when the worker dies.
+                there.close()
                 workers[variant.name] = process, here
                 snapshot = snapshots / f"{variant.name.replace(' ', '_')}.pickle" if snapshots else None
                 found[variant.name] = ask(variant.name, ("memory", snapshot))
@@ -149,7 +159,7 @@ def measure(
 
 
 def _work(load: Load, argv: list[str], threads: int, pipe: Connection) -> None:
-    """A worker: answers questions until it is ended."""
+    """The main function of a worker process: answer questions until the parent ends the process."""
     torch.set_num_threads(threads)
     try:
         config, task = load(argv)
@@ -157,7 +167,7 @@ def _work(load: Load, argv: list[str], threads: int, pipe: Connection) -> None:
             stepper: Stepper | None = None
             while True:
                 question, value = pipe.recv()
-                stepper = stepper or Stepper(config, task)
+                stepper = stepper or Stepper(config, task)  # after the first question, so that its errors are answers
                 pipe.send(("answer", stepper.time() if question == "time" else stepper.memory(value)))
     except Exception as error:
         name = "" if isinstance(error, ValueError | BlockError) else f"{type(error).__name__}: "
@@ -165,7 +175,7 @@ def _work(load: Load, argv: list[str], threads: int, pipe: Connection) -> None:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory; not all of torch's allocators and libraries have an error of their own."""
+    """Whether an error means too little memory; not every allocator in torch raises an error of a type of its own."""
     cause = error.cause if isinstance(error, BlockError) else error
     if isinstance(cause, torch.cuda.OutOfMemoryError | MemoryError):
         return True
@@ -174,33 +184,40 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 class Stepper:
-    """Steps of one config on a made-up micro-batch, in this process.
+    """Runs steps of one config on a synthetic micro-batch, in this process.
 
     Raises:
-        ValueError: what is asked for cannot be had on this device.
+        ValueError: the config asks for something that this device cannot do.
     """
 
     def __init__(self, config: Config, task: Task) -> None:
         self.device = choose_device(config.train.device)
         self.config = config
         self._before_bytes = resident_bytes()[0]
-        self._used = _Used() if self.device.type == "cuda" else None
+        self._used = _Used() if self.device.type == "cuda" else None  # before anything creates a CUDA context
         self.blocks = fresh_blocks(config, task)
         prepare(self.blocks, config, self.device)
         self.schedule = find_schedule(config.local.schedule)(self.blocks)
         self.message: Message = task.example().to(self.device)
 
     def step(self) -> None:
-        """One optimizer step: all its micro-batches."""
+        """Run one optimizer step with all its micro-batches."""
         optimizer_step(self.schedule, self.message, self.config.train.accumulate)
 
     def memory(self, snapshot: Path | None = None) -> Memory:
-        """Bytes of a step in which every block has optimizer state."""
+        """The bytes of a step in which every block has its optimizer state.
+
+        Args:
+            snapshot: file for the CUDA allocator's history of the step.
+
+        Raises:
+            ValueError: the network is compiled but on a CPU, or fp16's loss scaler skipped every update.
+        """
         if self.config.local.compile and self.device.type == "cpu":
             raise ValueError("local.compile: a CPU has no allocator to ask what compiled code takes; set it false")
         for number in range(20):
             self.step()
-            # A loss scaler leaves the first updates out, until its scale has come down.
+            # A loss scaler skips updates until its scale has come down; only an update creates optimizer state.
             if all(block.skipped <= number for block in self.blocks):
                 break
         else:
@@ -234,9 +251,9 @@ class Stepper:
         )
 
     def time(self) -> float:
-        """Seconds of one step."""
+        """The seconds of one step."""
         if self.device.type == "cuda":
-            self.step()  # fills the cache that the turn before gave back
+            self.step()  # fills the cache, which the end of the last turn emptied
             torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         self.step()
@@ -249,15 +266,18 @@ class Stepper:
 
 
 class _Used:
-    """Growth of a GPU's memory in use since this was made, by NVML; made before CUDA's context is."""
+    """How much a GPU's memory in use has grown since this object was made, by NVML.
+
+    Make it before the CUDA context, so that the growth includes the context.
+    """
 
     def __init__(self) -> None:
         self._before = self._read()
 
     @staticmethod
     def _read() -> dict[str, int]:
-        """Bytes in use of each GPU, by its UUID; nothing where NVML is not there."""
-        import pynvml  # needs the driver's library, so only where there is a GPU
+        """The bytes in use on each GPU, by its UUID; empty without NVML."""
+        import pynvml  # here, because only machines with a GPU have the driver's library that it needs
 
         try:
             pynvml.nvmlInit()
@@ -267,8 +287,8 @@ class _Used:
             return {}
 
     def grown(self, device: torch.device) -> int | None:
-        """Bytes; None where NVML does not know the device (a part of a GPU, say)."""
-        # By UUID: CUDA_VISIBLE_DEVICES renumbers CUDA's devices, not NVML's.
+        """The growth in bytes; None if NVML does not know the device (a partition of a GPU, for example)."""
+        # By UUID, because CUDA_VISIBLE_DEVICES renumbers CUDA's devices but not NVML's.
         name, now = f"GPU-{torch.cuda.get_device_properties(device).uuid}", self._read()
         return now[name] - self._before[name] if name in now and name in self._before else None
 

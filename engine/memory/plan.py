@@ -1,4 +1,4 @@
-"""Find the cut that fits a budget of memory: fewest blocks, least time."""
+"""Find the way to train that fits a memory budget: the fewest blocks, and the least time."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from engine.utilities.files import write_named
 from engine.utilities.size import size_text
 
 MARK = "# Planned for"
-"""How a file that ``write_plan`` wrote begins."""
+"""First words of a file that ``write_plan`` wrote; only such a file may be overwritten."""
 
 SLACK = 1.08
-"""How much too large a modelled peak may be; a cut whose modelled peak is larger is not tried."""
+"""A profile may overstate a peak by this factor, so a cut is tried if its profiled peak is below budget * SLACK."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train: a config with its cut, and what a step of it takes."""
+    """One way to train: a config with its cut, and the estimate of a step."""
 
     config: Config
     micro_batch: int
@@ -40,7 +40,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """As ``4 blocks + recompute``."""
+        """Its name in tables, such as ``4 blocks + recompute``."""
         blocks = len(self.estimate.units)
         name = "end-to-end" if blocks == 1 else f"{blocks} blocks"
         local = self.config.local
@@ -50,11 +50,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """The chosen option, the budget it fits, and what it was chosen from.
+    """The chosen option, the budget that it fits, and the options that it was compared with.
 
-    ``rivals`` are end-to-end training without and (where the config allows it) with activation
-    checkpointing at the config's own micro-batch, whether they fit or not. ``others`` are what else was
-    found at the chosen micro-batch: it fits and is slower, or is the smallest of its kind and too large.
+    ``rivals`` are end-to-end training without and, where the config allows it, with recomputation, at the config's own
+    micro-batch, whether they fit or not. ``others`` are the other options at the chosen micro-batch: each fits but is
+    slower, or is the smallest of its kind and still too large.
     """
 
     budget_bytes: int
@@ -64,33 +64,33 @@ class Plan:
 
 
 def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes: int, speed: Speed) -> Plan:
-    """The fewest blocks and the cut that fit the budget, in the least estimated time.
+    """Find the fewest blocks, and the cut, that fit the budget in the least estimated time.
 
-    End-to-end training is chosen where it fits. Else the fewest blocks that fit are sought, with and
-    without activation checkpointing inside blocks (one block with checkpointing is end-to-end with
-    checkpointing), and of the two the faster is chosen. Only if neither fits is the micro-batch halved, and
-    halved recompute: that changes what normalisation sees and so the result.
+    If end-to-end training fits, it is chosen. Otherwise the search looks for the fewest blocks that fit, once with and
+    once without recomputation inside blocks, and chooses the faster of the two. (One block with recomputation is
+    end-to-end training with recomputation.) Only if neither fits does it halve the micro-batch, as often as necessary,
+    because this changes what normalisation sees and therefore the result.
 
-    For every number of blocks dynamic programming over the units proposes the fastest cut that fits by the
-    costs of units and auxiliary networks (``engine.memory.profile``), then the cut with the smallest peak;
-    each proposal is judged by an estimate of its whole step.
+    For each number of blocks, dynamic programming over the profiled costs of units and auxiliary networks (see
+    ``engine.memory.profile``) proposes the fastest cut that fits, then the cut with the smallest peak. An estimate of
+    the whole step decides on each proposal.
 
     Args:
-        config: everything but ``local.cut``, ``local.blocks``, ``local.recompute`` and ``train.accumulate``
-            stays as it is; ``local.schedule`` changes where end-to-end and local training do.
+        config: everything except ``local.cut``, ``local.blocks``, ``local.recompute`` and ``train.accumulate`` stays as
+            it is; ``local.schedule`` changes only between end-to-end and local training.
         build_task: makes the task of a config.
-        budget_bytes: for tensors. A GPU needs room beside them: about half a GiB for CUDA itself, and
+        budget_bytes: the budget for tensors. A GPU needs more than that: about half a GiB for CUDA itself, and
             workspaces.
-        speed: of the device that will train.
+        speed: the speed of the device that will train.
 
     Raises:
-        ValueError: nothing fits; has the smallest that can be achieved, and what binds.
+        ValueError: nothing fits. The message gives the smallest peak that can be achieved, and what determines it.
     """
     rivals: list[Option] = []
     smallest: tuple[float, _Search, list[int], Recompute] | None = None
     for settings in _micro_batches(config, build_task):
         search = _Search(settings, build_task, speed, budget_bytes)
-        if not rivals:
+        if not rivals:  # the first round: the config's own micro-batch
             if search.profile.permanent > budget_bytes:
                 raise ValueError(
                     f"--memory: {size_text(budget_bytes)} is less than the {size_text(search.profile.permanent)} that "
@@ -116,19 +116,20 @@ def make_plan(config: Config, build_task: Callable[[Config], Task], budget_bytes
     assert smallest is not None, "there is always the config's own micro-batch"
     _, search, bounds, recompute = smallest
     least = search.option(bounds, recompute)
+    # A profile may overstate a peak even beyond SLACK, so estimate the smallest option before giving up.
     if least.peak_bytes <= budget_bytes:
         return Plan(budget_bytes, least, rivals, [])
     raise ValueError(_why(least, budget_bytes))
 
 
 def smallest_cut(config: Config, build_task: Callable[[Config], Task], blocks: int, speed: Speed) -> list[str]:
-    """The cut into so many blocks that has the smallest peak by the profile; as ``local.cut``."""
+    """The cut into ``blocks`` blocks with the smallest profiled peak, as a value of ``local.cut``."""
     search = _Search(config, build_task, speed, 0)
     return search.cut(search.bounds(blocks, config.local.recompute))
 
 
 def _micro_batches(config: Config, build_task: Callable[[Config], Task]) -> Iterator[Config]:
-    """The config, then with its micro-batch halved again and again, as long as training accepts that."""
+    """Yield the config, then the config with its micro-batch halved, quartered, ..., as long as training allows it."""
     accumulate = config.train.accumulate
     most = shapes_of(build_task(config).example).batch * accumulate
     yield config
@@ -136,8 +137,9 @@ def _micro_batches(config: Config, build_task: Callable[[Config], Task]) -> Iter
         settings = replace(config, train=replace(config.train, accumulate=accumulate))
         try:
             settings.check()
-        except ValueError:  # no divisor of the batch
+        except ValueError:  # ``accumulate`` does not divide the batch
             continue
+        # BatchNorm cannot train on one sample. Look at two blocks, because auxiliary networks may add a BatchNorm.
         task = build_task(settings)
         if shapes_of(task.example).batch == 1:
             chain = task.build_chain(initial=False)
@@ -148,16 +150,16 @@ def _micro_batches(config: Config, build_task: Callable[[Config], Task]) -> Iter
 
 
 def free_name(stem: str) -> Path:
-    """The first of ``stem.yaml``, ``stem-2.yaml``, ... that is free."""
+    """The first of ``stem.yaml``, ``stem-2.yaml``, ... that does not exist."""
     names = (Path(f"{stem}{'' if number == 1 else f'-{number}'}.yaml") for number in count(1))
     return next(name for name in names if not name.exists())
 
 
 def check_free(path: Path) -> None:
-    """See that a plan may be written to ``path``.
+    """Check that a plan may be written to ``path``: it does not exist, or is an earlier plan.
 
     Raises:
-        ValueError: there is something of that name that is no plan.
+        ValueError: the path exists and is not a plan.
     """
     if path.exists() and not (path.is_file() and path.read_text().startswith(MARK)):
         raise ValueError(f"--out: {path} exists and is no plan; choose another file")
@@ -167,7 +169,7 @@ def write_plan(plan: Plan, path: Path) -> None:
     """Write the chosen option as a complete config for ``tools/train.py``.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the file cannot be written.
     """
     chosen = plan.chosen
     about = f"{chosen.name}, micro-batch {chosen.micro_batch}, predicted peak {size_text(chosen.peak_bytes)}"
@@ -175,16 +177,16 @@ def write_plan(plan: Plan, path: Path) -> None:
 
 
 def write_planned(path: Path, aim: str, about: str, config: Config) -> None:
-    """Write a config planned for ``aim``.
+    """Write a config that was planned for ``aim`` (a budget, a number of ranks), with a first line that says so.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the file cannot be written.
     """
     write_named(path, f"{MARK} {aim}: {about}.\n{to_yaml(config)}")
 
 
 class _Search:
-    """Cuts of one network at one micro-batch."""
+    """The cuts of one network at one micro-batch."""
 
     def __init__(self, config: Config, build_task: Callable[[Config], Task], speed: Speed, budget: int) -> None:
         self.config, self.task, self.speed, self.budget = config, build_task(config), speed, budget
@@ -197,7 +199,10 @@ class _Search:
         }
 
     def _cost(self, recompute: Recompute, limit: float = math.inf) -> Callable[[int, int], tuple[float, float]]:
-        """Peak and seconds of a block; with a limit to the peak, blocks within it are equally good."""
+        """A cost for ``best_bounds``: (peak, seconds) of a block.
+
+        With a ``limit``, all blocks whose peak is within it have weight 0, so that only their time decides.
+        """
 
         def cost(start: int, stop: int) -> tuple[float, float]:
             if not self.profile.trainable(start, stop):
@@ -209,11 +214,11 @@ class _Search:
         return cost
 
     def _fixed(self, bounds: list[int]) -> int:
-        """Bytes that a cut has all the time."""
+        """The bytes that are alive all the time with this cut."""
         return self.profile.least + sum(self.profile.state(start, stop) for start, stop in pairwise(bounds))
 
     def fewest(self, recompute: Recompute) -> Option | None:
-        """The fewest blocks that fit."""
+        """The option with the fewest blocks that fits the budget, or None."""
         for blocks, (peak, even) in enumerate(self._even[recompute], 1):
             fixed = self._fixed(even)
             if fixed + peak > SLACK * self.budget:
@@ -227,19 +232,19 @@ class _Search:
         return None
 
     def bounds(self, blocks: int, recompute: Recompute) -> list[int]:
-        """The cut into so many blocks with the smallest peak."""
+        """The bounds of the cut into ``blocks`` blocks with the smallest profiled peak."""
         return self._even[recompute][blocks - 1][1]
 
     def smallest(self, recompute: Recompute) -> tuple[float, list[int]]:
-        """The smallest peak by the profile, of any number of blocks, and its cut."""
+        """The smallest profiled peak over all numbers of blocks, and its bounds."""
         return min((self._fixed(bounds) + peak, bounds) for peak, bounds in self._even[recompute] if peak < math.inf)
 
     def cut(self, bounds: list[int]) -> list[str]:
-        """The cut at ``bounds`` as ``local.cut``."""
+        """The cut at ``bounds``, as a value of ``local.cut``."""
         return [self.profile.names[start] for start in bounds[1:-1]]
 
     def option(self, bounds: list[int], recompute: Recompute) -> Option:
-        """The cut at ``bounds``, estimated once however often it is asked for."""
+        """The option with the cut at ``bounds``; each is estimated only once."""
         key = tuple(bounds), recompute
         if key not in self._options:
             self._options[key] = self._estimated(bounds, recompute)

@@ -1,4 +1,4 @@
-"""What each unit and each auxiliary network adds to a step, so that a cut can be judged without being run."""
+"""The profile of a network: what each unit and each auxiliary network adds to a step, to judge cuts without a run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ from engine.task import Task
 
 @dataclass
 class UnitCost:
-    """Bytes and seconds of one unit in a step; bytes beyond what is alive before its forward pass.
+    """Bytes and seconds of one unit in a step; bytes count beyond what is alive before its forward pass.
 
-    ``forward`` and ``backward`` are the peaks of the two passes, without the gradients of later units'
-    parameters; ``kept`` stays between them, ``gradients`` after them; ``output`` is the message it sends.
+    ``forward`` and ``backward`` are the peaks of the two passes, without the gradients of parameters of later units.
+    ``kept`` stays alive between the two passes and ``gradients`` after them. ``output`` is the size of the message that
+    the unit returns.
     """
 
     forward: int = 0
@@ -50,8 +51,8 @@ class UnitCost:
 class EndCost:
     """Bytes and seconds of what ends a block: an auxiliary network, or the head.
 
-    ``state`` is there all the time (0 for the head: it belongs to the network), ``peak`` that of its
-    forward and backward passes, ``gradients`` stays after them.
+    ``state`` is alive all the time (0 for the head, which belongs to the network). ``peak`` is the peak of forward and
+    backward, and ``gradients`` stays alive after them.
     """
 
     state: int
@@ -61,15 +62,15 @@ class EndCost:
 
 
 class Profile:
-    """Costs of a chain's parts under one config, from end-to-end steps on fake tensors.
+    """The costs of a chain's parts under one config, from end-to-end steps on fake tensors.
 
     Args:
-        config: precision, optimizer, accumulation and auxiliary network; its cut does not count.
-        task: gives chain, loss and a micro-batch.
-        speed: of the device that will train.
+        config: provides precision, optimizer, accumulation and auxiliary network; its cut does not matter.
+        task: provides the chain, the loss and a micro-batch.
+        speed: the speed of the device that will train.
 
-    Known limitation: an auxiliary network is profiled without a feature bank and for a few lengths of
-    block only, so that a cut's true peak may be a little off: who chooses by a profile estimates the choice.
+    Known limitation: auxiliary networks are profiled without a feature bank, and for a few lengths of block only, so
+    the true peak of a cut may differ a little. A caller that chooses by a profile should estimate its choice.
     """
 
     def __init__(self, config: Config, task: Task, speed: Speed) -> None:
@@ -79,7 +80,7 @@ class Profile:
         self._recomputed = _Trace(config, task, speed, recompute="units").units if self.can_recompute else []
         self._auxiliaries: dict[tuple[int, int], EndCost] = {}
         self._alike: dict[object, EndCost] = {}
-        # Of several micro-batches, the gradients of all blocks stay alive from one to the next.
+        # Between micro-batches of one step, the gradients of all blocks stay alive.
         self._gradients_stay = config.train.accumulate > 1
 
     def __len__(self) -> int:
@@ -87,33 +88,40 @@ class Profile:
 
     @property
     def names(self) -> list[str]:
-        """Of the units."""
+        """The names of the units."""
         return [unit.name for unit in self._plain.chain.units]
 
     @property
     def permanent(self) -> int:
-        """Bytes of the network's parameters, buffers and optimizer state."""
+        """The bytes of the network's parameters, buffers and optimizer state."""
         return self._plain.fixed - self._plain.batch
 
     @property
     def least(self) -> int:
-        """Bytes that no cut can do without: parameters, buffers, optimizer state, the batch."""
+        """The bytes that any cut needs all the time: parameters, buffers, optimizer state and the batch.
+
+        With several micro-batches, these include the gradients.
+        """
         gradients = sum(unit.gradients for unit in self._plain.units) + self._plain.head.gradients
         return self._plain.fixed + (gradients if self._gradients_stay else 0)
 
     def trainable(self, start: int, stop: int) -> bool:
-        """Whether a block would have anything to train."""
+        """Whether a block of units ``start`` to ``stop - 1`` would have anything to train."""
         return any(unit.gradients for unit in self._plain.units[start:stop]) or (
             stop == len(self) and self._plain.head.gradients > 0
         )
 
     def state(self, start: int, stop: int) -> int:
-        """Bytes that the auxiliary network of a block adds to ``least``."""
+        """The bytes that the auxiliary network of a block adds to ``least``."""
         end = self._end(start, stop)
         return end.state + (end.gradients if self._gradients_stay and stop < len(self) else 0)
 
     def peak(self, start: int, stop: int, recompute: Recompute) -> int:
-        """Bytes at the peak of a block's local step, beyond ``least`` and every block's ``state``."""
+        """The bytes at the peak of a block's local step, beyond ``least`` and the ``state`` of all blocks.
+
+        The local step is replayed from the costs: forward through the units, then the auxiliary network or head, then
+        backward through the units in reverse order, and the update. ``base`` is what is alive between two of these.
+        """
         units, end = self._units(start, stop, recompute), self._end(start, stop)
         stays = 0 if self._gradients_stay else 1
         base = self._plain.units[start - 1].output if start else 0
@@ -127,14 +135,14 @@ class Profile:
             peaks.append(base + unit.backward + gradients)
             gradients += unit.gradients * stays
             if unit is units[-1] and stop < len(self):
-                base += unit.output  # waits to be sent on
-        # An update may take another copy of the gradients.
+                base += unit.output  # the detached message waits to be sent until the local step ends
+        # An optimizer that works on lists of tensors may copy all gradients of the block.
         own = end.gradients + sum(unit.gradients for unit in units)
         peaks.append(base + gradients + own)
         return max(peaks)
 
     def seconds(self, start: int, stop: int, recompute: Recompute) -> float:
-        """Of a block's local steps on all micro-batches of a batch."""
+        """The seconds of a block's local steps on all micro-batches of a batch."""
         units = self._units(start, stop, recompute)
         once = self._end(start, stop).seconds + sum(unit.seconds for unit in units)
         return once * self._config.train.accumulate
@@ -145,7 +153,11 @@ class Profile:
         return [*self._recomputed[start : stop - 1], self._plain.units[stop - 1]]
 
     def _end(self, start: int, stop: int) -> EndCost:
-        """The head, or the auxiliary network of the next lower power of two units that end where the block does."""
+        """The head, or the auxiliary network of a block that ends at ``stop``.
+
+        The block's length is rounded down to a power of two: an auxiliary network depends little on the length of its
+        block, and this way a chain of n units needs about n log n profiles instead of n squared.
+        """
         if stop == len(self):
             return self._plain.head
         start = stop - (1 << ((stop - start).bit_length() - 1))
@@ -161,7 +173,7 @@ class Profile:
                 config.local.auxiliary, trace.chain, span, FeatureBank(), self._task, config.train.seed
             )
             message = trace.messages[stop - 1].map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
-            # Along a stage they are all alike; such a one is stepped once.
+            # Most auxiliary networks of a stage are alike, so each distinct one runs only once.
             shapes = tuple((name, tuple(value.shape)) for name, value in network.state_dict().items())
             key = type(network), shapes, tuple(message.x.shape), message.x.dtype
             if key not in self._alike:
@@ -170,12 +182,12 @@ class Profile:
             return self._alike[key]
 
     def _step(self, network: AuxiliaryNetwork, criterion: Callable[[Any, Any], Tensor], message: Message) -> EndCost:
-        """Two steps of an auxiliary network and its loss on their own; the second counts."""
+        """Run two steps of an auxiliary network and its loss alone, and count the second, which has optimizer state."""
         learning = list(network.named_parameters())
         held: list[Tensor] = [*network.parameters(), *network.buffers()]
         if isinstance(criterion, torch.nn.Module):
             learning += [(name, p) for name, p in criterion.named_parameters() if p.requires_grad]
-            held += criterion.parameters()  # frozen networks are buffers, which blocks share and the network counts
+            held += criterion.parameters()  # not its buffers: a frozen network that blocks share counts only once
         optimizer = build_optimizer(self._config.optimizer, learning)
         tracker, work = MemoryTracker(), WorkCounter(self._speed)
         tracker.add(message.tensors(), "activations")
@@ -198,10 +210,10 @@ class Profile:
 
 
 class _Trace:
-    """An end-to-end step, unit by unit.
+    """The costs of an end-to-end step, unit by unit.
 
-    The forward pass runs through the units, then the head and its backward pass; the gradient of a unit's
-    output tells that the backward pass has come to that unit::
+    The forward pass runs through the units and the head. In backward, a hook on the gradient of a unit's output tells
+    that the backward pass has reached this unit::
 
         forward:   unit 0 | unit 1 | ... | head, loss, backward of the head
         backward:                        | unit n-1 | ... | unit 1 | unit 0 | update
@@ -216,7 +228,7 @@ class _Trace:
         self.units = [UnitCost() for _ in block.units]
         with self.fake:
             make_fake([self.chain.model, block])
-            block.scaled = False
+            block.scaled = False  # a loss scaler reads values, and fake tensors have none
             prepare(blocks, config, torch.device("cpu"))
             message = shapes_of(task.example).map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
             tracker, work = MemoryTracker(), WorkCounter(speed)
@@ -227,6 +239,7 @@ class _Trace:
                     stack.enter_context(Followed(tracker, each, {}))
                 stack.enter_context(tracker)
                 stack.enter_context(work)
+                # Two steps: only the second has optimizer state from its start.
                 for sequence in range(2):
                     arriving = replace(message, sequence=sequence)
                     if encoder is not None:
@@ -252,7 +265,10 @@ class _Trace:
 
 
 class _UnitWatch(Observer):
-    """Divides the bytes and the time of one local step among the units and the head."""
+    """Divides the bytes and the time of one local step among the units and the head.
+
+    ``_current`` is the cost that the backward pass is in; it starts with the head's.
+    """
 
     def __init__(self, units: Sequence[UnitCost], tracker: MemoryTracker, work: WorkCounter) -> None:
         self.units, self.tracker, self.work = units, tracker, work
@@ -272,6 +288,7 @@ class _UnitWatch(Observer):
         cost.forward, cost.kept = tracker.peak.bytes - live, tracker.live_bytes - live
         cost.seconds, self._started = work.seconds - self._started, work.seconds
         tensors = output.tensors()
+        # By storage: several features may be views of the same memory.
         cost.output = sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
         if output.x.requires_grad:
             output.x.register_hook(lambda _: self._enter(cost))  # type: ignore[no-untyped-call]
@@ -280,16 +297,16 @@ class _UnitWatch(Observer):
         tracker.reset_peak()
 
     def update_started(self, *_: object) -> None:
-        """Backward has ended."""
+        """Backward has ended: close the costs of the unit that it was in."""
         self._enter(UnitCost())
 
     @property
     def _cost(self) -> UnitCost:
-        """Of the unit whose forward pass is running."""
+        """The cost of the unit whose forward pass is running."""
         return self.units[len(self.messages)]
 
     def _enter(self, cost: UnitCost) -> None:
-        """The backward pass leaves one unit for another."""
+        """The backward pass moves on to ``cost``: close the costs of the unit that it leaves."""
         current, tracker, work = self._current, self.tracker, self.work
         current.backward = tracker.peak.bytes - self._base[id(current)] - self._gradients
         current.gradients = tracker.live["gradients"] - self._gradients

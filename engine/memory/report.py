@@ -1,4 +1,4 @@
-"""Rows of a memory report: predicted, measured or both; as tables and as JSON."""
+"""The rows of a memory report, predicted or measured or both, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from engine.utilities.size import MIB, size_text
 
 @dataclass(frozen=True)
 class Row:
-    """One variant's memory and time of a step; bytes and seconds.
+    """Memory and time of a step of one variant, in bytes and seconds.
 
-    ``peak_bytes``, ``by_category_bytes``, ``by_block_bytes`` and ``step_seconds`` are measured where
-    ``measured`` says so, else predicted; ``predicted_...`` is there beside a measurement too. ``failure`` says
-    why something could not be measured; its bytes are then the predicted ones, and it has no time.
-    ``units`` names each block's units.
+    If ``measured``, then ``peak_bytes``, ``by_category_bytes``, ``by_block_bytes`` and ``step_seconds`` are measured;
+    otherwise they are predicted. The fields ``predicted_...`` hold the prediction in either case. ``failure`` tells why
+    a variant could not be measured; its bytes are then predicted, and it has no time. ``units`` has the units of each
+    block.
     """
 
     variant: str
@@ -78,12 +78,16 @@ def report_rows(
     threads: int = 1,
     snapshots: Path | None = None,
 ) -> list[Row]:
-    """Predict every variant, and measure it if ``measuring``.
+    """Predict every variant and, if ``measuring``, measure it as well.
 
-    A prediction needs no GPU; its times are then of this machine's CPU, also where the config names a GPU.
+    A prediction needs no GPU. On a machine without one, predicted times are those of its CPU, even if the config names
+    a GPU.
+
+    Args:
+        argv, load, steps, threads, snapshots: as in ``engine.memory.measure.measure``.
 
     Raises:
-        ValueError: a variant cannot be built, or what is asked for cannot be had here.
+        ValueError: a variant cannot be built, or this machine cannot do what the config asks for.
     """
     torch.set_num_threads(threads)
     config, _ = load(argv)
@@ -108,7 +112,7 @@ def report_rows(
 
 
 def make_row(name: str, config: Config, estimate: Estimate, measured: Measured | None = None) -> Row:
-    """What was predicted of a variant, and measured if it was."""
+    """The row of a variant, from its estimate and, if it was measured, from the measurement."""
     whole, memory = config.local.end_to_end, measured.memory if measured else None
     footprint = memory.footprint if memory else estimate.footprint
     seconds = measured.seconds if measured else []
@@ -139,7 +143,7 @@ def make_row(name: str, config: Config, estimate: Estimate, measured: Measured |
 
 
 def sheets(rows: Sequence[Row]) -> list[Sheet]:
-    """The tables of a report; ratios are to the first row."""
+    """The tables of a report. Ratios are relative to the first row."""
     found = [_overview(rows), _categories(rows)]
     if any(row.cuda for row in rows):
         found.append(_allocator(rows))
@@ -148,22 +152,22 @@ def sheets(rows: Sequence[Row]) -> list[Sheet]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader must know to take the figures for what they are."""
+    """Notes that a reader needs to interpret the figures."""
     lines = []
     if any(row.measured for row in rows):
         kind = "the allocator's peak" if any(row.cuda for row in rows) else "all tensors alive"
         lines.append(
             f"measured: {kind} in a step after the first, each variant in a fresh process; median time, in turns"
         )
-        lines.append("resident: growth of the process's resident set in main memory, libraries' own memory included")
-    lines.append("predicted: on fake tensors; time by a roofline of the device here, to compare rows with each other")
+        lines.append("resident: growth of the process's resident set in main memory, including that of libraries")
+    lines.append("predicted: on fake tensors; time by a roofline of this device, only to compare rows with each other")
     lines.append(UNSEEN)
-    lines.append("what local rows take longer than end-to-end is their auxiliary networks' time")
+    lines.append("local rows take longer than end-to-end by the time of their auxiliary networks")
     if any(row.compiled and row.measured for row in rows):
-        lines.append("compiled: categories, blocks and course of the step are those of the uncompiled network")
+        lines.append("compiled: categories, blocks and live bytes over the step are those of the uncompiled network")
     if rows[0].failure:
         lines.append(f"{rows[0].variant} did not fit: ratios are to its prediction")
-    lines.append("memory and time only: what a variant costs in accuracy, benchmarks.accuracy measures")
+    lines.append("memory and time only: benchmarks.accuracy measures what a variant costs in accuracy")
     if any(row.offload and row.cuda is None for row in rows):
         lines.append("offload: bytes are those on a GPU; on a CPU it saves nothing, and its time is that of copies")
     lines += [f"{row.variant}: {row.failure}" for row in rows if row.failure]
@@ -171,12 +175,12 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def plan_row(plan: Plan) -> Row:
-    """The chosen option."""
+    """The row of the chosen option."""
     return make_row(plan.chosen.name, plan.chosen.config, plan.chosen.estimate)
 
 
 def plan_sheet(plan: Plan) -> Sheet:
-    """The ways to train that were weighed, the chosen one marked; ratios are to end-to-end."""
+    """A table of the options that were compared, with the chosen one marked. Ratios are relative to end-to-end."""
     base, lines = plan.rivals[0], []
     options = {(option.name, option.micro_batch): option for option in [*plan.rivals, plan.chosen, *plan.others]}
     for option in options.values():
@@ -196,7 +200,7 @@ def plan_sheet(plan: Plan) -> Sheet:
 
 
 def plan_notes(plan: Plan) -> list[str]:
-    """What a reader must know of the chosen option."""
+    """Notes that a reader needs about the chosen option."""
     lines, train = [], plan.chosen.config.train
     if plan.chosen.micro_batch != plan.rivals[0].micro_batch:
         lines.append(
@@ -243,7 +247,7 @@ def _categories(rows: Sequence[Row]) -> Sheet:
 
 
 def block_sheet(row: Row) -> Sheet:
-    """What is alive at each block's peak; neighbours with the same figures share a line."""
+    """A table of what is alive at each block's peak; consecutive blocks with the same figures share a line."""
     groups: list[tuple[list[str], list[int]]] = []
     for number, sizes in enumerate(row.by_block_by_category_bytes):
         figures = [_mib(sum(sizes.values())), *(_mib(sizes[name]) for name in CATEGORIES)]
@@ -262,7 +266,7 @@ def block_sheet(row: Row) -> Sheet:
 
 
 def _without_zeros(sheet: Sheet) -> Sheet:
-    """Without the columns that have nothing to say."""
+    """The table without the columns in which every figure is 0.0."""
     kept = [at for at in range(len(sheet.columns)) if any(row[at] != "0.0" for row in sheet.rows)]
     return Sheet(sheet.title, [sheet.columns[at] for at in kept], [[row[at] for at in kept] for row in sheet.rows])
 
@@ -288,7 +292,11 @@ def _mib(size: int) -> str:
 
 
 def header(title: str, argv: Sequence[str], threads: int, device: str, **more: Any) -> dict[str, Any]:
-    """What a reader needs to judge and repeat the figures; ``device`` as in ``train.device``."""
+    """The header of a report: what a reader needs to judge and repeat its figures.
+
+    Args:
+        device: as in ``train.device``.
+    """
     chosen = device_at_hand(device)
     return {
         "title": title,
@@ -304,7 +312,7 @@ def header(title: str, argv: Sequence[str], threads: int, device: str, **more: A
 
 
 def write_json(path: Path, about: dict[str, Any], rows: Sequence[Any]) -> None:
-    """``{"header": ..., "rows": [...]}``, bytes and seconds.
+    """Write ``{"header": ..., "rows": [...]}``; sizes are in bytes, times in seconds.
 
     Raises:
         ValueError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""Bytes of a pipeline's stages, estimated on fake tensors."""
+"""The bytes of a pipeline's stages, estimated on fake tensors."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from engine.task import Task
 
 
 class Sizes:
-    """Bytes of stages, estimated on fake tensors block by block."""
+    """The bytes of any stage, from an estimate of each block on its own."""
 
     def __init__(self, config: Config, task: Task) -> None:
         blocks = fresh_blocks(config, task)
         arriving = arriving_messages(blocks, task)
         sizes = [sum(tensor.nbytes for tensor in message.tensors()) for message in arriving]
-        # Beside the one being worked on: those that wait at the near and at the far end of a link.
+        # Messages that wait at one end of a link, in addition to the one that the stage works on: up to ``depth``
+        # messages, as large as the one that arrives at each block. Nothing leaves the last block.
         self._waiting = [config.placement.depth * size for size in [*sizes, 0]]
         self._states, self._peaks = [], []
         plain = replace(config, local=replace(config.local, compile=False))
         with FakeTensorMode():
             make_fake([blocks[0].chain.model, *blocks])
             for block, message in zip(blocks, arriving, strict=True):
-                block.scaled = False  # a scaler asks for values, and fake tensors have none
+                block.scaled = False  # a loss scaler reads values, and fake tensors have none
                 prepare(Blocks([block]), plain, torch.device("cpu"))
                 message = message.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
                 self._peaks.append(count_bytes(Blocks([block]), plain, message).peak_bytes)
@@ -40,7 +41,11 @@ class Sizes:
                 self._states.append(sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor)))
 
     def stage(self, start: int, stop: int) -> float:
-        """Bytes at the peak of a stage with blocks ``start`` to ``stop - 1``."""
+        """The bytes at the peak of a stage with blocks ``start`` to ``stop - 1``.
+
+        This is the state of all its blocks, the largest peak of one local step beyond that block's state, and the
+        messages that wait at both ends.
+        """
         beyond = max(p - s for p, s in zip(self._peaks[start:stop], self._states[start:stop], strict=True))
         links = (self._waiting[start] if start else 0) + self._waiting[stop]
         return sum(self._states[start:stop]) + beyond + links

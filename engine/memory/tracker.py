@@ -1,4 +1,4 @@
-"""Bytes of live tensors, operator by operator, on fake tensors and real ones alike."""
+"""The bytes of live tensors, operator by operator, for fake and real tensors alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from engine.learning import offload
 
 ROUND = 512
-"""Bytes a tensor's storage is rounded up to, as CUDA's caching allocator does."""
+"""The size of a storage is rounded up to a multiple of this many bytes, as CUDA's caching allocator does."""
 
 MOMENTS = 200
-"""A timeline has fewer than twice as many moments."""
+"""A timeline has fewer than twice this many moments."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,23 @@ class Moment:
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every storage on one kind of device from the operator that makes it to its release.
+    """Follows every storage on one kind of device, from the operator that makes it until its release.
 
-    A storage counts once however many tensors view it. What exists beforehand is made known with ``add``.
-    What operators make counts, until an ``add`` says otherwise, by when it is made:
+    A storage counts once, however many tensors view it. ``add`` makes tensors known that exist beforehand. The category
+    of a tensor that an operator makes follows from when it is made, until ``add`` gives it another:
 
     =============== ============================================================================
-    ``activations`` with gradients enabled: by the forward pass, or by its recomputation
-    ``temporary``   without: by the backward pass or the update
-    ``auxiliary``   while ``made_in_forward`` says so: by an auxiliary network's forward pass
+    ``activations`` while gradients are enabled: by the forward pass or its recomputation
+    ``temporary``   while gradients are disabled: by the backward pass or the update
+    ``auxiliary``   while ``made_in_forward`` says so: by the forward pass of an auxiliary network
     =============== ============================================================================
 
     Args:
-        device: ``cpu`` or ``cuda``; tensors elsewhere do not count. Nor do copies that stand for a
-            tensor in main memory (see ``engine.learning.offload``).
+        device: ``cpu`` or ``cuda``. Tensors on other devices do not count, nor do copies that stand for a tensor in
+            main memory (see ``engine.learning.offload``).
 
-    Known limitations: not seen are memory that an operator takes and gives back inside itself, and what a
-    storage grows by when it is resized.
+    Known limitations: the tracker does not see memory that an operator takes and returns while it runs, nor the growth
+    of a storage that is resized.
 
     Example:
         >>> import torch
@@ -75,19 +75,19 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reset_peak()
 
     def reset_peak(self) -> None:
-        """Forget the peak so far; what is alive now is the new one."""
+        """Forget the peak so far, and start again from what is alive now."""
         self._peak_bytes, self.peak = self.live_bytes, Moment(self.block, Counter(self.live))
 
     def record(self) -> None:
-        """Keep a timeline from now on: one moment for every so many operators, fewer than 400 in all."""
+        """Start a timeline: the fullest moment of each stretch of operators, fewer than twice ``MOMENTS`` in all."""
         self.timeline, self._stretch, self._left = [], 1, 0
 
     def add(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Count the storages of ``tensors`` under ``category``, new or not."""
+        """Count the storages of ``tensors`` under ``category``, whether they are known already or not."""
         self._add(tensors, lambda before: category)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Count as activations those of ``tensors`` that were temporary until now."""
+        """Count those of ``tensors`` that are new or temporary as activations, because they outlive their step."""
         self._add(tensors, lambda before: "activations" if before in (None, "temporary") else before)
 
     def _add(self, tensors: Iterable[Tensor], choose: Callable[[str | None], str]) -> None:
@@ -99,6 +99,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             before, size = self._sizes.get(key, (None, 0))
             if before is None:
                 size = 0 if offload.standing_in() else -(-storage.nbytes() // ROUND) * ROUND
+                # The id of a storage is unique while it lives, and this reference tells when it dies, so that no tensor
+                # stays alive because it is counted.
                 self._references[key] = weakref.ref(storage, lambda _, key=key: self._release(key))  # type: ignore[misc]
                 self.live_bytes += size
             else:
@@ -122,13 +124,14 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         new = [tensor for tensor in made if id(tensor.untyped_storage()) not in self._sizes]
         if new:
+            # Backward and updates run with gradients disabled, except where backward recomputes a forward pass.
             self.add(new, self.made_in_forward if torch.is_grad_enabled() else "temporary")
         if self.timeline is not None:
             self._note()
         return result
 
     def _note(self) -> None:
-        """Extend the timeline: a stretch has its fullest moment; stretches double when there are too many."""
+        """Extend the timeline. When it is full, halve it by merging pairs of stretches, and double their length."""
         assert self.timeline is not None
         if self._left == 0:
             if len(self.timeline) == 2 * MOMENTS - 1:

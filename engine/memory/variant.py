@@ -1,4 +1,4 @@
-"""Variants of one config, to be held against each other."""
+"""Variants of one config, for comparison with each other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from engine.network.shapes import shapes_of
 from engine.task import Task
 
 Load = Callable[[Sequence[str]], tuple[Config, Task]]
-"""From a command line to a config and its task; ``tasks.load`` is one."""
+"""A function that makes a config and its task from a command line, such as ``tasks.load``."""
 
 _PLAIN = ("--local.recompute", "none", "--local.offload", "false")
-# Neither can be combined with torch.compile.
+# ``Config.check`` refuses either of these together with torch.compile.
 _RECOMPUTE = ("--local.recompute", "units", "--local.offload", "false", "--local.compile", "false")
 _OFFLOAD = ("--local.recompute", "none", "--local.offload", "true", "--local.compile", "false")
 _WHOLE = ("--local.schedule", "end_to_end")
@@ -24,13 +24,16 @@ _WHOLE = ("--local.schedule", "end_to_end")
 
 @dataclass(frozen=True)
 class Variant:
-    """A name and the overrides that make it out of the common config."""
+    """A name, and the overrides that turn the common config into this variant."""
 
     name: str
     overrides: tuple[str, ...]
 
     def words(self, argv: Sequence[str]) -> list[str]:
-        """The command line of this variant of ``argv``; another auxiliary network does not get the first's options."""
+        """The command line of this variant of ``argv``.
+
+        If the variant has another auxiliary network, the options of the original one are left out.
+        """
         argv = words(argv)
         if "--local.auxiliary" in self.overrides:
             dropped = {at for at, word in enumerate(argv) if word.split(".")[:2] == ["--local", "auxiliary"]}
@@ -44,7 +47,7 @@ OFFLOADED = Variant("end-to-end + offload", (*_WHOLE, *_OFFLOAD))
 
 
 def four_variants(config: Config) -> list[Variant]:
-    """End-to-end and the config's own blocks (if it has any), each with and without recomputation."""
+    """End-to-end training and, unless the config is end-to-end, its own blocks; each with and without recomputation."""
     if config.local.end_to_end:
         return [END_TO_END, RECOMPUTED]
     return [
@@ -56,8 +59,8 @@ def four_variants(config: Config) -> list[Variant]:
 
 
 def many_variants(config: Config, auxiliaries: Sequence[str], blocks: Sequence[int]) -> list[Variant]:
-    """End-to-end, with recomputation, with offload; every auxiliary network at every number of blocks; and the
-    config's own one with recomputation.
+    """Many variants: end-to-end training alone, with recomputation and with offload; every auxiliary network with every
+    number of blocks; and the config's own auxiliary network with recomputation.
 
     Raises:
         ValueError: the config itself is end-to-end.
@@ -72,7 +75,7 @@ def many_variants(config: Config, auxiliaries: Sequence[str], blocks: Sequence[i
 
 
 def local_variant(config: Config, auxiliary: str, blocks: int, *, recompute: bool = False) -> Variant:
-    """``blocks`` blocks with one kind of auxiliary network; the config's own keeps its options."""
+    """The variant with ``blocks`` blocks and one kind of auxiliary network; the config's own kind keeps its options."""
     named = () if auxiliary == config.local.family else ("--local.auxiliary", auxiliary)
     overrides = (*named, "--local.cut", "[]", "--local.blocks", str(blocks))
     name = f"{auxiliary} K={blocks}"
@@ -82,7 +85,7 @@ def local_variant(config: Config, auxiliary: str, blocks: int, *, recompute: boo
 
 
 def estimate_variant(variant: Variant, argv: Sequence[str], load: Load, speed: Speed | None = None) -> Estimate:
-    """What a step of the variant will take, on fake tensors."""
+    """The estimate of a step of the variant, on fake tensors."""
     config, task = load(variant.words(argv))
     blocks = fresh_blocks(config, task)
     return estimate_step(blocks, config, shapes_of(task.example), speed)

@@ -1,4 +1,4 @@
-"""Time of a step, predicted from the arithmetic and the memory traffic of its operators."""
+"""The time of a step, predicted from the arithmetic and the memory traffic of its operators."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from engine.learning import offload
 
 @dataclass(frozen=True)
 class Speed:
-    """What a device does in a second.
+    """What a device does per second.
 
-    Floating-point operations of convolutions, bytes read or written, bytes moved to main memory or back.
+    ``flops`` counts floating-point operations of convolutions, ``bytes`` those read or written in the device's memory,
+    and ``transfer`` bytes moved to main memory or back.
     """
 
     flops: float
@@ -36,7 +37,7 @@ class Speed:
 
     @classmethod
     def measure_apart(cls, device: torch.device, dtype: torch.dtype | None = None) -> Speed:
-        """``measure``; on a GPU in a process of its own, whose CUDA context is gone when others are measured."""
+        """As ``measure``, but on a GPU in a process of its own, so that no CUDA context remains in this process."""
         if device.type == "cpu":
             return cls.measure(device, dtype)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -44,7 +45,7 @@ class Speed:
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype | None = None) -> Speed:
-        """Time one convolution (forward and backward), one addition and one copy; about a second."""
+        """Time one convolution (forward and backward), one addition and one copy. This takes about a second."""
         batch = 64 if device.type == "cuda" else 4
         x = torch.randn(batch, 64, 56, 56, device=device, dtype=dtype, requires_grad=True)
         weight = torch.randn(64, 64, 3, 3, device=device, dtype=dtype, requires_grad=True)
@@ -52,6 +53,7 @@ class Speed:
         def convolve() -> None:
             F.conv2d(x, weight, padding=1).sum().backward()  # type: ignore[no-untyped-call]
 
+        # Forward and the gradients of input and weight are three convolutions; a multiplication and an addition each.
         flops = 3 * 2 * x.shape[0] * 56 * 56 * 64 * 64 * 9
         large = torch.randn(2**24, device=device)
         target = torch.empty_like(large)
@@ -69,16 +71,16 @@ def _best(run: Callable[[], Any], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    return min(seconds[1:])  # the first run includes allocation; the shortest one is the least disturbed
 
 
 class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums, over all operators, the time that each must take: for its arithmetic or for its traffic.
+    """Sums, over all operators, the time that each needs for its arithmetic or for its memory traffic, if that is more.
 
-    A roofline (Williams et al., 2009). Good for comparing steps of one network with each other; in
-    absolute terms it may be far off.
+    This is a roofline model (Williams et al., 2009). It serves to compare steps of one network with each other; the
+    absolute time may be far off.
 
-    Known limitations: every convolution is taken to be as efficient as the one that was timed; starting an
+    Known limitations: every convolution is assumed to be as efficient as the one that was timed, and to start an
     operator costs nothing.
     """
 
@@ -98,11 +100,14 @@ class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         leaves = tree_leaves((args, kwargs, result))
         moved = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
         if offload.standing_in():
-            self.seconds += moved / self.speed.transfer  # read and written: once there, once back
+            # The clone reads and writes every byte once, so ``moved`` counts a tensor twice: once for the way to main
+            # memory, and once for the way back, whose clone is not marked as a transfer.
+            self.seconds += moved / self.speed.transfer
         else:
             self.seconds += max(flops / self.speed.flops, moved / self.speed.bytes)
         return result
 
 
 _aten = torch.ops.aten
+# Operators that only allocate: they neither compute nor move bytes.
 _FREE = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.new_empty_strided}

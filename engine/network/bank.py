@@ -1,4 +1,4 @@
-"""The feature bank: detached key features of the blocks before this one, this iteration."""
+"""The feature bank: detached key features that the blocks before this one computed in this iteration."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class FeatureBank(Mapping[int, Any]):
-    """Key features by index of the block that made them; adding returns a new bank.
+    """Key features by the index of the block that made them; adding features returns a new bank.
 
-    GLCAN's global part reads it "just as the features are used in the backbone" (arXiv 2406.00446).
-    That it holds *this iteration's* features of *earlier* blocks is our choice: they cost no second
-    forward, carry no gradient, and keep every message going one way.
+    The global part of GLCAN (arXiv 2406.00446) reads the bank. That it holds detached features of *this iteration* and
+    of *earlier* blocks is our own choice, since nothing public decides it: these features cost no second forward pass,
+    carry no gradient, and let every message travel in one direction.
 
     Example:
         >>> bank = FeatureBank().add(0, "stem features")
@@ -23,7 +23,7 @@ class FeatureBank(Mapping[int, Any]):
         self._features = dict(features or {})
 
     def add(self, block: int, features: Any) -> FeatureBank:
-        """The bank with the (already detached) key features of ``block`` added."""
+        """A new bank that also holds the key features of ``block``, which must already be detached."""
         assert block not in self._features, f"block {block} is in the bank already"
         return FeatureBank({**self._features, block: features})
 

@@ -1,4 +1,4 @@
-"""A network as a chain of named units, exact down to the last parameter."""
+"""A network as a chain of named units, in which no parameter is missing and none occurs twice."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ Forward = Callable[[nn.Module, Message], Message]
 
 
 def apply_to_x(module: nn.Module, message: Message) -> Message:
-    """The forward of most units: ``module`` maps ``x`` to ``x``, all else passes by."""
+    """The forward pass of most units: ``module`` maps ``x`` to a new ``x``; all other features stay as they are."""
     return message.with_x(module(message.x))
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The smallest piece a cut never divides.
+    """The smallest piece of a network that a cut never divides.
 
     Args:
-        name: shown in tables and used in ``local.cut``.
-        module: holds the unit's parameters. It may be a part of the model as it is, or a new
-            ``nn.Sequential`` around several parts: names are found by identity, in the model.
-        forward: ``forward(module, message) -> message``. The module is an argument, so that the same
-            forward runs a copy of the unit inside an auxiliary network.
-        stage: units of equal stage work at one resolution and width; GLCAN takes its local part from
-            each stage still to come. If any unit has one, those without (a neck) are in no local part.
-        conditioned: whether it reads what the chain's shared encoder makes, which learns through it: a block of such
-            units has something to train even if they are frozen.
+        name: appears in tables and in ``local.cut``.
+        module: holds the unit's parameters. It may be a part of the model, or a new ``nn.Sequential`` around several
+            parts: the chain looks up parameters in the model by identity, so wrapping them changes no name.
+        forward: ``forward(module, message) -> message``. The module is an argument, so that the same function can run a
+            copy of the unit inside an auxiliary network.
+        stage: units with the same ``stage`` work at the same resolution and width. GLCAN takes its local part from each
+            of the remaining stages. If any unit of a chain has a stage, units without one (a neck) never enter a local
+            part.
+        conditioned: whether the unit reads features of the chain's shared encoder. The encoder learns through such a
+            unit, so a block of conditioned units has something to train even if the units themselves are frozen.
     """
 
     name: str
@@ -46,21 +47,25 @@ class Unit:
         return self.forward(self.module, message)
 
     def copy(self) -> Unit:
-        """The same architecture with weights of its own, drawn from torch's random state.
+        """A unit of the same architecture with weights of its own, drawn from torch's random state.
 
-        Every parameter's elements are shuffled, so a copy follows the very distribution its framework
-        initialised the original with, constants (a normalisation's ones) included, whatever the
-        framework. Normalisation statistics start afresh, and every parameter learns.
+        The elements of every parameter are shuffled. The copy therefore follows the distribution from which the
+        framework initialised the original, including constants (the ones of a normalisation), whatever the framework.
+        Normalisation statistics start fresh, and every parameter is trainable.
 
-        Known limitations: an initialisation with structure (orthogonal rows) keeps only its marginals; of
-        a trained unit it is the trained weights' distribution that is drawn from.
+        Known limitations: of an initialisation with structure (orthogonal rows), only the marginal distribution
+        remains. A copy of a trained unit follows the distribution of the trained weights.
         """
+        # deepcopy takes what it finds in its memo instead of copying, so this is how the copy gets its own tensors.
+        # Frozen parameters become trainable, because nn.Parameter requires gradients by default.
         memo: dict[int, Tensor] = {id(buffer): buffer.clone() for buffer in self.module.buffers()}
         for parameter in self.module.parameters():
             values = parameter.detach().flatten()
             order = torch.randperm(len(values), device=values.device)
             memo[id(parameter)] = nn.Parameter(values[order].view_as(parameter))
-        module = copy.deepcopy(self.module, memo).train()  # a frozen normalisation has no statistics now
+        # Train even if the original normalises with frozen statistics: those of the copy are reset below, so it must
+        # learn its own.
+        module = copy.deepcopy(self.module, memo).train()
         for child in module.modules():
             if isinstance(child, nn.modules.batchnorm._NormBase):
                 child.reset_running_stats()
@@ -68,22 +73,23 @@ class Unit:
 
 
 class Chain:
-    """The units of a model in order, then its head; every parameter and buffer is in exactly one.
+    """The units of a model in order, then its head; every parameter and buffer belongs to exactly one of them.
 
     Args:
-        model: the network as its framework made it. Its ``state_dict`` names are the names used in
-            checkpoints and exports; its source is not touched.
-        units: in the order of the forward pass; a cut falls between two of them.
-        head: maps the last unit's message to the prediction (in ``x``). It stays with the last block.
-        example: a message as the first unit gets it (any batch size of at least 2), for shapes.
+        model: the network as its framework made it. Checkpoints and exports use the names of its ``state_dict``; its
+            source is not edited.
+        units: the units in the order of the forward pass; a cut falls between two of them.
+        head: maps the last unit's message to the prediction, which it leaves in ``x``. It belongs to the last block.
+        example: a message as it reaches the first unit, with any batch size of at least 2; it serves to infer shapes.
         layout: order of the axes of ``x`` between units: ``NCHW``, ``NHWC`` or ``NLC`` (tokens).
-        shared: an encoder of what several units read (a style, a prompt). It runs before the first unit and adds
-            tensors to the message's features, which stay in it; it learns from all blocks (see
+        shared: an encoder of shared conditioning (a style, a prompt), which several units read. It runs before the
+            first unit and adds tensors to the message's features, where they stay. It learns from all blocks (see
             ``engine.learning.shared``).
-        shared_names: the features it adds.
+        shared_names: names of the features that ``shared`` adds.
 
     Raises:
-        ValueError: names are repeated, or a parameter or buffer is in no unit or in several (named).
+        ValueError: two units have the same name, or a parameter or buffer is in no unit or in several units. The
+            message names it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -113,22 +119,30 @@ class Chain:
         self.check()
 
     def check(self) -> None:
-        """See that the chain is exact (again: moving a model replaces buffers)."""
+        """Check that every parameter and buffer is in exactly one unit.
+
+        Call this again after moving the model to another device, which replaces the buffers.
+
+        Raises:
+            ValueError: as the class.
+        """
         _check_exact(self.model, [*([self.shared] if self.shared else []), *self.units, self.head])
 
     def __len__(self) -> int:
         return len(self.units)
 
     def names(self, *modules: nn.Module) -> list[str]:
-        """The model's own names of the parameters and persistent buffers in ``modules``."""
+        """The names in the model's ``state_dict`` of the parameters and persistent buffers in ``modules``."""
+        # Compare by identity: a unit may wrap parts of the model in a new module, where names differ. Without
+        # keep_vars, state_dict would return detached aliases, which have other identities.
         wanted = {id(tensor) for module in modules for tensor in _tensors(module)}
         return [name for name, tensor in self.model.state_dict(keep_vars=True).items() if id(tensor) in wanted]
 
     def index(self, name: str) -> int:
-        """Position of the unit called ``name``.
+        """The position of the unit with this name.
 
         Raises:
-            ValueError: no unit is called so; the message names the units there are.
+            ValueError: there is no such unit; the message lists the names of all units.
         """
         names = [unit.name for unit in self.units]
         if name not in names:
@@ -136,7 +150,7 @@ class Chain:
         return names.index(name)
 
     def shapes(self) -> list[Message]:
-        """The message after each unit, as meta tensors: shapes and dtypes without the arithmetic."""
+        """The message after each unit, as meta tensors: shapes and types without the arithmetic."""
         if self._shapes is None:
             message, self._shapes = self.example, []
             if self.shared is not None:
@@ -165,11 +179,12 @@ def _check_exact(model: nn.Module, units: Sequence[Unit]) -> None:
         if unit.name in seen:
             raise ValueError(f"two units are called {unit.name!r}")
         seen.add(unit.name)
-    names = {id(tensor): name for name, tensor in model.named_parameters()}  # frozen ones may not be in the state
+    # ``leave_out_frozen`` may have removed frozen parameters from the state, but a unit must hold them all the same.
+    names = {id(tensor): name for name, tensor in model.named_parameters()}
     names |= {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
     holders: dict[int, str] = {}
     for unit in units:
-        for tensor in {id(tensor) for tensor in _tensors(unit.module)}:
+        for tensor in {id(tensor) for tensor in _tensors(unit.module)}:  # a set: a unit may use a tensor twice
             if tensor in holders:
                 name = names.get(tensor, "a tensor")
                 raise ValueError(f"{name!r} is in two units, {holders[tensor]!r} and {unit.name!r}")

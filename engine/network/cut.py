@@ -1,4 +1,4 @@
-"""Cut a chain into blocks: by unit names, or by number, balanced by a weight per unit."""
+"""Cut a chain into blocks: by the names of units, or by the number of blocks, balanced by a weight per unit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Balance = Literal["units", "parameters"] | list[float]
 
 @dataclass(frozen=True)
 class Span:
-    """Units ``start`` to ``stop - 1`` of a chain: where block ``index`` of ``count`` lies.
+    """Where block ``index`` of ``count`` lies in a chain: at units ``start`` to ``stop - 1``.
 
     Example:
         >>> Span(index=1, count=2, start=3, stop=10).last
@@ -26,7 +26,7 @@ class Span:
     start: int
     stop: int
     frozen: tuple[str, ...] = ()
-    """Units that were to be a block of their own, but had nothing to train there, so that this one has them too."""
+    """Names of units that the cut made a block, but that have nothing to train; they were merged into this block."""
 
     @property
     def last(self) -> bool:
@@ -37,10 +37,10 @@ class Span:
 
 
 def cut_by_names(chain: Chain, names: Sequence[str]) -> list[Span]:
-    """A new block starts at each of the units called ``names``; the first starts with the chain.
+    """Cut before each of the units called ``names``; the first block starts with the chain.
 
     Raises:
-        ValueError: a name is not a unit, is the first unit, or comes out of order.
+        ValueError: a name is not a unit, names the first unit, or is out of order.
     """
     starts = [chain.index(name) for name in names]
     for name, (before, start) in zip(names, pairwise([0, *starts]), strict=True):
@@ -50,17 +50,18 @@ def cut_by_names(chain: Chain, names: Sequence[str]) -> list[Span]:
 
 
 def cut_by_count(chain: Chain, blocks: int, balance: Balance = "units") -> list[Span]:
-    """``blocks`` blocks with the smallest possible heaviest block; no unit is lost or doubled.
+    """Cut the chain into ``blocks`` blocks so that the heaviest block is as light as possible.
 
-    Of cuts that tie, the more even one is taken, then the one with lighter early blocks: their
-    activations are the largest.
+    Among cuts that tie, the more even one is chosen, then the one with lighter early blocks, because early blocks have
+    the largest activations.
 
     Args:
-        balance: weight of a unit: ``units`` (each 1), ``parameters`` (its number of parameters), or a
-            list with one weight a unit.
+        balance: the weight of a unit: ``units`` (1 for each), ``parameters`` (the unit's number of parameters), or a
+            list with one weight per unit.
 
     Raises:
-        ValueError: fewer than one block, more blocks than units, or weights that do not match.
+        ValueError: ``blocks`` is below 1 or above the number of units, or ``balance`` does not have one weight of at
+            least 0 per unit.
     """
     if not 1 <= blocks <= len(chain):
         raise ValueError(
@@ -71,7 +72,7 @@ def cut_by_count(chain: Chain, blocks: int, balance: Balance = "units") -> list[
 
     def cost(start: int, stop: int) -> tuple[float, float]:
         weight = sums[stop] - sums[start]
-        return weight, weight**2
+        return weight, weight**2  # of cuts with the same heaviest block, the sum of squares favours the most even one
 
     return spans(chain, best_bounds(len(chain), blocks, cost)[-1][1])
 
@@ -81,22 +82,23 @@ def best_bounds(
 ) -> list[tuple[float, list[int]]]:
     """The best cuts of ``units`` units into 1, 2, ... ``blocks`` blocks, by dynamic programming.
 
-    Best is the cut whose heaviest block is the lightest. Ties are broken by the least sum among the cuts that
-    also divide each remainder best.
+    The best cut is the one whose heaviest block is the lightest. Among cuts that tie, the one with the smallest sum of
+    addends is chosen; only cuts that also divide every remainder of the chain best take part in this comparison.
 
     Args:
-        cost: of a block of units ``start`` to ``stop - 1``: (weight, addend of the sum).
+        cost: ``cost(start, stop)`` is (weight, addend) of a block of units ``start`` to ``stop - 1``.
 
     Returns:
-        For each number of blocks the heaviest block's weight and the bounds: 0, where each later block
-        starts, ``units``.
+        For each number of blocks, the weight of the heaviest block and the bounds: 0, the start of each later block,
+        and ``units``.
 
     Example:
         >>> best_bounds(4, 2, lambda start, stop: (stop - start, 0))
         [(4, [0, 4]), (2, [0, 2, 4])]
     """
     costs = {(i, j): cost(i, j) for i in range(units) for j in range(i + 1, units + 1)}
-    # best[k][i]: (heaviest block, sum, first bound) when units i, i+1, ... make k + 1 blocks
+    # best[k][i] = (weight of the heaviest block, sum of addends, end of the first block) of the best cut of units
+    # i, i + 1, ... into k + 1 blocks. Tuples compare in this order; the last entry prefers a lighter first block.
     best = [[(*costs[i, units], units) for i in range(units)]]
     for k in range(1, blocks):
         row = []
@@ -127,13 +129,13 @@ def _weights(chain: Chain, balance: Balance) -> list[float]:
 
 
 def spans(chain: Chain, bounds: Sequence[int]) -> list[Span]:
-    """The blocks between ``bounds``; one with nothing to train (frozen layers) is merged with the next.
+    """The blocks between ``bounds``, except that a block with nothing to train (frozen layers) is merged into the next.
 
-    Frozen layers that read shared conditioning do train: its encoder. The last, without a next, is merged with the one
-    before.
+    The last block, which has no next, is merged into the one before. A frozen block that reads shared conditioning is
+    not merged, because the shared encoder learns through it.
 
     Raises:
-        ValueError: nothing at all can be trained.
+        ValueError: the whole network has nothing to train.
     """
 
     def trainable(start: int, stop: int) -> bool:
@@ -150,7 +152,7 @@ def spans(chain: Chain, bounds: Sequence[int]) -> list[Span]:
         if trainable(before, stop):
             kept.append((start, stop, frozen))
             start, frozen = stop, ()
-        else:
+        else:  # ``start`` stays, so that the next block begins with these units
             frozen = (*frozen, *(unit.name for unit in chain.units[before:stop]))
     if not kept:
         raise ValueError("the network has no trainable parameter; unfreeze some of it")

@@ -1,4 +1,4 @@
-"""Frozen weights that have a file of their own are left out of checkpoints."""
+"""Leave frozen weights, which have a file of their own, out of checkpoints."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import nn
 
 
 def leave_out_frozen(model: nn.Module) -> None:
-    """Leave parameters that do not learn, and buffers, out of the model's state, and so of checkpoints.
+    """Remove buffers and frozen parameters from the model's state, and therefore from checkpoints.
 
-    For networks that learn a little beside something large, which comes from a file that stays where it is: prompts
-    of a frozen denoiser, LoRA's matrices. ``state_dict`` and ``load_state_dict`` then know the rest alone. What is
-    frozen at the moment of this call counts. A task of such a model says so by ``reads_frozen``.
+    This serves networks that train a few parameters on top of a large frozen model which has a file of its own, such as
+    the prompts of a frozen denoiser or the matrices of LoRA. Afterwards, ``state_dict`` returns and ``load_state_dict``
+    expects trainable parameters only. A parameter counts as frozen if it is frozen at the time of this call. A task
+    with such a model sets ``reads_frozen``.
 
     Example:
         >>> import torch
@@ -23,6 +24,7 @@ def leave_out_frozen(model: nn.Module) -> None:
     """
     learns = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
 
+    # Hooks rather than overridden methods: the model's class and its source stay as they are.
     def drop(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
         for name in [name for name in state if name.startswith(prefix) and name[len(prefix) :] not in learns]:
             del state[name]

@@ -1,4 +1,4 @@
-"""Activations of any layout, seen as maps of channels x height x width."""
+"""Activations of any layout, viewed as maps of channels x height x width."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from torch import Tensor
 
 
 def as_map(x: Tensor, layout: str) -> Tensor:
-    """``x`` as (batch, channels, height, width); tokens (``NLC``) get height 1, a flat vector 1 x 1."""
+    """``x`` as (batch, channels, height, width).
+
+    Tokens (``NLC``) become a map of height 1 and a flat vector (batch, channels) a map of 1 x 1. The result is a view.
+    """
     if x.dim() == 2:
         return x[:, :, None, None]
     if layout == "NHWC":

@@ -16,7 +16,7 @@ from engine.network.bank import FeatureBank
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor without its numbers; ``order`` has its axes from the largest stride to the smallest."""
+    """Everything about a tensor except its values; ``order`` lists its axes from the largest stride to the smallest."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -33,37 +33,38 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def to_bytes(self, tensor: Tensor) -> Tensor:
-        """The tensor's bytes in order of its strides; of a dense tensor nothing is copied."""
+        """The tensor's bytes in the order of its strides. A dense tensor is viewed, not copied."""
+        # In this order channels_last tensors are contiguous, so that the layout survives without a copy.
         laid = tensor.detach().permute(self.order).contiguous()
-        # A single element is contiguous whatever its stride, but only one of stride 1 can be viewed as bytes.
+        # torch calls a tensor with one element contiguous whatever its stride, but views bytes only at stride 1.
         return laid.as_strided((laid.numel(),), (1,)).view(torch.uint8)
 
     def from_bytes(self, raw: Tensor) -> Tensor:
-        """Inverse of ``to_bytes``; shares memory with ``raw``, whose start must be aligned."""
+        """The inverse of ``to_bytes``. The result shares memory with ``raw``, which must be aligned for its type."""
         laid = raw.view(self.dtype).view([self.shape[axis] for axis in self.order])
         return laid.permute([self.order.index(axis) for axis in range(len(self.order))])
 
 
 def flatten(tree: Any) -> tuple[list[Tensor], Any]:
-    """Tensors of nested lists, tuples and dicts in a fixed order, and the structure that ``unflatten`` needs.
+    """The tensors of nested lists, tuples and dicts in a fixed order, and the structure that ``unflatten`` needs.
 
-    The structure is the tree with a ``TensorSpec`` in each tensor's place: two trees of equal structure differ in
-    nothing but their tensors' numbers.
+    The structure is the tree with a ``TensorSpec`` in the place of each tensor, so trees with equal structures differ
+    only in the values of their tensors.
     """
     tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
     return tensors, pytree.tree_map_only(Tensor, TensorSpec.of, tree)
 
 
 def specs(structure: Any) -> list[TensorSpec]:
-    """Of the tensors, in the order of ``flatten``."""
+    """The ``TensorSpec`` of each tensor in ``structure``, in the order of ``flatten``."""
     return [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, TensorSpec)]
 
 
 def unflatten(tensors: Sequence[Tensor], structure: Any) -> Any:
-    """Inverse of ``flatten``.
+    """The inverse of ``flatten``.
 
     Raises:
-        ValueError: the tensors are not those that ``structure`` describes.
+        ValueError: the number of tensors, or the shape or type of one, differs from what ``structure`` describes.
     """
     expected = specs(structure)
     if len(tensors) != len(expected):
@@ -79,16 +80,15 @@ def unflatten(tensors: Sequence[Tensor], structure: Any) -> Any:
 
 @dataclass(frozen=True)
 class Message:
-    """Named activations on their way from one block to the next, with all that must travel along.
+    """Named activations on their way from one block to the next, with everything that must travel with them.
 
     Args:
-        features: named activations; ``x`` is the main one, any other name is a skip or side input.
-            Values are tensors or nested lists, tuples and dicts of tensors.
-        targets: what the loss compares with (labels, boxes, an image): any nested structure.
-        bank: detached key features of the blocks passed so far.
-        sequence: number of the micro-batch this message belongs to. The targets travel with the
-            features, and a block refuses a message out of turn, so labels are never paired with the
-            outputs of another batch.
+        features: named activations; ``x`` is the main one, and any other name is a skip or a side input. Values are
+            tensors, or nested lists, tuples and dicts of tensors.
+        targets: what the loss compares the prediction with (labels, boxes, an image), in any nested structure.
+        bank: the detached key features of the blocks that the message has passed.
+        sequence: the number of the micro-batch. The targets travel with the features, and a block refuses a message
+            that is out of turn, so labels are never paired with the outputs of another batch.
 
     Example:
         >>> message = Message({"x": torch.ones(2, 3)}, targets=torch.tensor([0, 1]))
@@ -109,11 +109,11 @@ class Message:
 
     @property
     def batch(self) -> int:
-        """Number of samples."""
+        """Number of samples: the first dimension of ``x``."""
         return self.x.shape[0]
 
     def with_x(self, x: Tensor) -> Message:
-        """The same message with another main activation."""
+        """A copy of the message with ``x`` as its main activation."""
         return replace(self, features={**self.features, "x": x})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Message:
@@ -121,23 +121,23 @@ class Message:
         return Message.of(pytree.tree_map_only(torch.Tensor, function, self.parts()), self.sequence)
 
     def detach(self) -> Message:
-        """Cut the message off the graph that made it. Strides (channels_last, say) are kept."""
+        """Detach every tensor from the graph that made it. Strides (channels_last, for example) stay as they are."""
         return self.map(lambda tensor: tensor.detach())
 
     def to(self, device: torch.device) -> Message:
-        """Move every tensor to ``device``."""
+        """Move every tensor to ``device``; copies to a GPU do not block the host."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def parts(self) -> tuple[Any, ...]:
-        """Features, targets and bank as one tree of plain containers."""
+        """Features, targets and bank as one tree of plain containers, which pytree can traverse."""
         return dict(self.features), self.targets, dict(self.bank)
 
     @staticmethod
     def of(parts: tuple[Any, ...], sequence: int) -> Message:
-        """Inverse of ``parts``."""
+        """The inverse of ``parts``."""
         features, targets, bank = parts
         return Message(features, targets, FeatureBank(bank), sequence)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor in it, in a fixed order."""
+        """Every tensor in features, targets and bank, in a fixed order."""
         return flatten(self.parts())[0]

@@ -1,4 +1,4 @@
-"""Shapes without arithmetic: run a forward pass on fake tensors."""
+"""Shapes without arithmetic, from a forward pass on fake tensors."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ from engine.network.message import Message
 
 
 def infer_shapes(forward: Callable[[Message], Message], message: Message, modules: Iterable[nn.Module]) -> Message:
-    """The message that ``forward`` makes of one shaped like ``message``, as meta tensors.
+    """The message that ``forward`` returns for a message shaped like ``message``, as meta tensors.
 
     Args:
-        modules: those that ``forward`` runs; in evaluation mode meanwhile, and no statistic changes.
+        modules: the modules that ``forward`` runs. They are in evaluation mode meanwhile, so that no statistic changes.
     """
+    # Two nested fake modes refuse each other's tensors, so reuse the caller's if there is one.
     active = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)]
     fake = active[-1] if active else FakeTensorMode(allow_non_fake_inputs=True)
     with evaluating(modules):
         with fake, torch.no_grad():
+            # Fake tensors on the CPU, not meta tensors: real parameters are on the CPU, and some operators and modules
+            # choose their path by the device.
             result = forward(message.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu")))
         return result.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
 
 
 def shapes_of(make: Callable[[], Message]) -> Message:
-    """The message that ``make`` makes, as meta tensors; nothing of its size is allocated."""
+    """The message that ``make`` returns, as meta tensors; none of its tensors is allocated."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return make().map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
 
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode it was in, frozen normalisations included."""
+    """A context in which ``modules`` are in evaluation mode; on leaving, every module returns to its previous mode."""
+    # Per module: train() on leaving would also switch normalisations to training that a task keeps in evaluation mode.
     modes = [(module, module.training) for root in modules for module in root.modules()]
     for module, _ in modes:
         module.training = False

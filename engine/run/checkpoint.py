@@ -1,7 +1,8 @@
-"""The format of checkpoints: by the framework's own names, whole or not there, nothing unpickled.
+"""The format of checkpoints: tensors under the framework's own names, and nothing that must be unpickled.
 
-Per block ``model.K``, ``auxiliary.K`` and ``optimizer.K`` (safetensors), then ``state.json`` with the position and
-every file's size and SHA-256. ``save`` writes it, ``resume`` reads it.
+A checkpoint is a folder. It holds ``model.K``, ``auxiliary.K`` and ``optimizer.K`` (safetensors) for every block K, and
+``state.json`` with the position in training and the size and SHA-256 of every file. A checkpoint is complete or absent:
+``save`` writes it under another name and renames it. ``resume`` reads it.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from engine.learning.block import Block
 FORMAT = 1
 
 AUXILIARY = "auxiliary."
-"""How the names of auxiliary networks' tensors begin."""
+"""Prefix of the names of all tensors that are dropped after training: those of auxiliary networks and losses."""
 
 
 @dataclass
 class Position:
-    """Where training stands: ``step`` optimizer steps are done, what comes next is micro-batch ``sequence``.
+    """Where training stands.
 
-    ``steps_per_epoch`` is that of the data ``step_in_epoch`` counts in; ``seconds`` is the time so far.
+    ``step`` optimizer steps are done, ``epoch`` epochs, and ``step_in_epoch`` steps of the current epoch, which has
+    ``steps_per_epoch``. The next micro-batch is number ``sequence``. ``seconds`` is the training time so far.
     """
 
     step: int = 0
@@ -43,12 +45,12 @@ class Position:
 
 @dataclass(frozen=True)
 class Division:
-    """What a network was divided into: auxiliary state fits the same division and no other.
+    """How a network was divided into blocks. Auxiliary state fits only blocks with the same division.
 
     Args:
-        cut: names of each block's units.
-        auxiliary: what ``local.auxiliary`` says.
-        shapes: of every tensor of auxiliary networks, by name.
+        cut: the names of each block's units.
+        auxiliary: the value of ``local.auxiliary``.
+        shapes: the shape of every tensor of auxiliary networks and losses, by name.
     """
 
     cut: list[list[str]]
@@ -57,28 +59,28 @@ class Division:
 
     @classmethod
     def of(cls, blocks: Sequence[Block], auxiliary: Any) -> Division:
-        """That of ``blocks``, whole (not yet sharded)."""
+        """The division of ``blocks``, whose tensors must not be sharded yet."""
         return cls([block.unit_names for block in blocks], auxiliary, shapes_of_auxiliary(blocks))
 
 
 def shapes_of_auxiliary(blocks: Sequence[Block]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that auxiliary networks (and losses with networks) have, by name."""
+    """The shapes of all tensors of auxiliary networks, and of losses with networks, by name."""
     state = [item for block in blocks for item in block.named_state().items()]
     return {name: tuple(tensor.shape) for name, tensor in state if name.startswith(AUXILIARY)}
 
 
 class Incomplete(ValueError):
-    """A checkpoint folder that is not whole: a file is missing, short or altered."""
+    """A checkpoint is damaged: a file is missing, short or altered."""
 
 
 def clean(folder: Path) -> None:
-    """Remove what a job that was killed left half written; no other job may be writing there."""
+    """Remove the partial checkpoints that a killed job left in ``folder``; no other job may be writing there."""
     for partial in folder.glob(".step_*.writing"):
         shutil.rmtree(partial)
 
 
 def find_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint in ``folder``; says which newer ones are damaged."""
+    """The newest complete checkpoint in ``folder``, or None; ``log`` gets a line for each newer one that is damaged."""
     for step in reversed(saved_steps(folder)):
         path = folder / f"step_{step}"
         try:
@@ -91,16 +93,17 @@ def find_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder``, not looked into."""
+    """The newest checkpoint in ``folder``, or None; its files are not verified."""
     steps = saved_steps(folder)
     return folder / f"step_{steps[-1]}" if steps else None
 
 
 def read_state(path: Path, *, verify: bool = True) -> dict[str, Any]:
-    """``state.json`` of a checkpoint, after every file has been checked against it (unless that was done before).
+    """Read ``state.json`` of a checkpoint and, with ``verify``, check the size and SHA-256 of every file.
 
     Raises:
-        Incomplete: names the file.
+        Incomplete: a file is missing, short or altered. The message names it.
+        ValueError: the checkpoint has a format that this version does not read.
     """
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
@@ -116,10 +119,13 @@ def read_state(path: Path, *, verify: bool = True) -> dict[str, Any]:
 
 
 def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Compare names and shapes.
+    """Check that a model has exactly the tensors that ``shapes`` lists.
+
+    Args:
+        source: the file or folder that ``shapes`` comes from, for the error.
 
     Raises:
-        ValueError: the first name that only one side has, or whose shapes differ.
+        ValueError: a tensor exists on one side only, or its shapes differ. The message names the first such tensor.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in [*expected, *shapes]:
@@ -132,7 +138,10 @@ def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source:
 
 
 def set_aside(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints later than ``step``: training takes another course from there."""
+    """Rename the checkpoints later than ``step``, because training resumes from there; return their old names.
+
+    They are renamed rather than deleted: the user may have resumed from an early step by mistake.
+    """
     later = [f"step_{other}" for other in saved_steps(folder) if other > step]
     for name in later:
         shutil.rmtree(folder / f"superseded_{name}", ignore_errors=True)
@@ -141,14 +150,14 @@ def set_aside(folder: Path, step: int) -> list[str]:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in ``folder``, in order."""
+    """The steps of the checkpoints in ``folder``, in ascending order; partial and superseded ones do not count."""
     if not folder.is_dir():
         return []
     return sorted(int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"step_(\d+)", path.name)))
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """A file's size and SHA-256."""
+    """A file's size in bytes and its SHA-256, as ``state.json`` records them."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

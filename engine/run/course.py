@@ -1,4 +1,4 @@
-"""The course of a run: what the first stage orders every stage to do, step by step."""
+"""The course of a run: the orders that the first stage issues, step by step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from engine.utilities.batches import Part
 
 
 class Course:
-    """Tells the orders of a run, from the data, the position and signals.
+    """Issues the orders of a run, from the data, the position and signals.
 
     Args:
-        position: where training stands; whoever follows the orders moves it on.
-        last_step: optimizer steps of the whole run.
+        position: where training stands. The trainer advances it while it carries out the orders.
+        last_step: number of optimizer steps in the whole run.
     """
 
     def __init__(self, config: TrainConfig, task: Task, world: World, position: Position, last_step: int) -> None:
@@ -36,13 +36,18 @@ class Course:
         return self.position.step >= self.last_step
 
     def orders(self) -> Iterator[Order]:
-        """All orders up to the one to stop. An order has been followed by the time the next is asked for."""
+        """Yield all orders up to and including ``stop``.
+
+        The caller carries out each order before it asks for the next, so ``position`` is always up to date here.
+        """
         config, position, part = self.config, self.position, Part(self.world.replica, self.world.replicas)
         scored = False
         while not self.finished and not self._stop:
             epoch = position.epoch
             for micro_batches in self.task.batches(epoch, position.step_in_epoch, part):
                 yield from self._step(micro_batches)
+                # Replicas must stop at the same step, so they have agreed on it in ``_step``. A signal may arrive at
+                # one of them only.
                 if self.world.replicas == 1:
                     self._stop = self._asked
                 ended = position.epoch > epoch or self.finished or self._stop
@@ -53,16 +58,22 @@ class Course:
             scored = not self._stop and (self.finished or position.epoch % config.evaluate_every == 0)
             if scored:
                 yield from self._evaluation()
+        # A resumed run that was finished already has no step to train, but its figures are still wanted.
         if not scored and self.finished:
             yield from self._evaluation()
         yield Order("stop")
 
     def _step(self, micro_batches: Sequence[Message]) -> Iterator[Order]:
-        """One optimizer step. A part's share of the whole counts ``replicas``-fold: replicas average gradients."""
+        """Yield the orders of one optimizer step.
+
+        Each loss is weighted by its share of the batch, times the number of replicas, because replicas average
+        gradients instead of adding them.
+        """
         world, position = self.world, self.position
         own = sum(message.batch for message in micro_batches)
+        # Parts differ in size by one sample. One collective carries both the sum and whether any replica got a signal.
         samples, asked = world.sum_over_replicas(own, int(self._asked))
-        self._stop = asked > 0  # replicas end with the same step
+        self._stop = asked > 0
         for number, message in enumerate(micro_batches):
             yield Order(
                 "train",
@@ -78,10 +89,10 @@ class Course:
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once.
+        """A context in which SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once.
 
-        Of several ranks the first stage decides, the others follow its order to stop. A rank that hangs, and so
-        cannot follow, is torchrun's to end: it waits 30 s for its ranks.
+        With several ranks, the first stage decides and the others follow its order to stop. A rank that hangs cannot
+        follow; torchrun kills it 30 s after its own signal.
         """
 
         def stop(number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""Export: the plain network's weights, for the framework it came from."""
+"""Export: the weights of the plain network, for the framework that it came from."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from engine.utilities.files import replaced
 def export_model(
     model: nn.Module, target: Path, form: Callable[[Mapping[str, Tensor], Path], Any] = lambda state, target: state
 ) -> None:
-    """Write the plain network's weights under its own names: safetensors, or a torch file for other suffixes.
+    """Write the weights of the plain network under its own names, without any auxiliary weight.
 
-    Nothing auxiliary is in it; ``model.load_state_dict(..., strict=True)`` takes it.
+    ``model.load_state_dict(..., strict=True)`` accepts the result.
 
     Args:
-        form: what a torch file holds, made of the weights: a task's ``export``.
+        target: the file to write; with the suffix ``.safetensors`` in that format, otherwise as a torch file.
+        form: turns the weights into the object that a torch file holds (see ``Task.export``).
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    # safetensors refuses tensors that share memory or are not contiguous, and tied weights do share it.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     with replaced(target) as partial:
         if target.suffix == ".safetensors":

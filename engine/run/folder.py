@@ -1,4 +1,4 @@
-"""Where a run writes, and where it starts."""
+"""The folder to which a run writes, and the checkpoint from which it starts."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from engine.run.checkpoint import find_checkpoint, read_state
 from engine.utilities.console import console
 
 JOB = ".job"
-"""File in a run's folder that names torchrun's job."""
+"""File in a run's folder that holds the name of torchrun's job (see ``World.job``)."""
 
 
 def run_folder(config: Config, job: str) -> Path:
-    """Of ``root/name``, ``name-2``, ...: the first that is free for a new run, the last that is not to go on.
+    """The folder of this run, among ``root/name``, ``root/name-2``, ...
 
-    A run goes on in its folder, also after torchrun has restarted it; one that starts from another run's
-    checkpoint is new.
+    A new run takes the first one that does not exist. A run that resumes, or that torchrun has restarted, continues in
+    its own folder. A run that starts from a checkpoint of a different folder is new.
+
+    Args:
+        job: name of torchrun's job; empty without torchrun.
     """
     folder, resume = Path(config.output.root) / (config.output.name or config.task), config.train.resume
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
     last, free = folder, folder
     while free.exists():
         last, free = free, next(numbered)
-        if resume and last.resolve() in Path(resume).resolve().parents:
+        if resume and last.resolve() in Path(resume).resolve().parents:  # the checkpoint lies in this run's folder
             return last
     if _same_job(last, job):
         return last
@@ -32,15 +35,17 @@ def run_folder(config: Config, job: str) -> Path:
 
 
 def _same_job(folder: Path, job: str) -> bool:
-    """Whether torchrun has restarted the job that made the folder."""
+    """Whether this job made the folder, and so has been restarted by torchrun since."""
     return bool(job) and (folder / JOB).is_file() and (folder / JOB).read_text() == job
 
 
 def find_start(config: Config, folder: Path, job: str) -> Path | None:
-    """The checkpoint to go on from, seen to be whole; after a restart the run's own newest, if there is one.
+    """The checkpoint to resume from, with all files verified, or None to start at step 0.
+
+    After a restart by torchrun, this is the newest checkpoint of the run itself, whatever ``train.resume`` says.
 
     Raises:
-        ValueError: ``train.resume`` names none, or a damaged one.
+        ValueError: ``train.resume`` names a folder that is not a checkpoint, or a damaged checkpoint.
     """
     wish, checkpoints = config.train.resume, folder / "checkpoints"
     if _same_job(folder, job) and (own := find_checkpoint(checkpoints, console.print)):
@@ -53,5 +58,5 @@ def find_start(config: Config, folder: Path, job: str) -> Path | None:
     if path is None:
         console.print(f"train.resume: no checkpoint in {checkpoints}; starting at step 0")
     elif wish != "auto":
-        read_state(path)
+        read_state(path)  # ``find_checkpoint`` has verified the others
     return path

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, TensorBoard curves, tables and a progress bar."""
+"""What a run reports: metrics.jsonl, TensorBoard curves, tables and a progress bar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from engine.utilities.files import write_text
 
 
 class RunLog:
-    """Writes a run's curves; lines and points after ``step`` (of an interrupted run) are dropped first."""
+    """Writes a run's metrics and curves.
+
+    Lines and points after ``step`` are dropped first: an interrupted run wrote them after its last checkpoint, and the
+    resumed run writes them again.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "metrics.jsonl"
@@ -26,7 +30,7 @@ class RunLog:
         self.curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add one line and one point per number; lists become one curve per block."""
+        """Add one line to ``metrics.jsonl`` and one point per number to the curves; a list has one number per block."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
@@ -45,13 +49,17 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(text))
         except ValueError:
-            continue  # the line that a kill cut short
+            continue  # a kill may cut the last line short
     return lines
 
 
 def block_table(blocks: Sequence[Block], bounds: Sequence[int] = ()) -> Table:
-    """Units, parameters and what auxiliary networks (and losses with their own) have of each block; its stage, if
-    ``bounds`` make several."""
+    """A table of blocks: their units, their parameters, and the parameters of what is dropped after training.
+
+    Args:
+        bounds: the blocks at which stages begin, and the number of blocks; with several stages, the table has a column
+            for them.
+    """
     table, stages = Table(title="Blocks"), len(bounds) > 2
     for name in ("stage", "block", "units") if stages else ("block", "units"):
         table.add_column(name)
@@ -64,7 +72,7 @@ def block_table(blocks: Sequence[Block], bounds: Sequence[int] = ()) -> Table:
         extra = sum(p.numel() for part in dropped for p in part.parameters())
         counts = len(block.units), own - extra, extra
         where = [str(sum(block.index >= bound for bound in bounds) - 1)] if stages else []
-        number = "shared" if block.span.start == block.span.stop else str(block.index)
+        number = "shared" if block.span.start == block.span.stop else str(block.index)  # only the encoder has no units
         table.add_row(*where, number, block.title, *_counts(*counts))
         sums = [a + b for a, b in zip(sums, counts, strict=True)]
     table.add_row(*([""] if stages else []), "all", "", *_counts(*sums), style="bold")
@@ -76,7 +84,7 @@ def _counts(units: int, parameters: int, extra: int) -> list[str]:
 
 
 class Progress:
-    """The bar of a run's current epoch; nothing where it is not shown or there is no terminal."""
+    """The progress bar of the current epoch; nothing if it is not ``shown`` or there is no terminal."""
 
     def __init__(self, epochs: int, steps: int, *, shown: bool) -> None:
         self._epochs, self._steps, self._epoch = epochs, steps, -1
@@ -91,7 +99,7 @@ class Progress:
         self._bar.stop()
 
     def show(self, epoch: int, step: int) -> None:
-        """``step`` steps of ``epoch`` (from 0) are done."""
+        """Show that ``step`` steps of ``epoch`` (counted from 0) are done."""
         if epoch != self._epoch:
             self._epoch = epoch
             self._bar.reset(self._task, total=self._steps, description=f"epoch {epoch + 1}/{self._epochs}")

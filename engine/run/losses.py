@@ -1,4 +1,4 @@
-"""Losses of whole batches, from the reports of their micro-batches."""
+"""Losses of whole batches, computed from the reports of their micro-batches."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from engine.learning.outcome import Report
 
 
 class Losses:
-    """Collects reports without looking at their numbers, so that nobody waits for a device until they are wanted."""
+    """Collects reports without reading their numbers, so that the host waits for the device only when it logs."""
 
     def __init__(self) -> None:
         self._micro_batches: list[tuple[float, tuple[Report, ...]]] = []
         self._steps: list[tuple[int, list[tuple[float, tuple[Report, ...]]]]] = []
 
     def __len__(self) -> int:
-        """Steps since the last ``take``."""
+        """Number of steps since the last ``take``."""
         return len(self._steps)
 
     def add(self, order: Order, share: float) -> None:
-        """A micro-batch, and its share of the batch."""
+        """Add the reports of a micro-batch, and its share of the batch."""
         self._micro_batches.append((share, order.reports))
 
     def end_step(self, step: int) -> None:
-        """The micro-batches so far were those of optimizer step ``step``."""
+        """Close optimizer step ``step``: the micro-batches added since the last call belong to it."""
         self._steps.append((step, self._micro_batches))
         self._micro_batches = []
 
     def take(self) -> tuple[list[int], Tensor, tuple[Report, ...]]:
-        """Steps since the last call, their losses (steps, blocks), and the newest reports."""
+        """The steps since the last call, their losses with shape (steps, blocks), and the newest reports."""
         steps, newest = [step for step, _ in self._steps], self._steps[-1][1][-1][1]
         losses = torch.stack([_whole(micro_batches) for _, micro_batches in self._steps])
         self._steps = []
@@ -38,6 +38,6 @@ class Losses:
 
 
 def _whole(micro_batches: list[tuple[float, tuple[Report, ...]]]) -> Tensor:
-    """Each block's loss over a whole batch."""
+    """The loss of each block over a whole batch, with shape (blocks)."""
     losses = [torch.stack([report.loss for report in reports]) * share for share, reports in micro_batches]
     return torch.stack(losses).sum(0)

@@ -1,4 +1,4 @@
-"""Resume from a checkpoint."""
+"""Resume training from a checkpoint, or load the model alone."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from engine.run.checkpoint import Division, Incomplete, Position, check_names, r
 
 
 class Saved:
-    """A checkpoint, held against the blocks it is to go into.
+    """A checkpoint that was found to suit the network's blocks.
 
-    With other blocks or another auxiliary network, auxiliary networks will start fresh and ``log`` says so.
+    If the blocks or the auxiliary networks have changed, the model resumes but auxiliary networks will start fresh, and
+    ``log`` gets a line that says so.
 
     Args:
-        blocks: all of the network's, whole (not yet shared with other ranks).
-        verify: whether to check files against their fingerprints.
+        blocks: all blocks of the network, before any other rank's are dropped and before any are sharded.
+        auxiliary: the value of ``local.auxiliary``.
+        verify: whether to check the files against their fingerprints.
 
     Raises:
-        ValueError: damaged, or the checkpoint of another model (names the first difference).
+        ValueError: the checkpoint is damaged or belongs to another model. The message names the first difference.
     """
 
     def __init__(
@@ -41,11 +43,12 @@ class Saved:
         self.position = Position(**self._state["position"])
 
     def load(self, blocks: Sequence[Block]) -> None:
-        """Put model, optimizer and (unless they start fresh) auxiliary state into ``blocks``: only theirs is read.
+        """Load model, optimizer and, unless it starts fresh, auxiliary state into ``blocks``; read nothing else.
 
         Raises:
-            ValueError: another optimizer; nothing has been changed then.
+            ValueError: the checkpoint was written with another optimizer. In this case nothing has changed.
         """
+        # Check all blocks before the first one changes.
         for block in blocks:
             if block.optimizer is not None and block.optimizer_name != self._state["optimizer"]:
                 raise ValueError(
@@ -55,10 +58,11 @@ class Saved:
         for block in blocks:
             names = block.model_names()
             own = [name for name in self._auxiliary.shapes if name.startswith(f"auxiliary.{block.index}.")]
-            own = own if self._same else []
+            own = own if self._same else []  # tensors of the same name would belong to a different auxiliary network
             block.load(
                 self._model.read(names), self._auxiliary.read(own), self._optimizer.of_parameters([*names, *own])
             )
+            # Counters and loss scales belong to blocks, so with another cut they start fresh as well.
             counters = self._state["blocks"][block.index] if self._same else {}
             block.next_sequence = self.position.sequence
             block.skipped = counters.get("skipped", 0)
@@ -67,10 +71,10 @@ class Saved:
 
 
 def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Callable[[str], None]) -> Position:
-    """Put a checkpoint into all of a network's blocks; see ``Saved``.
+    """Load a checkpoint into all blocks of a network, and return the position (see ``Saved``).
 
     Raises:
-        ValueError: as ``Saved`` and its ``load``; nothing has been changed then.
+        ValueError: as ``Saved`` and ``Saved.load``. In this case nothing has changed.
     """
     saved = Saved(path, blocks, auxiliary, log)
     saved.load(blocks)
@@ -78,10 +82,10 @@ def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Ca
 
 
 def load_model(path: Path, model: nn.Module) -> int:
-    """Load a checkpoint's model alone, as for evaluation; returns its step.
+    """Load only the model of a checkpoint, for evaluation or export, and return the checkpoint's step.
 
     Raises:
-        ValueError: damaged, or of another model.
+        ValueError: the checkpoint is damaged, or belongs to another model.
     """
     state = read_state(path)
     saved = _Tensors(path, state, "model")
@@ -91,7 +95,7 @@ def load_model(path: Path, model: nn.Module) -> int:
 
 
 class _Tensors:
-    """The tensors of one kind in a checkpoint, read when asked for."""
+    """The tensors of one kind in a checkpoint: their shapes at once, their values on demand."""
 
     def __init__(self, path: Path, state: Mapping[str, Any], kind: str) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -108,7 +112,7 @@ class _Tensors:
                 raise Incomplete(f"{path / name}: {error}") from error
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of these names."""
+        """Read the tensors with these names."""
         wanted: dict[Path, list[str]] = {}
         for name in names:
             wanted.setdefault(self._file[name], []).append(name)
@@ -119,6 +123,6 @@ class _Tensors:
         return tensors
 
     def of_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Those called ``parameter:state`` of these parameters."""
+        """Read the optimizer state, named ``PARAMETER:STATE``, of these parameters."""
         wanted = set(names)
         return self.read(name for name in self.shapes if name.rsplit(":", 1)[0] in wanted)

@@ -1,4 +1,4 @@
-"""Save checkpoints: written beside training, whole or not there."""
+"""Save checkpoints: they are written while training goes on, and are either complete or absent."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from engine.run.checkpoint import FORMAT, Position, fingerprint, saved_steps
 from engine.utilities.files import flush, write_text
 
 LAST_SECONDS = 5.0
+"""Seconds that a failing job still waits for other ranks to write their part of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A block's state at one moment, in main memory."""
+    """A copy of a block's state in main memory."""
 
     index: int
     units: list[str]
@@ -34,16 +35,17 @@ class Snapshot:
 
     @classmethod
     def of(cls, block: Block, step: int) -> Snapshot:
-        """Copy a block's state; where replicas share it, all of them must be at this.
+        """Copy a block's state. This is a collective call if replicas shard the state.
 
         Raises:
-            ValueError: a parameter, buffer or optimizer state is not finite (named).
+            ValueError: a parameter, a buffer or optimizer state is not finite. The message names it.
         """
         tensors: dict[str, dict[str, Tensor]] = {}
         for kind, named in block.state().items():
             for name, tensor in named.items():
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise ValueError(f"block {block.index}: {name!r} is not finite at step {step}")
+            # Contiguous, because safetensors stores no strides; a copy, because training goes on with the original.
             tensors[kind] = {
                 name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
                 for name, tensor in named.items()
@@ -54,7 +56,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What every rank must agree on to write one checkpoint together."""
+    """Everything on which ranks must agree to write one checkpoint together.
+
+    Ranks coordinate through files alone: each writes its blocks' files and then a note per block, and one rank commits
+    when all notes are there. A collective would have to wait for training.
+    """
 
     folder: Path
     position: Position
@@ -65,11 +71,11 @@ class Checkpoint:
 
     @property
     def partial(self) -> Path:
-        """Where files lie until all are there."""
+        """The folder that holds the files until the checkpoint is complete."""
         return self.folder / f".step_{self.position.step}.writing"
 
     def write(self, snapshots: Sequence[Snapshot]) -> None:
-        """Write the files of some blocks, then of each a note that they are whole."""
+        """Write the files of some blocks, and after those of each block a note that they are complete."""
         self.partial.mkdir(parents=True, exist_ok=True)
         for snapshot in snapshots:
             files = []
@@ -85,10 +91,16 @@ class Checkpoint:
             write_text(self._note(snapshot.index), json.dumps(note))
 
     def commit(self, late: Callable[[], bool] = lambda: True) -> Path:
-        """Make the files of all blocks a checkpoint, once all ranks have written theirs; old ones go.
+        """Wait until all ranks have written their files, turn them into a checkpoint, and delete old checkpoints.
+
+        Args:
+            late: tells whether to stop waiting. By default the files must already be there.
+
+        Returns:
+            The folder of the checkpoint.
 
         Raises:
-            ValueError: it is too ``late`` for a block's files to come.
+            ValueError: the files of a block were not written in time.
         """
         for index in range(self.blocks):
             while not self._note(index).is_file():
@@ -108,9 +120,12 @@ class Checkpoint:
         write_text(self.partial / "state.json", json.dumps(state, indent=1))
         for index in range(self.blocks):
             self._note(index).unlink()
+        # The order matters: first all files and the folder's entries are on disk, then the rename makes them a
+        # checkpoint, then the rename is on disk, and only then are older checkpoints deleted. Whenever the process is
+        # killed, a complete checkpoint exists.
         flush(self.partial)
         target = self.folder / f"step_{self.position.step}"
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)  # a damaged checkpoint of this step, which resume has passed over
         os.replace(self.partial, target)
         flush(self.folder)
         for old in [step for step in saved_steps(self.folder) if step <= self.position.step][: -self.keep]:
@@ -122,13 +137,16 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, blocks: Sequence[Block], position: Position, auxiliary: Any, keep: int) -> Path:
-    """Write ``folder/step_N``; of it and its predecessors the newest ``keep`` stay.
+    """Write the checkpoint ``folder/step_N`` of a single process, and keep the newest ``keep`` checkpoints.
 
-    Everything is written under another name, flushed to disk and renamed, so that a process killed at any moment
-    leaves the checkpoint before it intact.
+    The files are written under another name, flushed to disk and renamed, so if the process is killed at any moment,
+    the previous checkpoint remains intact.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
-        ValueError: a parameter, buffer or optimizer state is not finite (named); nothing is written then.
+        ValueError: a parameter, a buffer or optimizer state is not finite. In this case nothing is written.
     """
     checkpoint = Checkpoint(folder, position, len(blocks), auxiliary, blocks[0].optimizer_name, keep)
     checkpoint.write([Snapshot.of(block, position.step) for block in blocks])
@@ -136,9 +154,12 @@ def save_checkpoint(folder: Path, blocks: Sequence[Block], position: Position, a
 
 
 class CheckpointWriter:
-    """Writes checkpoints while training goes on: a step is held up only by copying the state.
+    """Writes checkpoints on a thread while training goes on; only the copy of the state delays a step.
 
-    Every rank writes the files of its own blocks, one (``commits``) waits for all and makes them a checkpoint.
+    Args:
+        writes: whether this rank writes its blocks' files (replica 0 does).
+        commits: whether this rank waits for the files of all ranks and turns them into a checkpoint (one rank does).
+        timeout: seconds to wait for the other ranks' files.
     """
 
     def __init__(self, *, writes: bool, commits: bool, timeout: float) -> None:
@@ -148,18 +169,18 @@ class CheckpointWriter:
         self._error: BaseException | None = None
 
     def save(self, checkpoint: Checkpoint, blocks: Sequence[Block]) -> None:
-        """Copy the blocks' state and write it in the background; the checkpoint before must be written first.
+        """Wait until the previous checkpoint is written, copy the blocks' state, and write it in the background.
 
         Raises:
-            ValueError: as ``save_checkpoint``; or what went wrong with the checkpoint before.
+            ValueError: as ``save_checkpoint``, or for a failure of the previous checkpoint.
         """
-        self.wait()  # first, so that no two copies are alive
+        self.wait()  # before the copy, so that only one copy of the state is alive at a time
         snapshots = []
         for block in blocks:
             if self.writes:
                 snapshots.append(Snapshot.of(block, checkpoint.position.step))
             else:
-                block.state()  # where replicas share it, all must be at this
+                block.state()  # a collective call if replicas shard the state, so this replica takes part in it
         self._deadline = time.monotonic() + self.timeout
 
         def write() -> None:
@@ -168,26 +189,29 @@ class CheckpointWriter:
                     checkpoint.write(snapshots)
                 if self.commits:
                     checkpoint.commit(lambda: time.monotonic() > self._deadline)
-            except Exception as error:
+            except Exception as error:  # raised in the main thread, by ``wait``
                 self._error = error
 
         self._thread = threading.Thread(target=write)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what went wrong in writing, as soon as it is known."""
+        """Raise an error of the writing thread if it has ended with one; do not wait for it."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def hurry(self) -> None:
-        """The job is ending for a failure: ranks that still write get a moment, one that is gone is not waited for."""
+        """Wait at most a few more seconds for other ranks, because the job is ending with an error.
+
+        A rank that still writes may finish; one that is gone must not hold up the end.
+        """
         self._deadline = min(self._deadline, time.monotonic() + LAST_SECONDS)
 
     def wait(self) -> None:
-        """Until everything is written.
+        """Wait until everything is written.
 
         Raises:
-            Exception: what went wrong in writing.
+            Exception: the error of the writing thread, if it failed.
         """
         if self._thread is not None:
             self._thread.join()

@@ -1,4 +1,4 @@
-"""What ``summary.json`` says of a run."""
+"""The content of ``summary.json``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ def summarise(
     interrupted: bool,
     cuda: bool,
 ) -> dict[str, Any]:
-    """The content of ``summary.json``, bytes and seconds.
+    """The content of ``summary.json``; sizes are in bytes, times in seconds.
 
     Args:
-        ranks: every rank's account.
-        values: of the last evaluation; empty if there was none.
-        blocks: of the whole network.
-        step: optimizer steps done.
-        cuda: whether peaks are those of CUDA's allocator; else of resident sets.
+        ranks: the accounts of all ranks.
+        values: the figures of the last evaluation; empty if there was none.
+        blocks: number of blocks in the whole network.
+        step: number of optimizer steps done.
+        seconds: training time, including that before a resume.
+        interrupted: whether a signal ended the run early.
+        cuda: whether peaks are those of CUDA's allocator; otherwise they are those of resident sets.
     """
     local, metric, busy = config.local, task.metric, busy_shares(ranks)
     several = {"ranks": [{**rank.to_json(), "busy": busy.get(rank.rank)} for rank in ranks]} if len(ranks) > 1 else {}
@@ -47,6 +49,7 @@ def summarise(
         "seconds": seconds,
         "peak_memory_bytes": max(rank.peak_bytes for rank in ranks),
         "peak_memory_of": peak_of + (", the largest rank's" if several else ""),
+        # Ranks come in the order of stages, so the counts come in the order of blocks; replicas all count the same.
         "skipped_updates": [count for rank in ranks if rank.replica == 0 for count in rank.skipped],
         "interrupted": interrupted,
         **several,

@@ -45,16 +45,16 @@ from engine.utilities.recorder import Recorder, recording
 
 
 class Trainer:
-    """Trains one task by one config and writes ``runs/NAME/``; one on each rank, where there are several.
+    """Trains one task with one config, and writes ``runs/NAME/``. With several ranks, each of them has a trainer.
 
-    Every rank follows the same orders (see ``engine.distributed.order``). The first stage tells them: it reads
-    the data and hears signals. The last stage's main rank logs, scores and prints.
+    All ranks follow the same orders (see ``engine.distributed.order``). The first stage issues them: it reads the data
+    and receives signals. The main rank, in the last stage, logs, evaluates and prints.
 
     Args:
-        world: the ranks; else this process is the only one.
+        world: the ranks of the job; by default, the trainer joins the ranks that torchrun started.
 
     Raises:
-        ValueError: anything in the config that cannot work, before the run's folder is made.
+        ValueError: the config asks for something that cannot work. This happens before the run's folder is made.
     """
 
     def __init__(self, config: Config, task: Task, world: World | None = None) -> None:
@@ -68,12 +68,15 @@ class Trainer:
             self.steps_per_epoch = task.steps_per_epoch()
         if self.steps_per_epoch == 0:
             raise ValueError("data.batch: larger than the training set, and data.drop_last leaves nothing")
+        # Only the main rank chooses: the others would find its new folder in use.
         self.folder = world.from_main(run_folder(config, world.job) if world.main else Path())
         saved = self._saved()
         shared = self.chain.shared.name if self.chain.shared else ""
         self.placement = place(config, task, world, len(self.all_blocks), shared)
         own = (self.all_blocks[index] for index in self.placement.blocks_of(world.stage))
         self.blocks = Blocks(own, self.all_blocks.encoder)
+        # Every rank builds the whole network, so that weights and shapes are those of one process, then drops the
+        # blocks of other ranks before anything moves to the device.
         if world.stages > 1:
             keep_only(self.blocks, self.all_blocks)
         if world.stage_group is None:
@@ -98,7 +101,7 @@ class Trainer:
 
     @property
     def last_step(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps in the whole run."""
         whole = self.config.train.epochs * self.steps_per_epoch
         return min(whole, self.config.train.steps) if self.config.train.steps else whole
 
@@ -108,7 +111,16 @@ class Trainer:
         return not self.course.finished
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, or to an interrupt; returns what ``summary.json`` holds (of the main rank)."""
+        """Train to the end, or until a signal interrupts the run.
+
+        Returns:
+            The content of ``summary.json``. On ranks other than the main one, it has no figures of an evaluation.
+
+        Raises:
+            ValueError: a loss or some state stopped being finite, or a checkpoint could not be written.
+            BlockError: a block failed.
+            LinkError: a neighbouring rank failed or gave no sign of life.
+        """
         self._begin()
         log = RunLog(self.folder, self.position.step) if self.world.main else None
         self._started = time.monotonic() - self.position.seconds
@@ -125,9 +137,10 @@ class Trainer:
         except Exception as error:
             if isinstance(error, LinkError):
                 error.args = (f"{error}; this rank is at step {self.position.step}",)
+            # Tell before waiting for the writer: other ranks fail in the meantime, and the first to tell is printed.
             self.world.tell(error)
             self.writer.hurry()
-            with suppress(Exception):  # it is another error that matters now
+            with suppress(Exception):  # the first error is the one to raise
                 self.writer.wait()
             raise
         finally:
@@ -155,12 +168,16 @@ class Trainer:
         return summary
 
     def _begin(self) -> None:
-        """Make the run's folder, say what will be done, and see that every rank sees the folder."""
+        """Make the run's folder, print what the run will do, and check that every rank sees the folder.
+
+        Raises:
+            ValueError: a rank does not see the folder of the main rank.
+        """
         local, folder = self.config.local, self.folder
         if self.world.main:
             folder.mkdir(parents=True, exist_ok=True)
             clean(folder / "checkpoints")
-            for name in (TIMELINE, PAGE):  # of the ranks before an interrupt
+            for name in (TIMELINE, PAGE):  # a resumed run may have other ranks, or only one
                 (folder / name).unlink(missing_ok=True)
             save(self.config, folder / "config.yaml")
             if self.world.job:
@@ -182,7 +199,7 @@ class Trainer:
                 )
             if self.config.optimizer.clip_norm:
                 console.print(f"clipping each block's own gradient norm to {self.config.optimizer.clip_norm}")
-        self.world.gather(None)
+        self.world.gather(None)  # a barrier: the main rank has made the folder
         if not (folder / "config.yaml").is_file():
             raise ValueError(
                 f"output.root: {folder.resolve()} of the main rank is not there on rank {self.world.rank}; choose a "
@@ -190,7 +207,7 @@ class Trainer:
             )
 
     def _follow(self, order: Order, log: RunLog | None, progress: Progress) -> None:
-        """Do what an order says, first by the blocks and on to the next stage."""
+        """Carry out an order: run the blocks and send the order on, then do this rank's own part."""
         if order.kind == "train":
             self._set_rate()
         elif order.kind == "evaluate":
@@ -209,7 +226,10 @@ class Trainer:
             self._score(log)
 
     def _evaluate_from_here(self) -> None:
-        """Until the order to score, the network is in evaluation mode and its parameters are whole."""
+        """Put the network into evaluation mode, with whole parameters, until the order to score.
+
+        This happens once per evaluation, not per message: gathering sharded parameters is a collective call.
+        """
         if self._evaluation_mode is None:
             self._evaluation_mode = ExitStack()
             self._evaluation_mode.enter_context(evaluating([self.chain.model]))
@@ -238,11 +258,11 @@ class Trainer:
             set_rate(block.optimizer, rate)
 
     def _trained(self, order: Order, log: RunLog | None, progress: Progress) -> None:
-        """Count a micro-batch; after a step's last, collect the losses of the whole batch."""
+        """Count a micro-batch. After the last one of a step, close the step and collect the losses of its batch."""
         position = self.position
         position.sequence += 1
         if self.pipeline.outbox is None:
-            self._losses.add(order, order.weight / self.world.replicas)
+            self._losses.add(order, order.weight / self.world.replicas)  # the weight counts the replicas, a share not
         if position.step_in_epoch == 0:
             self._epoch_started = time.monotonic()
         if not order.update:
@@ -259,10 +279,14 @@ class Trainer:
             self._write_losses(log)
 
     def _write_losses(self, log: RunLog | None) -> None:
-        """Log the newest step; refuse any loss since the last call that is not a number. Of the last stage."""
+        """Log the newest step, and check all losses since the last call. Only the last stage has any.
+
+        Raises:
+            ValueError: a loss is not finite.
+        """
         if not self._losses:
             return
-        self.pipeline.schedule.settle()
+        self.pipeline.schedule.settle()  # the losses are on the blocks' streams
         steps, own, reports = self._losses.take()
         losses = self.world.add_over_replicas(own).tolist()
         for step, of_step in zip(steps, losses, strict=True):
@@ -282,15 +306,15 @@ class Trainer:
         log.write(steps[-1], values)
 
     def save(self) -> None:
-        """Have a checkpoint of this moment written while training goes on.
+        """Copy the current state and have it written as a checkpoint while training goes on.
 
         Raises:
-            ValueError: something has stopped being finite; the checkpoints before are kept.
+            ValueError: a parameter, a buffer or optimizer state is not finite. Earlier checkpoints are kept.
         """
         self.position.seconds = time.monotonic() - self._started
         checkpoint = Checkpoint(
             self.folder / "checkpoints",
-            replace(self.position),
+            replace(self.position),  # a copy, because training advances the original
             len(self.all_blocks.learners),
             self.config.local.auxiliary,
             self.blocks[0].optimizer_name,
@@ -304,7 +328,8 @@ class Trainer:
             raise ValueError(self._remedy(str(error))) from error
 
     def _remedy(self, trouble: str) -> str:
-        self.writer.wait()
+        """The error message for ``trouble``, with what to change and the last good checkpoint."""
+        self.writer.wait()  # the checkpoint that is being written may be the last good one
         kept = newest_checkpoint(self.folder / "checkpoints")
         return (
             f"{trouble}; lower optimizer.lr (now {self.config.optimizer.lr}) or set optimizer.clip_norm; "
@@ -312,7 +337,11 @@ class Trainer:
         )
 
     def _saved(self) -> Saved | None:
-        """What to go on from; every rank opens what the main rank has found."""
+        """The checkpoint to resume from, or None. The main rank finds and verifies it, and every rank opens it.
+
+        Raises:
+            ValueError: the checkpoint does not suit this config.
+        """
         world, log = self.world, console.print if self.world.main else _silent
         found = world.from_main(find_start(self.config, self.folder, world.job) if world.main else None)
         if found is None:
@@ -328,7 +357,7 @@ class Trainer:
     def _resume(self, saved: Saved) -> None:
         saved.load(self.blocks.learners)
         self.position = saved.position
-        self.world.gather(None)  # all have read before anything is renamed
+        self.world.gather(None)  # a barrier: all ranks have read the checkpoint before any is renamed
         if self.world.main:
             for name in set_aside(self.folder / "checkpoints", self.position.step):
                 console.print(f"{name} is later than that and of another course: now superseded_{name}")
@@ -351,6 +380,11 @@ class Trainer:
 
 
 def _check_batch(blocks: Sequence[Block], task: Task, placement: PlacementConfig) -> None:
+    """Check that every replica gets samples of every micro-batch, and enough of them for BatchNorm.
+
+    Raises:
+        ValueError: the smallest micro-batch is too small.
+    """
     samples, replicas = task.smallest_batch(), placement.replicas
     if samples < replicas:
         raise ValueError(
@@ -367,4 +401,4 @@ def _check_batch(blocks: Sequence[Block], task: Task, placement: PlacementConfig
 
 
 def _silent(text: str) -> None:
-    """What the main rank says, the others do not."""
+    """Print nothing: only the main rank prints."""

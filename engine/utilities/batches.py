@@ -1,4 +1,4 @@
-"""Batches and their parts: the same samples in the same order, whatever loads them."""
+"""Batches and their parts: the same samples in the same order, whichever rank or worker loads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.utilities.seed import derive
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of every micro-batch a replica trains on: number ``index`` of ``count``.
+    """The part of every micro-batch that one replica trains on: part ``index`` of ``count``.
 
     Example:
         >>> [Part(index, 3).of(8) for index in range(3)]
@@ -27,7 +27,7 @@ class Part:
     count: int
 
     def of(self, samples: int) -> slice:
-        """The samples of the part; parts differ by at most one."""
+        """The samples of this part, out of a micro-batch of ``samples``; sizes of parts differ by at most one."""
         size, more = divmod(samples, self.count)
         start = self.index * size + min(self.index, more)
         return slice(start, start + size + (self.index < more))
@@ -37,7 +37,10 @@ WHOLE = Part(0, 1)
 
 
 def micro_batches(samples: int, most: int) -> list[int]:
-    """``samples`` in as few micro-batches of at most ``most`` as will do; they differ by at most one.
+    """Divide ``samples`` into the fewest micro-batches of at most ``most`` samples; their sizes differ by at most one.
+
+    Returns:
+        The size of each micro-batch. Even sizes keep the last one from being too small for BatchNorm.
 
     Example:
         >>> micro_batches(7, 3)
@@ -49,12 +52,12 @@ def micro_batches(samples: int, most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Batches:
-    """How an epoch of ``count`` samples is divided.
+    """How an epoch of ``count`` samples is divided into batches and micro-batches.
 
     Args:
-        batch: samples per optimizer step; the last may have fewer.
-        accumulate: micro-batches of a full batch.
-        drop_last: leave out a last batch that is not full.
+        batch: samples per optimizer step; the last batch may have fewer.
+        accumulate: number of micro-batches in a full batch.
+        drop_last: whether to leave out a last batch that is not full.
 
     Example:
         >>> Batches(count=10, batch=4, accumulate=2).sizes()
@@ -68,24 +71,24 @@ class Batches:
 
     @property
     def micro_batch(self) -> int:
-        """Samples in a micro-batch, the last ones of an epoch apart."""
+        """Samples in a micro-batch; the last ones of an epoch may have fewer."""
         return self.batch // self.accumulate
 
     @property
     def steps(self) -> int:
-        """Batches in an epoch."""
+        """Batches, and so optimizer steps, in an epoch."""
         return self.count // self.batch if self.drop_last else math.ceil(self.count / self.batch)
 
     def sizes(self) -> list[int]:
-        """Samples of each batch."""
+        """Number of samples in each batch."""
         return [min(self.batch, self.count - step * self.batch) for step in range(self.steps)]
 
     def smallest(self) -> int:
-        """Samples in the smallest micro-batch."""
+        """Samples in the smallest micro-batch of an epoch."""
         return min(min(micro_batches(size, self.micro_batch)) for size in {*self.sizes()[-1:], self.batch})
 
     def shares(self, samples: int, part: Part = WHOLE) -> list[slice]:
-        """Where the part of each micro-batch lies in a batch of ``samples``."""
+        """For each micro-batch of a batch of ``samples``, the slice of the batch that belongs to ``part``."""
         at, found = 0, []
         for size in micro_batches(samples, self.micro_batch):
             own = part.of(size)
@@ -104,17 +107,22 @@ def load_batches(
     shuffle: int | None = None,
     workers: int = 0,
 ) -> Iterator[list[Any]]:
-    """Of every batch from ``start`` on in ``epoch``, the wanted part of each micro-batch, collated.
+    """Yield every batch of ``epoch`` from batch ``start`` on, as the collated part of each of its micro-batches.
 
-    Samples are asked for as (epoch, index), and may not depend on anything else.
+    The data set is indexed by (epoch, index), and a sample may depend on nothing else.
 
     Args:
-        shuffle: seed of the order, which differs from epoch to epoch; None keeps that of the data set.
+        shuffle: seed of the order, which differs from epoch to epoch; None keeps the order of the data set.
+        workers: processes that load; 0 loads in this process.
+
+    Raises:
+        ValueError: the data set raised one; the message is that of the cause.
     """
     order = list(range(batches.count))
     if shuffle is not None:
         generator = torch.Generator().manual_seed(derive(shuffle, "order", epoch))
         order = torch.randperm(batches.count, generator=generator).tolist()
+    # Index samples by step rather than skip them: a resumed run loads none of the samples before ``start``.
     parts: list[list[list[tuple[int, int]]]] = []
     for step, size in list(enumerate(batches.sizes()))[start:]:
         batch = [(epoch, index) for index in order[step * batches.batch : step * batches.batch + size]]
@@ -123,7 +131,7 @@ def load_batches(
         dataset,
         batch_sampler=[samples for batch_parts in parts for samples in batch_parts],
         num_workers=workers,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # otherwise DataLoader draws a seed from the global generator, which training uses
         worker_init_fn=_own_session,
     )
     loaded = iter(loader)
@@ -131,10 +139,14 @@ def load_batches(
         for batch_parts in parts:
             yield [next(loaded) for _ in batch_parts]
     except ValueError as error:
-        # A worker process wraps its traceback around the message; the last line is the cause.
+        # DataLoader puts the traceback of a worker process into the message; its last line is the cause.
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def _own_session(worker: int) -> None:
-    """torchrun signals a rank's whole session, but it is the rank that ends its workers, after the step."""
+    """Give a worker process a session of its own.
+
+    torchrun sends its signals to the whole session of a rank. A rank still needs its workers to finish the current
+    step, so only the rank itself may end them.
+    """
     os.setsid()

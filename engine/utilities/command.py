@@ -10,7 +10,7 @@ from typing import NoReturn
 
 
 class ToolParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all other errors of tools."""
+    """A parser that raises ValueError instead of printing its usage, so that ``run_tool`` reports it in one line."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(
@@ -22,7 +22,10 @@ class ToolParser(argparse.ArgumentParser):
 
 
 def run_tool(main: Callable[[Sequence[str]], None]) -> None:
-    """Run a command-line tool: user errors become one line on stderr (of one rank a host) and exit code 2."""
+    """Run a command-line tool. A ValueError, which is a user's error, becomes one line on stderr and exit code 2.
+
+    Under torchrun, only the first rank of each host prints.
+    """
     try:
         main(sys.argv[1:])
     except ValueError as error:

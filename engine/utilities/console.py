@@ -1,4 +1,4 @@
-"""The terminal: one console for everything that is said, and progress bars."""
+"""The terminal: one console for everything that is printed, and progress bars."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+# Without a terminal (a log file, a pipe) rich assumes 80 columns, and would wrap tables and long lines.
 console = Console(width=None if Console().is_terminal else 120, highlight=False)
 
 
 def progress_bar(shown: bool = True) -> rich.progress.Progress:
-    """A bar on a terminal; elsewhere nothing (plain lines are printed per epoch instead)."""
+    """A progress bar on a terminal; elsewhere nothing, because a log file would fill with its updates."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return rich.progress.Progress(
         *columns, console=console, transient=True, disable=not (shown and console.is_terminal)

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there, whenever a process is killed."""
+"""Files and folders that are either complete or absent, even if the process is killed while it writes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; at the end of the block that file becomes ``path``.
+    """Yield a temporary path beside ``path``; when the ``with`` block ends, that file replaces ``path``.
 
-    After an error, and after a kill, ``path`` is what it was before.
+    After an error or a kill, ``path`` is still what it was before.
 
     Example:
         >>> folder = Path(tempfile.mkdtemp())
@@ -23,26 +23,28 @@ def replaced(path: Path) -> Iterator[Path]:
         >>> (folder / "notes.txt").read_text()
         'complete'
     """
+    # In the same folder, because os.replace is atomic only within one file system. The suffix stays, because some
+    # writers choose their format by it.
     partial = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
         yield partial
-        flush(partial)
+        flush(partial)  # otherwise a power failure could leave the new name with the old, or no, content
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is complete or not there."""
+    """Write ``text`` to a file by way of ``replaced``."""
     with replaced(path) as partial:
         partial.write_text(text)
 
 
 def check_writable(*paths: Path | None) -> None:
-    """See, before any work, that files a user has named can be written.
+    """Check, before any work begins, that the files a user named can be written; None stands for no file.
 
     Raises:
-        ValueError: a folder is missing or read-only, or the name is that of a folder.
+        ValueError: the parent folder is missing or read-only, or the path is a folder.
     """
     for path in paths:
         if path is None:
@@ -54,10 +56,10 @@ def check_writable(*paths: Path | None) -> None:
 
 
 def write_named(path: Path, text: str) -> None:
-    """Write a file that a user has named.
+    """Write ``text`` to a file that a user named.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the file cannot be written. The message names it and the reason.
     """
     try:
         write_text(path, text)
@@ -66,7 +68,7 @@ def write_named(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the system write a file's content, or a folder's entries, to disk."""
+    """Make the system write a file's content, or a folder's entries, to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -76,18 +78,20 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def made_once(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``target`` at the end of the block, or is removed after an error.
+    """Yield a folder to fill; it becomes ``target`` when the ``with`` block ends, and is removed after an error.
+
+    Several processes may do this for the same ``target`` at once: the first to finish wins, and the others drop theirs.
 
     Raises:
-        ValueError: ``target`` is not there in the end, be it from here or from a faster run beside this one.
+        ValueError: ``target`` does not exist at the end, neither from this process nor from another.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
     try:
-        whole = temporary / target.name  # a temporary folder itself is its owner's alone
+        whole = temporary / target.name  # mkdtemp makes its folder with mode 0700, so that only its owner could read it
         whole.mkdir()
         yield whole
-        with suppress(OSError):  # another run may have been faster
+        with suppress(OSError):  # os.replace fails if another process was faster and ``target`` is not empty
             os.replace(whole, target)
         if not target.is_dir():
             raise ValueError(f"{target} could not be made")

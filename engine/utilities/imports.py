@@ -1,4 +1,4 @@
-"""Objects that a config names as ``module:name``."""
+"""Import objects that a config names as ``module:name``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 
 def import_named(name: str, key: str) -> Any:
-    """The object ``module:name``; the module may also lie in the current folder.
+    """Import the object ``module:name``; the module may also be a file in the current folder.
 
     Args:
-        key: of the config, that has the name.
+        name: the module's dotted name, a colon, and the object's name.
+        key: the config's key that holds this name, for the error.
 
     Raises:
-        ValueError: there is no such module, or nothing of that name in it.
+        ValueError: the module cannot be imported, or has no object of that name.
     """
     module, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # the user's own files lie where the command is given
+        sys.path.append(here)  # at the end, so that a user's file cannot hide an installed module
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

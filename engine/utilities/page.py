@@ -1,4 +1,4 @@
-"""Reports as one self-contained HTML page: nothing is fetched."""
+"""Reports as one self-contained HTML page, which loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.utilities.files import write_named
 from engine.utilities.sheet import Sheet
 
 Pictures = Sequence[tuple[str, str]]
-"""Titles and SVG texts."""
+"""Pairs of a title and the text of an SVG."""
 
 
 def write_page(
@@ -33,10 +33,10 @@ def write_page(
     """Write a page of tables, notes and pictures.
 
     Args:
-        about: the page's header; ``title`` is its title.
+        about: the page's header, by name; ``title`` is the page's title.
         lines: notes under the tables.
-        blocks: pictures of single variants' blocks, folded away at first.
-        categories: what is explained in the legend, by name.
+        blocks: pictures of the blocks of single variants; they are folded until the reader opens them.
+        categories: the legend: an explanation for each category, by name.
 
     Raises:
         ValueError: the file cannot be written.
@@ -48,14 +48,16 @@ def write_page(
 
 
 def _embedded(pictures: Pictures) -> list[tuple[str, str]]:
-    """Pictures as data addresses, so that the page needs no other file."""
+    """Pictures as data URLs, so that the page needs no other file."""
     address = "data:image/svg+xml;base64,"
     return [(title, address + base64.b64encode(svg.encode()).decode()) for title, svg in pictures]
 
 
 def svg_text(figure: Figure) -> str:
-    """The figure as SVG; equal figures give equal text."""
+    """The figure as the text of an SVG; equal figures give equal text."""
     buffer = io.StringIO()
+    # By default matplotlib draws random element ids and writes the date, so equal figures would differ. Text stays
+    # text instead of becoming paths: the file is smaller, and the page can be searched.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "page", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     return buffer.getvalue()

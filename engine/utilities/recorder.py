@@ -1,4 +1,4 @@
-"""Notes what a rank did when."""
+"""Record what a rank did, and when."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing a rank did, in seconds since 1970 by the clock of its machine.
+    """One thing that a rank did, from ``start`` to ``stop`` in seconds since 1970, by the clock of its machine.
 
-    ``kind`` is ``train`` (a local step), ``evaluate``, ``wait`` (for a neighbour: idle), ``save``, ...; ``block`` and
-    ``message`` are -1 where there is none. Entries of one rank do not overlap.
+    ``kind`` is ``train`` (a local step), ``evaluate``, ``wait`` (idle, waiting for a neighbour), ``save``, ...
+    ``block`` and ``message`` are -1 where the entry belongs to none. Entries of one rank do not overlap.
     """
 
     rank: int
@@ -29,9 +29,9 @@ class Entry:
 
 
 class Recorder:
-    """Keeps the newest ``limit`` entries of a rank, so that a long run grows no list.
+    """Keeps the newest ``limit`` entries of a rank, so that a long run does not fill memory.
 
-    On a GPU, where the host only queues work, times are those of events on the stream that works.
+    On a GPU, where the host only queues work, the times are those of CUDA events on the current stream.
 
     Example:
         >>> recorder = Recorder(rank=1, limit=2)
@@ -45,16 +45,18 @@ class Recorder:
     def __init__(self, rank: int, device: torch.device | None = None, limit: int = 4096) -> None:
         self.rank, self._cuda = rank, device is not None and device.type == "cuda"
         self._kept: deque[tuple[int, str, int, Any, Any]] = deque(maxlen=limit)
-        # Ranks compare by the time of day; within a rank time must never go back, as that of the day may.
+        # Ranks can only be compared by the time of day, but that may jump backwards. Add a monotonic clock, which is
+        # read for every entry, to a time of day that is read once.
         self._epoch = time.time() - time.perf_counter()
         self._first = self._now()
         if self._cuda:
+            # CUDA events only tell the time between two of them, so the first one is tied to the time of day here.
             self._first.synchronize()
             self._epoch = time.time()
 
     @property
     def entries(self) -> list[Entry]:
-        """Oldest first."""
+        """The entries that were kept, oldest first. On a GPU this waits until all of them have ended."""
         return [
             Entry(self.rank, block, kind, message, self._seconds(start), self._seconds(stop))
             for block, kind, message, start, stop in self._kept
@@ -62,7 +64,7 @@ class Recorder:
 
     @contextmanager
     def span(self, block: int, kind: str, message: int) -> Iterator[None]:
-        """Record what runs inside; what fails is not recorded."""
+        """Record the code inside the ``with`` block, unless it raises."""
         start = self._now()
         yield
         self._kept.append((block, kind, message, start, self._now()))
@@ -75,13 +77,13 @@ class Recorder:
         return event
 
     def _seconds(self, moment: Any) -> float:
-        """Since 1970."""
+        """A moment of ``_now``, in seconds since 1970."""
         if not self._cuda:
             return float(self._epoch + moment)
         moment.synchronize()
-        return float(self._epoch + self._first.elapsed_time(moment) / 1000)
+        return float(self._epoch + self._first.elapsed_time(moment) / 1000)  # elapsed_time is in milliseconds
 
 
 def recording(recorder: Recorder | None, block: int, kind: str, message: int) -> AbstractContextManager[None]:
-    """``recorder.span``; nothing where nothing is recorded."""
+    """``recorder.span``, or an empty context without a recorder."""
     return nullcontext() if recorder is None else recorder.span(block, kind, message)

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people read and write them."""
+"""Sizes in bytes, in the form that people read and write."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 MIB, GIB = 2**20, 2**30
 
 SIZES = {f"{letter}{i}B": base**n for n, letter in enumerate("KMGT", 1) for i, base in (("i", 1024), ("", 1000))}
-"""Bytes in a KiB, a KB, a MiB, ..."""
+"""Number of bytes in a KiB, a KB, a MiB, ..."""
 
 
 def size_text(size: float) -> str:
-    """As ``69.4 MiB``, ``10.0 GiB``.
+    """A size in bytes as text, such as ``69.4 MiB``.
 
     Example:
         >>> size_text(1536), size_text(10 * 2**30)
@@ -24,10 +24,13 @@ def size_text(size: float) -> str:
 
 
 def parse_size(text: str, key: str = "--memory") -> int:
-    """Bytes in ``4GiB``, ``1.5 GB`` and the like.
+    """The number of bytes in ``4GiB``, ``1.5 GB`` and the like.
+
+    Args:
+        key: the option or the config's key that holds the size, for the error.
 
     Raises:
-        ValueError: no number, no unit, or not above 0.
+        ValueError: the number or the unit is missing, the unit is unknown, or the number is not above 0.
 
     Example:
         >>> parse_size("1.5KiB"), parse_size("2 MB")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``, did you mean 'sgd'?`` if one of ``known`` is near ``word``, else nothing: to be put after the word.
+    """A suggestion to append to an unknown ``word``: the nearest of ``known``, or nothing if none is near.
 
     Example:
         >>> did_you_mean("shed", ["sgd", "adamw"]), did_you_mean("rmsprop", ["sgd", "adamw"])
@@ -18,7 +18,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: object, limit: int = 0) -> str:
-    """The text of an error without line breaks and runs of spaces, cut after ``limit`` characters if that is not 0.
+    """The text of an error on one line, with single spaces; a ``limit`` above 0 cuts it after so many characters.
 
     Example:
         >>> one_line("no such\\n    file", limit=10)

@@ -1,4 +1,4 @@
-"""From ``model.name`` to a chain."""
+"""Build the chain that ``model.name`` names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def build_model_chain(config: ModelConfig, classes: int, size: int) -> Chain:
     """Build the network that the config names, with its initial weights loaded.
 
     Raises:
-        ValueError: no such network, or weights that do not fit it.
+        ValueError: there is no such network, or the weights do not fit it.
     """
     name = config.name
     if match := re.fullmatch(r"resnet(\d+)", name):

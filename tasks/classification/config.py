@@ -13,11 +13,12 @@ class ModelConfig:
     """The network."""
 
     name: str = "resnet20"
-    """`resnet20` ... `resnet110` (CIFAR style, any 6n+2); `timm:NAME`; or `module:function` that returns a Chain."""
+    """`resnet20` ... `resnet110` (CIFAR style, any depth 6n+2), `timm:NAME`, or `module:function`, which returns a
+    Chain."""
     weights: str = ""
     """File with initial weights under the model's own names (safetensors, or a torch file of tensors)."""
     classes: int = 0
-    """Number of classes; 0 takes as many as the data has."""
+    """Number of classes; 0 means as many as the data has."""
     pretrained: bool = False
     """Download the weights that timm offers for a `timm:` model."""
 
@@ -27,21 +28,23 @@ class DataConfig:
     """The images."""
 
     name: Literal["digits", "cifar10", "stl10", "svhn", "folder"] = "digits"
-    """`digits` comes with scikit-learn; `cifar10`, `stl10`, `svhn` download; `folder`: train/ and test/ or val/."""
+    """`digits` comes with scikit-learn; `cifar10`, `stl10` and `svhn` are downloaded; `folder` reads train/ and test/
+    or val/ in `root`."""
     root: str = "data"
-    """Folder of the images (or of downloads); for `folder` also a tar file, unpacked once into data/."""
+    """Folder of the images or downloads. For `folder` it may also be a tar file, which is unpacked once into data/."""
     batch: int = 128
     """Images per optimizer step."""
     size: int = 32
     """Side of the square input in pixels."""
     augment: Literal["none", "shift", "crop_flip", "imagenet"] = "crop_flip"
-    """Training images: as they are; shifted by up to 2 px; reflect-padded crop and flip; random resized crop, flip."""
+    """How training images are augmented: not at all; shifts by up to 2 px; crops with reflected padding, and flips;
+    random resized crops, and flips."""
     subset: int = 0
-    """Train on this many images, of each class in proportion; 0 takes all."""
+    """Train on this many images, in proportion from each class; 0 means all."""
     workers: int = 0
     """Processes that load images; 0 loads in the training process. Any number gives the same bits."""
     drop_last: bool = False
-    """Leave out a last batch that is not full."""
+    """Drop a last batch that is not full."""
 
 
 @dataclass

@@ -1,13 +1,10 @@
-"""Images and labels, the same bits in the same order whatever loads them."""
+"""Images and labels, with the same bits in the same order whatever loads them."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from engine.utilities.files import made_once
 from engine.utilities.seed import derive
+from engine.utilities.text import one_line
 from tasks.classification.config import DataConfig
+from tasks.images import opened
+from tasks.scikit_learn import Scan, digit_scans
 
 MEAN = {"digits": (0.3055,) * 3, "cifar10": (0.4914, 0.4822, 0.4465), "svhn": (0.4377, 0.4438, 0.4728)}
 STD = {"digits": (0.3762,) * 3, "cifar10": (0.2470, 0.2435, 0.2616), "svhn": (0.1980, 0.2010, 0.1970)}
@@ -46,7 +47,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.transform(image), label
 
     def take(self, count: int) -> None:
-        """Keep ``count`` images, of each class in proportion."""
+        """Keep ``count`` images, in proportion from each class."""
         if count > len(self):
             raise ValueError(f"data.subset: {count} images asked for, there are {len(self)}")
         by_class = sorted(self.indices, key=lambda index: (self.labels[index], index))
@@ -57,7 +58,7 @@ def load_images(config: DataConfig, seed: int) -> tuple[Images, Images]:
     """Training and test images.
 
     Raises:
-        ValueError: a folder or file is missing, or classes differ between the two.
+        ValueError: a folder or file is missing, or the test images have a class that the training images lack.
     """
     from torchvision import datasets  # slow to import, and needed only here
 
@@ -119,23 +120,20 @@ def transforms(config: DataConfig) -> tuple[Any, Any]:
 
 
 def _digits(size: int, train_transform: Any, test_transform: Any, seed: int) -> tuple[Images, Images]:
-    """1,797 scans of handwritten digits, 8 x 8 pixels (scikit-learn); every fifth of a class is for testing."""
-    from sklearn.datasets import load_digits
+    """scikit-learn's scans of handwritten digits, enlarged from 8 x 8 pixels."""
 
-    bunch = load_digits()
-    pixels = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)
-    images = [
-        Image.fromarray(image.numpy()).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        for image in pixels
-    ]
-    seen = [0] * 10
-    parts: tuple[list[tuple[Any, int]], list[tuple[Any, int]]] = ([], [])
-    for image, label in zip(images, bunch.target.tolist(), strict=True):
-        parts[seen[label] % 5 == 4].append((image, label))
-        seen[label] += 1
+    def enlarged(scan: Scan) -> Image.Image:
+        pixels = torch.from_numpy(scan / 16 * 255).round().to(torch.uint8)
+        return Image.fromarray(pixels.numpy()).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+
     names = [str(digit) for digit in range(10)]
-    train, test = ([label for _, label in part] for part in parts)
-    return Images(parts[0], train, names, train_transform, seed), Images(parts[1], test, names, test_transform, seed)
+    train, test = (
+        Images(
+            [(enlarged(scan), digit) for scan, digit in scans], [digit for _, digit in scans], names, transform, seed
+        )
+        for scans, transform in zip(digit_scans(), (train_transform, test_transform), strict=True)
+    )
+    return train, test
 
 
 def _image_folder(root: Path, splits: Sequence[str]) -> Any:
@@ -146,7 +144,7 @@ def _image_folder(root: Path, splits: Sequence[str]) -> Any:
             try:
                 return datasets.ImageFolder(root / split, loader=open_image)
             except FileNotFoundError as error:
-                raise ValueError(f"data.root: {root / split}: {' '.join(str(error).split())}") from error
+                raise ValueError(f"data.root: {root / split}: {one_line(error)}") from error
     raise ValueError(f"data.root: {root} has no folder {' or '.join(splits)}/ with one folder a class")
 
 
@@ -154,36 +152,34 @@ def open_image(path: str) -> Image.Image:
     """Read an image as RGB.
 
     Raises:
-        ValueError: the file is damaged or no image; names it.
+        ValueError: the file is damaged or not an image; the message names it.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with opened(path) as image:
+            rgb: Image.Image = image.convert("RGB")
+            return rgb
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"data.root: cannot read image {path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"data.root: cannot read image {path}: {one_line(error)}") from error
 
 
 def _unpacked(archive: Path) -> Path:
-    """The folder in a tar file, unpacked into ``data/`` unless it is there; never a half-unpacked one."""
+    """The folder in a tar file, unpacked into ``data/`` unless it is there already; it is complete or not there."""
+    # Archives of the same name, or another version of one, get folders of their own.
     about = archive.stat()
     mark = hashlib.sha256(f"{archive.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:8]
     target = Path("data") / f"{archive.name.split('.')[0]}-{mark}"
     if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
         print(f"unpacking {archive} into {target}", flush=True)
-        room = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unpacking-"))
         try:
-            with tarfile.open(archive) as tar:
+            with tarfile.open(archive) as tar, made_once(target) as whole:
                 # Older patch releases of Python have no filters.
-                tar.extractall(room, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-            inner = list(room.iterdir())
-            whole = inner[0] if len(inner) == 1 and inner[0].is_dir() else room
-            with contextlib.suppress(OSError):  # another run may have been faster
-                os.replace(whole, target)
-            if not target.is_dir():
-                raise OSError(f"{target} could not be made")
-        except (tarfile.TarError, EOFError, OSError) as error:
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                content = whole.parent / "content"
+                content.mkdir()
+                tar.extractall(content)
+                inner = list(content.iterdir())
+                # Most archives hold one folder with everything in it, whose name does not matter.
+                os.replace(inner[0] if len(inner) == 1 and inner[0].is_dir() else content, whole)
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             raise ValueError(f"data.root: {archive} cannot be unpacked: {error}") from error
-        finally:
-            shutil.rmtree(room, ignore_errors=True)
     return target

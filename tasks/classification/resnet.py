@@ -13,7 +13,7 @@ from engine.network.message import Message
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (option A: subsample and pad with zeros).
 
-    Widths are read off the convolutions at run time, so a thinned copy works as it is.
+    Widths are taken from the convolutions at run time, so that a thinned copy works without changes.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """6n+2 layers: a stem, three stages of n blocks with 16, 32 and 64 channels, pooling, one linear layer.
+    """A ResNet of 6n+2 layers: a stem, three stages of n blocks with 16, 32 and 64 channels, pooling, one linear layer.
 
     Args:
         depth: 20, 32, 44, 56, 110, or any other 6n+2.

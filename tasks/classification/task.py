@@ -21,12 +21,12 @@ from tasks.classification.data import Images, load_images
 
 
 class PooledLinear(nn.Module):
-    """A classifier's own head on pooled features: GLCAN's global part joins the bank's before the linear layer.
+    """A classifier's head on pooled features; GLCAN's global part adds the features in the bank.
 
-    Maps a message whose ``x`` has ``channels`` channels, and a bank of (batch, c_i) pooled features
-    with sum(c_i) = ``banked``, to logits (batch, classes). Joined features are brought to one scale by
-    layer normalisation first (our choice): residual sums grow from block to block, and without it the
-    later of many blocks diverge.
+    It maps a message whose ``x`` has ``channels`` channels, and a bank of pooled features (batch, c_i) with
+    sum(c_i) = ``banked``, to logits (batch, classes). Before features are concatenated, layer normalisation brings them
+    to the same scale (our choice): residual sums grow from block to block, and without it the later of many blocks
+    diverge.
     """
 
     def __init__(self, channels: int, banked: int, classes: int, layout: str) -> None:
@@ -43,12 +43,12 @@ class PooledLinear(nn.Module):
 
 
 def pool(x: Tensor, layout: str) -> Tensor:
-    """Average over positions: (batch, channels)."""
+    """The average of ``x`` over all positions: (batch, channels)."""
     return as_map(x, layout).mean((2, 3))
 
 
 class Classification(Task):
-    """Images to classes; cross-entropy; accuracy."""
+    """Assign images to classes; the loss is cross-entropy, the metric accuracy."""
 
     name = "classification"
     metric = "accuracy"
@@ -61,7 +61,7 @@ class Classification(Task):
 
     @property
     def images(self) -> tuple[Images, Images]:
-        """Training and test images, loaded when first asked for."""
+        """Training and test images, loaded when they are first needed."""
         if self._images is None:
             train, test = load_images(self.config.data, self.config.train.seed)
             if self.config.data.subset:
@@ -77,7 +77,7 @@ class Classification(Task):
 
     @property
     def classes(self) -> int:
-        """Number of classes: the config's, or the data's, which the config then has too."""
+        """Number of classes: the config's, or else the data's, which is then written to the config."""
         if not self.config.model.classes:
             known = 0 if self.config.data.name == "folder" else 10  # the named data sets need not be read
             self.config.model.classes = known or len(self.images[0].classes)
@@ -119,7 +119,7 @@ class Classification(Task):
 
 
 class Accuracy(Metrics):
-    """Share of images whose class is right, and the mean cross-entropy."""
+    """The share of images that are classified correctly, and the mean cross-entropy."""
 
     def __init__(self) -> None:
         self.right, self.loss, self.count = 0, 0.0, 0

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from engine.network.chain import Chain, Unit
 from engine.network.message import Message
 
-# A tensor in a moment: its identity, and how often it has been changed in place.
+# A tensor at one moment: its identity, and how often it had been changed in place.
 _State = tuple[int, int]
 
 
@@ -38,8 +38,8 @@ def _state(tensor: Tensor) -> _State:
 class _PositionEmbedding(nn.Module):
     """A vision transformer's class token and position embedding, which belong to the model itself.
 
-    ``_pos_embed`` runs on a stand-in for the model that has this module's own parameters and no blocks,
-    so that a copy of this module works on the copy's parameters.
+    ``_pos_embed`` runs on a stand-in for the model, which has this module's own parameters and no blocks. So a copy of
+    this module works on the parameters of the copy.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,31 +47,31 @@ class _PositionEmbedding(nn.Module):
         for name, parameter in model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         plain = {name: child for name, child in model.named_children() if not list(child.parameters())}
-        stand_in = copy.copy(model)
+        stand_in: Any = copy.copy(model)
         stand_in.__dict__ = {**model.__dict__, "_parameters": self._parameters, "_modules": plain}
-        self._stand_in = [stand_in]  # in a list, so that it is not registered as a part
+        self._stand_in = [stand_in]  # in a list, so that it is not registered as a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         stand_in = self._stand_in[0]
-        embedded: Tensor = type(stand_in)._pos_embed(stand_in, x)  # type: ignore[operator]
+        embedded: Tensor = type(stand_in)._pos_embed(stand_in, x)
         return embedded
 
 
 def timm_chain(name: str, classes: int, size: int, pretrained: bool) -> Chain:
     """Build ``name`` with timm and split it into the finest units through which it is one chain.
 
-    A module is divided into its children where each child's output is the next one's input, so a stage
-    falls into its residual blocks, and a residual block (whose shortcut goes around) stays whole. What
-    ``forward_features`` does not use is the head.
+    A module is divided into its children if each child's output is the next child's input. So a stage is divided into
+    its residual blocks, while a residual block, whose shortcut bypasses its children, stays whole. The head is whatever
+    ``forward_features`` does not use.
 
     Raises:
-        ValueError: timm has no such model, or its features are not a chain of modules (names the place);
-            write a chain of your own then, see the README.
+        ValueError: timm has no such model, or its features are not a chain of modules. The message names the place
+            where the chain ends; in this case write a chain of your own, as ``docs/extend.md`` describes.
     """
     options: dict[str, Any] = {"num_classes": classes, "pretrained": pretrained}
     try:
         model = timm.create_model(name, **options)
-        # Networks with tokens or windows are built for one size; others take no such argument.
+        # Networks with tokens or windows are built for one image size; others have no argument for it.
         if model.default_cfg.get("fixed_input_size") and model.default_cfg["input_size"][-1] != size:
             model = timm.create_model(name, img_size=size, **options)
     except Exception as error:  # a model's own code, or a download, may raise anything
@@ -83,14 +83,14 @@ def timm_chain(name: str, classes: int, size: int, pretrained: bool) -> Chain:
     head = nn.ModuleList(child for child in model.children() if not _held([child]) & held)
 
     def classify(_: nn.Module, message: Message) -> Message:
-        return message.with_x(model.forward_head(message.x))  # type: ignore[operator]
+        return message.with_x(model.forward_head(message.x))
 
     layout = {Format.NHWC: "NHWC", Format.NLC: "NLC"}.get(getattr(model, "output_fmt", Format.NCHW), "NCHW")
     chain = Chain(model, units, Unit("head", head, classify), example, layout)
     outputs = [message.x for message in chain.shapes()]
     if outputs[-1].dim() == 3:
         chain.layout = "NLC"
-    # What has one shape is one stage: same resolution, same width.
+    # Units whose outputs have the same shape, that is the same resolution and width, form a stage.
     chain.units = [replace(unit, stage=str(tuple(x.shape[1:]))) for unit, x in zip(units, outputs, strict=True)]
     return chain
 
@@ -101,9 +101,9 @@ def _divide(model: nn.Module, x: Tensor, name: str) -> list[tuple[str, nn.Module
     done: list[tuple[str, nn.Module]] = []
 
     def descend(prefix: str, first: _State, last: _State, whole: nn.Module | None) -> bool:
-        """Add the chain of calls right below ``prefix`` that leads from ``first`` to ``last``."""
+        """Add the chain of calls directly below ``prefix`` from ``first`` to ``last``; return whether there is one."""
         below = [call for call in calls if call.name.startswith(prefix) and call.name != prefix.rstrip(".")]
-        at, chosen = first, []
+        at, chosen = first, list[_Call]()
         while at != last or not chosen:
             step = next((c for c in below if c.inputs == (at,) and c not in chosen and _outermost(c, below, at)), None)
             if step is None:
@@ -124,7 +124,7 @@ def _divide(model: nn.Module, x: Tensor, name: str) -> list[tuple[str, nn.Module
     if not descend("", start, result, None):
         reached = done[-1][0] if done else "its input"
         raise ValueError(
-            f"model.name: {name} is not a chain of modules after {reached!r}; write a chain of your own, see README"
+            f"model.name: {name} is not a chain of modules after {reached!r}; write your own chain (docs/extend.md)"
         )
     return done
 
@@ -140,7 +140,7 @@ def _held(modules: list[nn.Module]) -> set[int]:
 
 
 def _watch(model: nn.Module, x: Tensor) -> tuple[list[_Call], _State, _State]:
-    """Run ``forward_features`` on fake tensors and note every module's call."""
+    """Run ``forward_features`` on fake tensors and record every call of a module."""
     calls: list[_Call] = []
     alive: list[Any] = []  # an identity is only unique while its tensor lives
     entered: list[tuple[_State, ...]] = []
@@ -167,10 +167,11 @@ def _watch(model: nn.Module, x: Tensor) -> tuple[list[_Call], _State, _State]:
         if hasattr(model, "_pos_embed"):
             embedding = _PositionEmbedding(model)
             hooked("pos_embed", embedding)
-            # Shadows the method for this one forward pass, so that the embedding is seen as a module's call.
+            # Shadow the method during this forward pass, so that the embedding is recorded as the call of a module.
             model._pos_embed = embedding.__call__  # type: ignore[assignment]
             stack.callback(lambda: delattr(model, "_pos_embed"))
-        # In training mode, so that functional dropout is not overlooked; but statistics must not change.
+        # The model stays in training mode, so that functional dropout is not overlooked, but running statistics must
+        # not change.
         for module in model.modules():
             if isinstance(module, _NormBase) and module.training:
                 module.eval()
@@ -184,7 +185,7 @@ def _watch(model: nn.Module, x: Tensor) -> tuple[list[_Call], _State, _State]:
 
 
 def _units(parts: list[tuple[str, nn.Module]]) -> list[Unit]:
-    """Join modules that are too small to be a unit: a convolution takes what follows it up to the next one."""
+    """Join modules that are too small for a unit: a module with weights takes those without that follow it."""
     groups: list[list[tuple[str, nn.Module]]] = []
     for name, module in parts:
         weights = [parameter for parameter in module.parameters() if parameter.dim() > 1]

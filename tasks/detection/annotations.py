@@ -1,4 +1,4 @@
-"""Annotation files looked through before training: MMDetection drops what does not fit without a word."""
+"""Check annotation files before training, since MMDetection silently drops whatever does not fit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Classes = tuple[str, ...]
 
 
 def coco_classes(file: Path, images: Path, classes: Sequence[str] = (), origin: str = "data.classes") -> Classes:
-    """Look through a COCO json; its classes in the order in which MMDetection numbers them.
+    """Check a COCO json; return its classes in the order in which MMDetection numbers them.
 
     Args:
-        images: the folder that its file names are relative to.
-        classes: names that it must have, in this order; ``origin`` says where they come from.
+        images: the folder that the file names are relative to.
+        classes: names that the file must have, in this order; ``origin`` says where they come from.
 
     Raises:
-        ValueError: damaged, no images, an image that is not there, or classes that do not match.
+        ValueError: the file is damaged or lists no images, an image does not exist, or the classes do not match.
     """
     content = _json(file)
     kinds = {
@@ -69,14 +69,14 @@ def coco_classes(file: Path, images: Path, classes: Sequence[str] = (), origin: 
 
 
 def voc_classes(file: Path, annotations: Path, images: Path) -> set[str]:
-    """Look through the XML files that a file of ImageSets/ lists; the classes that their boxes have.
+    """Check the XML files that a file in ImageSets/ lists; return the classes of their boxes.
 
     Args:
-        annotations: the folder of ``NAME.xml``.
-        images: the folder of ``NAME.jpg``, the only suffix that MMDetection looks for.
+        annotations: the folder of the files ``NAME.xml``.
+        images: the folder of the files ``NAME.jpg``, the only suffix that MMDetection looks for.
 
     Raises:
-        ValueError: no images, one that is not there, or a file that is missing or damaged.
+        ValueError: no images are listed, an image does not exist, or a file is missing or damaged.
     """
     found: set[str] = set()
     names = _text(file).splitlines()
@@ -104,10 +104,10 @@ def voc_classes(file: Path, annotations: Path, images: Path) -> set[str]:
 
 
 def check_classes(classes: Sequence[str], origin: str, found: Sequence[str], used: set[str], where: Path) -> None:
-    """See that ``classes`` are among the ``found`` ones and have all the ``used`` ones.
+    """Check that all ``classes`` are among those ``found``, and that they include all those ``used``.
 
     Raises:
-        ValueError: which one is not, and the classes that there are.
+        ValueError: one is missing; the message names it and lists the classes that there are.
     """
     if len(set(classes)) < len(classes):
         raise ValueError(f"{origin}: a class is there twice: {', '.join(classes)}")

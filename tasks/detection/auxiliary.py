@@ -15,18 +15,18 @@ from engine.task import Task
 
 
 class WithLevels(Protocol):
-    """A task whose head can be had for some levels alone."""
+    """A task that can build its head for only some levels."""
 
     def level_head(self, chain: Chain, message: Message) -> nn.Module:
-        """A head on the levels that ``message`` has maps for."""
+        """A head on only the levels that ``message`` has maps for."""
         ...
 
 
 class Levels(AuxiliaryNetwork):
-    """The detector's own head on the levels a block can see, and on no others.
+    """The detector's own head on only the levels that a block can see.
 
-    The level-matched head of the GLCAN group's released RetinaNet code: the block's map and those before it make a
-    local FPN, and each of its levels learns the objects of the sizes it stands for.
+    This is the level-matched head of the GLCAN group's released RetinaNet code: the maps of the block and of those
+    before it make a local FPN, and each level learns the objects of the sizes that it is responsible for.
     """
 
     def __init__(self, head: nn.Module) -> None:

@@ -19,22 +19,23 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.network.chain import Chain, Unit, apply_to_x
 from engine.network.message import Message
+from engine.utilities.text import one_line
 
 EXAMPLE_SIDE = 256
-"""Pixels; every stage's map divides it."""
+"""Side of the example image in pixels; the side of every stage's map divides it."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The maps a head works on, and a detector that has this head and takes them as its backbone's output.
+    """The maps that a head works on, and a detector with this head that takes them in place of its backbone's output.
 
-    MMDetection's heads predict differently in training, where the loss wants what they make of the ground truth too, so
-    the head runs when it is known which of the two is wanted.
+    In training, MMDetection's heads compute other things than in testing, since the loss depends on the ground truth.
+    So the head runs only when it is known which of the two is needed.
     """
 
     detector: BaseDetector
     levels: tuple[Tensor, ...]
-    """(N, C, H_l, W_l), the finest first."""
+    """Maps (N, C, H_l, W_l), the finest first."""
 
     def losses(self, samples: list[DetDataSample]) -> dict[str, Any]:
         """MMDetection's own losses by name, from the samples' ground truth."""
@@ -44,7 +45,7 @@ class Prediction:
     def predict(self, samples: list[DetDataSample]) -> list[DetDataSample]:
         """The samples with ``pred_instances``: boxes in pixels of the original images, scores and labels.
 
-        The head works in fp32 here, whatever the levels were made in.
+        The head works in fp32 here, whatever the precision of the levels.
         """
         levels = tuple(level.float() for level in self.levels)
         predicted: list[DetDataSample] = self.detector.predict(levels, samples, rescale=True)
@@ -52,7 +53,7 @@ class Prediction:
 
 
 def given_levels(detector: BaseDetector) -> BaseDetector:
-    """``detector`` sharing all its heads, but with maps in an image's place: it has no backbone and no neck."""
+    """A detector that shares all heads of ``detector`` and takes maps instead of images: without backbone and neck."""
     bare = copy.copy(detector)
     bare._modules = {
         name: module
@@ -63,17 +64,16 @@ def given_levels(detector: BaseDetector) -> BaseDetector:
     return bare
 
 
-def dense_head(detector: BaseDetector) -> nn.Module:
+def dense_head(detector: BaseDetector) -> Any:
     """The head that predicts at every place of every level: the only one, or the region proposal network."""
-    head: nn.Module = detector.bbox_head if hasattr(detector, "bbox_head") else detector.rpn_head
-    return head
+    return detector.bbox_head if hasattr(detector, "bbox_head") else detector.rpn_head
 
 
 @contextmanager
 def recomputed(detector: BaseDetector) -> Iterator[None]:
-    """Meanwhile the dense head forgets what it makes of each level, and backward makes it again (local.recompute).
+    """A context in which the dense head keeps no activations for a level and recomputes them in backward.
 
-    Known limitation: a head with BatchNorm of its own keeps everything, as it would count a batch twice.
+    Known limitation: a head that contains BatchNorm keeps everything, since recomputation would count a batch twice.
     """
     head = dense_head(detector)
     plain = head.forward_single
@@ -86,12 +86,12 @@ def recomputed(detector: BaseDetector) -> Iterator[None]:
 
 
 def detector_chain(detector: BaseDetector) -> Chain:
-    """Stem, each residual block, neck, head; C2..C5 travel in the message, under their stages' names, to the neck.
+    """The chain of stem, residual blocks, neck and head; messages carry C2..C5, by their stages' names, to the neck.
 
-    The head is a unit, so that it can be a block apart from the neck; what is computed in it counts with the loss.
+    The head is a unit, so that it can be cut from the neck; its computations count as part of the loss.
 
     Raises:
-        ValueError: a kind of detector that is not known to be such a chain.
+        ValueError: detectors of this kind are not known to be such a chain.
     """
     backbone, kind = getattr(detector, "backbone", None), type(detector).__name__
     if not isinstance(backbone, ResNet) or type(backbone).forward is not ResNet.forward:
@@ -113,7 +113,7 @@ def detector_chain(detector: BaseDetector) -> Chain:
     first = [backbone.stem] if backbone.deep_stem else [backbone.conv1, backbone.norm1, backbone.relu]
     units = [Unit("stem", nn.Sequential(*first, backbone.maxpool), stage="stem")]
     stages = [name for number, name in enumerate(backbone.res_layers) if number in backbone.out_indices]
-    unread = getattr(detector.neck, "start_level", 0)  # an FPN takes these maps, and leaves them
+    unread = getattr(detector.neck, "start_level", 0)  # an FPN is passed the maps before this one, but ignores them
     for stage in backbone.res_layers:
         forward = partial(_residual, stage=stage) if stage in stages[unread:] else apply_to_x
         for number, layer in enumerate(getattr(backbone, stage)):
@@ -130,7 +130,7 @@ def detector_chain(detector: BaseDetector) -> Chain:
     try:
         levels = chain.shapes()[-1].features["levels"]
     except RuntimeError as error:
-        raise ValueError(f"model.config: {kind}'s parts do not fit: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"model.config: {kind}'s parts do not fit: {one_line(error, 300)}") from error
     strides = dense.prior_generator.strides
     if len(levels) != len(strides) or levels[0].shape[1] != dense.in_channels:
         raise ValueError(
@@ -141,7 +141,7 @@ def detector_chain(detector: BaseDetector) -> Chain:
 
 
 def _residual(layer: nn.Module, message: Message, *, stage: str) -> Message:
-    """A residual block; the last one's output stays in the message as its stage's map."""
+    """Apply a residual block; the output of a stage's last block stays in the message as the stage's map."""
     x = layer(message.x)
     return replace(message, features={**message.features, "x": x, stage: x})
 

@@ -13,13 +13,13 @@ class ModelConfig:
     """The detector."""
 
     config: str = "retinanet/retinanet_r18_fpn_1x_coco.py"
-    """An MMDetection config: a file, or a name in the configs that MMDetection comes with."""
+    """An MMDetection config: a file, or the name of one that MMDetection comes with."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Overrides of that config by dotted keys, as MMDetection's --cfg-options: {model.backbone.frozen_stages: 1}."""
+    """Overrides of that config by dotted keys, like MMDetection's --cfg-options: {model.backbone.frozen_stages: 1}."""
     weights: str = ""
     """File with initial weights of the whole detector under its own names, as MMDetection writes them."""
     pretrained: bool = False
-    """Download the initial weights that the config names for the backbone; else everything starts at random."""
+    """Download the initial weights that the config names for the backbone; otherwise all weights start at random."""
 
 
 _OWN_FILES = "it makes its own; data.name=coco or voc reads files of yours"
@@ -39,50 +39,52 @@ UNREAD: dict[str, dict[str, str]] = {
         "keep_empty": _OPTIONS.format("train_dataloader.dataset.filter_cfg.filter_empty_gt"),
     },
 }
-"""Keys of ``data`` that a ``data.name`` does not read, and what to do instead."""
+"""The keys of ``data`` that each ``data.name`` does not read, and what to do instead."""
 
 
 @dataclass
 class DataConfig:
     """Images and boxes, read by MMDetection's data sets and pipelines.
 
-    A key that ``name`` does not read is refused: of `digits` it is those of files and classes, of `voc` the folders of
-    images, of `config` those of files in root, and sizes, flip and keep_empty, which the MMDetection config has.
+    A key that ``name`` does not read is refused: `digits` does not read the keys for files and classes, `voc` not those
+    for folders of images, and `config` not those for files in root, nor sizes, flip and keep_empty, which are in the
+    MMDetection config.
     """
 
     name: Literal["digits", "coco", "voc", "config"] = "digits"
-    """`digits` on photographs come with scikit-learn; `coco`, `voc`: files in `root`; `config`: what the MMDetection
-    config names, with its pipelines and metric."""
+    """`digits` puts digits on photographs, both from scikit-learn; `coco` and `voc` read files in `root`; `config`
+    reads the data that the MMDetection config names, with its pipelines and metric."""
     root: str = ""
-    """Folder of a `coco` or `voc` data set; for `config` it replaces data_root. `digits` are made in data/."""
+    """Folder of a `coco` or `voc` data set; for `config` it replaces data_root. `digits` are written to data/."""
     train: str = ""
-    """Training annotations of `coco` or `voc` in `root`; empty: annotations/instances_train2017.json, or
+    """Training annotations of `coco` or `voc` in `root`; empty means annotations/instances_train2017.json or
     ImageSets/Main/train.txt."""
     test: str = ""
-    """Test annotations of `coco` or `voc` in `root`; empty: annotations/instances_val2017.json, or
+    """Test annotations of `coco` or `voc` in `root`; empty means annotations/instances_val2017.json or
     ImageSets/Main/val.txt."""
     train_images: str = ""
-    """Folder in `root` of `coco` training images; empty: train2017."""
+    """Folder of `coco` training images in `root`; empty means train2017."""
     test_images: str = ""
-    """Folder in `root` of `coco` test images; empty: val2017."""
+    """Folder of `coco` test images in `root`; empty means val2017."""
     classes: list[str] = field(default_factory=list)
-    """Names of the classes in the order of their numbers; empty takes them from the annotations, or of `config` from
-    its metainfo. Not for `digits`."""
+    """Names of the classes in the order of their numbers; if empty, they are taken from the annotations, and for
+    `config` from its metainfo. Not for `digits`."""
     sizes: list[list[int]] = field(default_factory=lambda: [[320, 320]])
-    """[width, height] that images are scaled to fit in, as mmcv's Resize; of several, each training image takes one
-    at random (multi-scale training), test images the first. Not for `config`."""
+    """[width, height] that images are scaled to fit into, as by mmcv's Resize. If there are several, each training
+    image uses a random one (multi-scale training), and test images use the first. Not for `config`."""
     flip: bool = True
-    """Mirror every other training image. Not for `config`."""
+    """Mirror training images at random, half of the time. Not for `config`."""
     keep_empty: bool = True
-    """Train on images without ground truth too. Not for `config`."""
+    """Also train on images without ground truth. Not for `config`."""
     batch: int = 8
     """Images per optimizer step."""
     subset: int = 0
-    """Train on this many images, spread over the set; 0 takes all."""
+    """Train on this many images, spread over the set; 0 means all."""
     workers: int = 0
     """Processes that load images; 0 loads in the training process. Any number gives the same bits."""
     drop_last: bool = False
-    """Leave out the last batches that are not full: one of lying images, one of upright ones."""
+    """Drop the last batches that are not full, of which there may be one with landscape and one with portrait
+    images."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Images and boxes through MMDetection's data sets and pipelines, the same bits whatever loads them."""
+"""Images and boxes from MMDetection's data sets and pipelines, with the same bits whatever loads them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.network.message import Message
 from engine.utilities.seed import derive
+from engine.utilities.text import one_line
 from tasks.detection.config import DataConfig
 from tasks.detection.datasets import build_dataset, dataset_configs, metric_configs
 from tasks.detection.plain_config import class_count
 from tasks.detection.targets import targets_of
 
 Items = list[dict[str, Any]]
-"""A batch as MMDetection's pipelines pack it: ``inputs`` uint8 (3, h, w) and ``data_samples`` of each image."""
+"""A batch as MMDetection's pipelines pack it: ``inputs`` uint8 (3, h, w) and ``data_samples`` for each image."""
 
 TRIES = 10
-"""How often an image is given to a random pipeline that may drop it."""
+"""How often an image is passed to a random pipeline that drops it, before this counts as an error."""
 
 
 class Samples(Dataset[dict[str, Any]]):
     """An MMDetection data set whose randomness depends on (seed, epoch, index) alone.
 
-    Items are asked for as (epoch, index). MMDetection replaces an image that its pipeline drops (a crop without
-    boxes, say) by another one at random; here the same image is tried again with other random numbers.
+    Items are asked for as (epoch, index). If a pipeline drops an image, for example because a crop has no boxes,
+    MMDetection replaces it by a random other image; here the same image is tried again with other random numbers.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -47,14 +48,14 @@ class Samples(Dataset[dict[str, Any]]):
         self.indices = list(range(len(dataset)))
         for source in _sources(dataset):
             source._rand_another = _drop
-        # OpenMP's and OpenCV's threads spin beside each other, and OpenCV's are lost in a forked process.
+        # OpenCV's threads compete with those of OpenMP, and do not survive in a forked process.
         cv2.setNumThreads(0)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def info(self, index: int) -> dict[str, Any]:
-        """MMDetection's annotation of an image: ``img_id``, ``img_path``, ``width``, ``height``, ``instances``."""
+        """MMDetection's annotations of an image: ``img_id``, ``img_path``, ``width``, ``height``, ``instances``."""
         info: dict[str, Any] = self.dataset.get_data_info(self.indices[index])
         return info
 
@@ -69,7 +70,7 @@ class Samples(Dataset[dict[str, Any]]):
                 except _DroppedError:
                     continue
                 except Exception as error:
-                    cause = " ".join(str(error).split())[:300] or type(error).__name__
+                    cause = one_line(error, 300) or type(error).__name__
                     raise ValueError(f"cannot load image {self.info(index).get('img_path')}: {cause}") from error
         raise ValueError(
             f"{self.info(index).get('img_path')}: the config's training pipeline dropped it {TRIES} times in a row; "
@@ -80,7 +81,7 @@ class Samples(Dataset[dict[str, Any]]):
         """Keep ``count`` images, spread evenly.
 
         Raises:
-            ValueError: there are not as many.
+            ValueError: there are fewer images.
         """
         if count > len(self):
             raise ValueError(f"data.subset: {count} images asked for, there are {len(self)}")
@@ -89,17 +90,17 @@ class Samples(Dataset[dict[str, Any]]):
 
     @cached_property
     def upright(self) -> list[bool]:
-        """Which images are higher than wide."""
+        """For each image, whether it is higher than wide."""
         infos = (self.info(index) for index in range(len(self)))
         return [info.get("width", 0) < info.get("height", 0) for info in infos]
 
     def batches(
         self, epoch: int, start: int, batch: int, workers: int, shuffle: bool, drop_last: bool
     ) -> Iterator[Items]:
-        """Batches ``start`` and on of an epoch.
+        """The batches of an epoch from ``start`` on.
 
-        Shuffled ones are of one orientation, as MMDetection's are, so that none is padded to more than its largest
-        image; what then remains of either comes last, the lying ones first.
+        A shuffled batch has images of one orientation, as in MMDetection, so that images are padded only to the largest
+        in the batch. What remains of both orientations comes last, landscape images first.
         """
         lots = [lot for lot in self._lots(epoch, batch, shuffle) if len(lot) == batch or not drop_last]
         wanted = [[(epoch, index) for index in lot] for lot in lots[start:]]
@@ -114,11 +115,11 @@ class Samples(Dataset[dict[str, Any]]):
         try:
             yield from loader
         except ValueError as error:
-            # A worker process wraps its traceback around the message; the last line is the cause.
+            # The message from a worker process includes its traceback; the last line is the cause.
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
     def batch_sizes(self, batch: int, shuffle: bool, drop_last: bool) -> list[int]:
-        """Images in each of an epoch's batches, the same for every epoch."""
+        """Number of images in each batch of an epoch, which is the same for every epoch."""
         sizes = [len(lot) for lot in self._lots(0, batch, shuffle)]
         return [size for size in sizes if size == batch or not drop_last]
 
@@ -138,7 +139,7 @@ class Samples(Dataset[dict[str, Any]]):
 
 
 class _DroppedError(Exception):
-    """A pipeline wants no sample of an image."""
+    """A pipeline has dropped an image."""
 
 
 def _drop() -> int:
@@ -150,7 +151,7 @@ def _as_it_is(items: Items) -> Items:
 
 
 def _own_session(worker: int) -> None:
-    """torchrun signals a rank's whole session, but it is the rank that ends its workers, after the step."""
+    """torchrun signals the whole session of a rank; in one of their own, workers live until the rank ends them."""
     os.setsid()
     cv2.setNumThreads(0)
 
@@ -175,8 +176,8 @@ def _random_states_kept() -> Iterator[None]:
 def data_preprocess(preprocessor: nn.Module, items: Items, training: bool) -> Message:
     """``items`` normalised and padded by the detector's own data preprocessor.
 
-    ``x`` is (N, 3, H, W) float32; the targets are as ``targets_of`` says. Boxes are in pixels of the input for
-    training; for testing in pixels of the original image, as MMDetection's metrics want them.
+    ``x`` is (N, 3, H, W) float32; ``targets_of`` describes the targets. For training, boxes are in pixels of the input;
+    for testing they are in pixels of the original image, as MMDetection's metrics expect.
     """
     with torch.no_grad():
         done = preprocessor(pseudo_collate(items), training)
@@ -184,17 +185,17 @@ def data_preprocess(preprocessor: nn.Module, items: Items, training: bool) -> Me
 
 
 def load_samples(data: DataConfig, plain: PlainConfig | None, seed: int) -> tuple[Samples, Samples]:
-    """Training and test samples; ``plain`` is the MMDetection config where ``data.name`` is ``config``.
+    """Training and test samples; ``plain`` is the MMDetection config if ``data.name`` is ``config``.
 
-    Boxes without area, or outside their image, are dropped: of COCO files MMDetection does it, of VOC files we do,
-    for testing too, where no detection could match them.
+    Boxes without area or outside their image are dropped. MMDetection does so for COCO files; for VOC files it is done
+    here, for testing too, where no detection could match such a box.
 
     Raises:
-        ValueError: a folder, file or image is missing or damaged, classes do not match (also those that the head of
-            ``plain`` is for), or there are no images.
+        ValueError: a folder, file or image is missing or damaged, classes do not match each other or the head of
+            ``plain``, or there are no images.
     """
     configs = dataset_configs(data, plain)
-    metric_configs(data, plain)  # what evaluation will need is there
+    metric_configs(data, plain)  # report a file that evaluation would miss before training
     built = {split: build_dataset(config, plain) for split, config in configs.items()}
     if data.name == "voc":
         for split, dataset in built.items():
@@ -209,7 +210,7 @@ def load_samples(data: DataConfig, plain: PlainConfig | None, seed: int) -> tupl
 
 
 def _check_head(plain: PlainConfig, count: int) -> None:
-    """See that the head is for as many classes: MMDetection trains one of others without a word."""
+    """Check that the head has this number of classes: MMDetection silently trains one with another number."""
     model = plain.get("model") or {}
     within, key = (model, "model") if "bbox_head" in model else (model.get("roi_head") or {}, "model.roi_head")
     head = within.get("bbox_head")
@@ -228,7 +229,7 @@ def _drop_degenerate(dataset: XMLDataset, keep_empty: bool) -> None:
         inside = []
         for instance in info["instances"]:
             x1, y1, x2, y2 = instance["bbox"]
-            # Some tools write a size of 0.
+            # Some tools write 0 for the size of an image, which then says nothing about where its edges are.
             right, bottom = info["width"] or x2, info["height"] or y2
             if min(x2, right) > max(x1, 0) and min(y2, bottom) > max(y1, 0):
                 inside.append(instance)
@@ -237,7 +238,7 @@ def _drop_degenerate(dataset: XMLDataset, keep_empty: bool) -> None:
 
 
 def _sources(dataset: Any) -> Iterator[BaseDataset]:
-    """The data sets that a wrapper (a repetition, a concatenation) reads."""
+    """The data sets that a wrapper, such as a repetition or a concatenation, reads."""
     if isinstance(dataset, BaseDataset):
         yield dataset
     for inner in getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]:

@@ -1,4 +1,4 @@
-"""Configs of MMDetection's data sets and metrics, looked through before anything is read by them."""
+"""Configs of MMDetection's data sets and metrics, checked before MMDetection reads anything."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from mmdet.datasets import CocoDataset, XMLDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config as PlainConfig
 
+from engine.utilities.text import one_line
 from tasks.detection.annotations import Classes, check_classes, coco_classes, voc_classes
 from tasks.detection.config import DataConfig
 from tasks.detection.digits import digits_folder, digits_on_photographs
 from tasks.detection.quiet import quiet
 
 LOADERS = {"train": "train_dataloader", "test": "val_dataloader"}
-"""Where an MMDetection config has a split's data set."""
+"""Where an MMDetection config has the data set of each split."""
 EVALUATORS = {"train_dataloader": "", "val_dataloader": "val_evaluator", "test_dataloader": "test_evaluator"}
-"""Of each data set it may have, where it has the metrics."""
+"""Where an MMDetection config has the metrics for each data set."""
 DRAWN = Path("data")
-"""Folder for the digits."""
+"""Folder to which the digits are written."""
 REROOT = "data.root replaces the config's data_root"
 
 
 def dataset_configs(data: DataConfig, plain: PlainConfig | None) -> dict[str, dict[str, Any]]:
-    """Of each split, what MMDetection builds its data set from.
+    """For each split, the config from which MMDetection builds its data set.
 
     Raises:
         ValueError: a folder, file or image is missing or damaged, or classes do not match.
@@ -39,7 +40,7 @@ def dataset_configs(data: DataConfig, plain: PlainConfig | None) -> dict[str, di
 
 
 def own_datasets(data: DataConfig, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Likewise, but nothing is looked at; ``data.name`` is not ``config``."""
+    """The same, but without checking any file; ``data.name`` must not be ``config``."""
     voc, pipelines = data.name == "voc", _pipelines(data)
     return {
         split: {
@@ -50,17 +51,17 @@ def own_datasets(data: DataConfig, classes: Sequence[str]) -> dict[str, dict[str
             "filter_cfg": {"filter_empty_gt": not data.keep_empty},
             "pipeline": pipelines[split],
             "test_mode": split == "test",
-            "serialize_data": not voc,  # boxes without area are dropped from what is loaded
+            "serialize_data": not voc,  # for VOC, boxes without area are removed from the loaded list
         }
         for split, (file, images) in _files(data).items()
     }
 
 
 def metric_configs(data: DataConfig, plain: PlainConfig | None) -> list[dict[str, Any]]:
-    """Configs of the MMDetection metrics that the test data are evaluated by.
+    """Configs of the MMDetection metrics that evaluate the test data.
 
     Raises:
-        ValueError: the MMDetection config has none, or its annotation file is not there.
+        ValueError: the MMDetection config has none, or its annotation file does not exist.
     """
     if data.name == "voc":
         return [{"type": "VOCMetric", "metric": "mAP", "iou_thrs": 0.5, "eval_mode": "area"}]
@@ -80,10 +81,10 @@ def metric_configs(data: DataConfig, plain: PlainConfig | None) -> list[dict[str
 
 
 def with_root_and_classes(data: DataConfig, plain: PlainConfig) -> PlainConfig:
-    """A copy of the MMDetection config ``plain`` whose data sets and metrics have data.root and data.classes.
+    """A copy of the MMDetection config ``plain`` with data.root and data.classes in its data sets and metrics.
 
     Raises:
-        ValueError: what the run reads has no data_root to replace.
+        ValueError: a data set that the run reads has no data_root to replace.
     """
     plain = copy.copy(plain)
     for loader, evaluator in EVALUATORS.items():
@@ -107,14 +108,14 @@ def with_root_and_classes(data: DataConfig, plain: PlainConfig) -> PlainConfig:
 
 
 def _rerooted(file: str, old: str, new: str) -> str:
-    """``file`` in the folder ``new`` if it was in ``old``, or is relative; others stay where they are."""
+    """The path of ``file`` in ``new`` instead of ``old``; an absolute path outside ``old`` stays as it is."""
     if old and Path(file).is_relative_to(old):
         return os.path.join(new, Path(file).relative_to(old))
     return os.path.join(new, file)
 
 
 def _several(metrics: Any) -> list[Any]:
-    """The metrics of an evaluator: it may be one, or a list of them."""
+    """The metrics of an evaluator, which may be a single one or a list."""
     return metrics if isinstance(metrics, list) else [metrics] if metrics else []
 
 
@@ -125,7 +126,7 @@ def _pipelines(data: DataConfig) -> dict[str, list[dict[str, Any]]]:
     resize: dict[str, Any] = {"type": "Resize", "scale": sizes[0], "keep_ratio": True}
     any_size: dict[str, Any] = {"type": "RandomChoiceResize", "scales": sizes, "keep_ratio": True}
     flip: list[dict[str, Any]] = [{"type": "RandomFlip", "prob": 0.5}] if data.flip else []
-    # MMDetection's keep_empty=True drops an image that has lost all its boxes.
+    # With keep_empty=True, MMDetection drops an image that has lost all its boxes; with False it keeps it.
     no_specks: dict[str, Any] = {"type": "FilterAnnotations", "min_gt_bbox_wh": (1, 1), "keep_empty": False}
     train = [load, boxes, any_size if len(sizes) > 1 else resize, *flip, no_specks, {"type": "PackDetInputs"}]
     meta = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
@@ -135,7 +136,7 @@ def _pipelines(data: DataConfig) -> dict[str, list[dict[str, Any]]]:
 
 
 def _files(data: DataConfig) -> dict[str, tuple[Path, Path]]:
-    """Annotation file and folder of images of each split; of VOC data the folder that has JPEGImages/."""
+    """Annotation file and image folder of each split; for VOC data the folder that contains JPEGImages/."""
     root = Path(data.root)
     if data.name == "digits":
         root = digits_folder(DRAWN)
@@ -154,7 +155,7 @@ def _files(data: DataConfig) -> dict[str, tuple[Path, Path]]:
 
 
 def _coco_classes(data: DataConfig) -> Classes:
-    """The classes of COCO files that have been looked through; digits are drawn before."""
+    """The classes of COCO files, after checking the files; digits are drawn first if they do not exist."""
     if data.name == "digits":
         digits_on_photographs(DRAWN)
     else:
@@ -170,7 +171,7 @@ def _coco_classes(data: DataConfig) -> Classes:
 
 
 def _voc_classes(data: DataConfig) -> Classes:
-    """Likewise of VOC files."""
+    """The classes of VOC files, after checking the files."""
     _check_folder("data.root", Path(data.root))
     found: dict[Path, set[str]] = {}
     files = _files(data)
@@ -182,7 +183,7 @@ def _voc_classes(data: DataConfig) -> Classes:
 
 
 def _same_classes(found: dict[Path, set[str]], classes: Sequence[str], origin: str) -> Classes:
-    """``classes``, or all that the annotations have: unlike COCO's, VOC files do not list them."""
+    """``classes``, or else all classes in the annotations: unlike COCO files, VOC files do not list them."""
     known = sorted(set().union(*found.values()))
     if not known:
         raise ValueError(f"{next(iter(found))}: none of its images has a box")
@@ -192,7 +193,7 @@ def _same_classes(found: dict[Path, set[str]], classes: Sequence[str], origin: s
 
 
 def _plain_datasets(data: DataConfig, plain: PlainConfig) -> dict[str, dict[str, Any]]:
-    """The data sets of an MMDetection config, their annotations looked through where they are COCO's or VOC's."""
+    """The data sets of an MMDetection config, after checking annotations in the form of COCO or VOC."""
     configs: dict[str, dict[str, Any]] = {}
     found: dict[Path, set[str]] = {}
     listed: dict[Path, Classes] = {}
@@ -222,7 +223,7 @@ def _plain_datasets(data: DataConfig, plain: PlainConfig) -> dict[str, dict[str,
 
 
 def _leaves(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Of the config of a data set, those that read annotations: wrappers have a ``dataset``, or ``datasets``."""
+    """The data sets in a config that read annotations themselves; wrappers have a ``dataset`` or ``datasets``."""
     if "dataset" in config or "datasets" in config:
         for inner in config.get("datasets") or [config["dataset"]]:
             yield from _leaves(inner)
@@ -245,7 +246,7 @@ def _refuse_caches(config: Any) -> None:
 
 
 def _remote(config: dict[str, Any]) -> bool:
-    """Whether files are read by one of MMEngine's backends for other than disks."""
+    """Whether files are read by one of MMEngine's backends for remote storage."""
     backend = (config.get("backend_args") or {}).get("backend", "local")
     return bool(backend != "local")
 
@@ -261,7 +262,7 @@ def build_dataset(config: dict[str, Any], plain: PlainConfig | None) -> Any:
         with quiet():
             return DATASETS.build({"_scope_": scope, **config})
     except Exception as error:
-        cause = " ".join(str(error).split())[:300]
+        cause = one_line(error, 300)
         if "need at least one array to concatenate" in cause:
             cause = "no image is left; data.keep_empty=true, or filter_empty_gt=False, keeps those without boxes"
         raise ValueError(f"{config.get('ann_file', 'model.config')}: {cause or type(error).__name__}") from error

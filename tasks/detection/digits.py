@@ -1,4 +1,4 @@
-"""Handwritten digits on photographs: detection data that needs no download, the same to the byte every time."""
+"""Handwritten digits on photographs: detection data that needs no download and is always the same to the byte."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ import numpy.typing as npt
 from PIL import Image
 
 from engine.utilities.files import made_once
+from tasks.scikit_learn import digit_scans
 
 Pixels = npt.NDArray[np.float64]
 
 VERSION = 1
-"""Raise it with every change of what is drawn: folders of other versions are left alone."""
+"""To be raised whenever the drawing changes: folders of other versions are left alone."""
 COUNTS = {"train": 200, "test": 60}
 SIDE = 320
 """Width and height of the images in pixels."""
 COLUMNS = {"train": (0, 400), "test": (400, 640)}
-"""Part of each photograph, 640 pixels wide, that a split's backgrounds are cropped from."""
+"""The columns of each photograph, which is 640 pixels wide, that a split's backgrounds are cropped from."""
 EMPTY = 20
-"""One image in so many has no digit."""
+"""One image in this many has no digit."""
 CONTRAST = 64.0
-"""Least difference in grey value between the ink and the mean of what it covers."""
+"""Least difference in grey value between the ink and the mean of the background under it."""
 
 
 def digits_folder(folder: Path) -> Path:
-    """Where in ``folder`` the data set is, or will be."""
+    """The data set's folder in ``folder``, whether or not it exists yet."""
     return folder / f"digits-on-photographs-{VERSION}"
 
 
 def digits_on_photographs(folder: Path) -> Path:
-    """The data set's folder in ``folder``, drawn unless it is there; never a half-made one.
+    """The data set's folder in ``folder``, drawn unless it is there already; it is complete or not there.
 
-    It has train/, test/ and annotations/{train,test}.json as COCO does, with classes 0 to 9 and boxes that just hold
-    the ink. scikit-learn's scans of digits (every fifth of a class is for testing) are enlarged to 24 to 96 px and put
-    on crops of scikit-learn's two photographs.
+    It has train/, test/ and annotations/{train,test}.json in the form of COCO, with classes 0 to 9 and boxes that just
+    enclose the ink. scikit-learn's scans of digits, of which every fifth of a class is for testing, are enlarged to 24
+    to 96 px and put on crops of scikit-learn's two photographs.
     """
     target = digits_folder(folder)
     if not target.is_dir():
@@ -49,15 +50,10 @@ def digits_on_photographs(folder: Path) -> Path:
 
 
 def _draw_split(root: Path, split: str) -> None:
-    from sklearn.datasets import load_digits, load_sample_images  # slow to import, and seldom needed
+    from sklearn.datasets import load_sample_images  # slow to import, and seldom needed
 
-    bunch = load_digits()
-    seen = [0] * 10
-    scans: list[tuple[Pixels, int]] = []
-    for scan, digit in zip(bunch.images, bunch.target.tolist(), strict=True):
-        if (seen[digit] % 5 == 4) == (split == "test"):
-            scans.append((scan, digit))
-        seen[digit] += 1
+    train, test = digit_scans()
+    scans = test if split == "test" else train
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -79,7 +75,7 @@ def _draw_split(root: Path, split: str) -> None:
 
 
 def _background(photographs: list[Image.Image], split: str, random: np.random.Generator) -> Pixels:
-    """A random crop, enlarged to (SIDE, SIDE, 3) float64 in 0 to 255."""
+    """A random crop, enlarged to (SIDE, SIDE, 3), float64 from 0 to 255."""
     photograph = photographs[random.integers(len(photographs))]
     side = int(random.integers(160, 241))
     left, right = COLUMNS[split]
@@ -91,7 +87,7 @@ def _background(photographs: list[Image.Image], split: str, random: np.random.Ge
 def _write_digits(
     canvas: Pixels, scans: list[tuple[Pixels, int]], count: int, random: np.random.Generator
 ) -> list[tuple[tuple[int, int, int, int], int]]:
-    """Write up to ``count`` digits into ``canvas``, as many as find room; their boxes x1 y1 x2 y2 and values."""
+    """Write up to ``count`` digits into ``canvas``, as many as fit; return their boxes x1 y1 x2 y2 and values."""
     written: list[tuple[tuple[int, int, int, int], int]] = []
     for _ in range(count):
         scan, digit = scans[random.integers(len(scans))]
@@ -113,7 +109,7 @@ def _write_digits(
 
 
 def _ink(scan: Pixels, size: int) -> Pixels:
-    """How much ink (0 to 1) a scan enlarged to ``size`` pixels has, cut to the rectangle that holds it all."""
+    """The amount of ink (0 to 1) of a scan enlarged to ``size`` pixels, cropped to the rectangle that encloses it."""
     enlarged = Image.fromarray(scan.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
     ink: Pixels = np.clip((np.asarray(enlarged, np.float64) - 6.0) / 4.0, 0.0, 1.0)
     rows, columns = (np.flatnonzero((ink > 0.5).any(axis)) for axis in (1, 0))
@@ -122,7 +118,7 @@ def _ink(scan: Pixels, size: int) -> Pixels:
 
 
 def _colour(behind: float, random: np.random.Generator) -> Pixels:
-    """A random colour that can be told from a background of mean grey value ``behind``."""
+    """A random colour that stands out from a background of mean grey value ``behind``."""
     while True:
         colour = random.uniform(0, 255, 3)
         if abs(colour.mean() - behind) >= CONTRAST:

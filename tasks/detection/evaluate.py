@@ -1,10 +1,9 @@
-"""How good boxes are, by MMDetection's own metrics, and a picture of them."""
+"""Evaluate boxes by MMDetection's own metrics, and draw a picture of them."""
 
 from __future__ import annotations
 
 import colorsys
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
@@ -20,6 +19,8 @@ from mmengine.config import Config as PlainConfig
 from mmengine.logging import MMLogger
 from PIL import Image, ImageDraw
 
+from engine.task import Metrics
+from engine.utilities.files import replaced
 from tasks.detection.config import DataConfig
 from tasks.detection.data import Samples
 from tasks.detection.datasets import metric_configs
@@ -27,28 +28,29 @@ from tasks.detection.quiet import quiet
 from tasks.detection.targets import Targets, samples_of
 
 PICTURED = 4
-"""Number of test images, the first ones, in the picture."""
+"""The picture shows this many test images, the first ones."""
 PICTURE_SIDE = 400
 """Longer side of each in pixels."""
 PICTURED_SCORE = 0.3
-"""Least score of a box in the picture."""
+"""Least score of a predicted box in the picture."""
 TITLE = 14
 """Height in pixels of the line above each image."""
 
 Box = tuple[list[float], int, float | None]
-"""x1 y1 x2 y2 in pixels of the original image, label, score if predicted."""
+"""x1 y1 x2 y2 in pixels of the original image, label, and score if the box is predicted."""
 
 
-class DetectionMetrics:
+class DetectionMetrics(Metrics):
     """Mean average precision by MMDetection's CocoMetric or VOCMetric.
 
-    ``mAP`` comes first: COCO's is averaged over intersections over union of 0.5 to 0.95, and ``mAP_50`` and ``mAP_75``
-    follow; VOC's is at 0.5 (area under the curve), and so is its ``mAP_50``, rounded to three digits as all of
-    MMDetection's COCO figures are. For data of an MMDetection config it is what its ``val_evaluator`` says. What has
-    no value (no small boxes to be found, say) is left out; without any predicted box all are 0.
+    ``mAP`` comes first. COCO's is averaged over intersections over union from 0.5 to 0.95, and ``mAP_50`` and
+    ``mAP_75`` follow. VOC's is at 0.5 (area under the curve), and so is its ``mAP_50``, which is rounded to three
+    digits as all COCO figures of MMDetection are. For the data of an MMDetection config the figures are those of its
+    ``val_evaluator``. Figures without a value, for example because there are no small boxes to find, are left out; if
+    no box at all is predicted, all figures are 0.
 
     Raises:
-        ValueError: ``val_evaluator`` has another metric, or none with mAP of boxes.
+        ValueError: ``val_evaluator`` has a metric of another kind, or none that gives the mAP of boxes.
     """
 
     def __init__(self, data: DataConfig, samples: Samples, plain: PlainConfig | None) -> None:
@@ -93,7 +95,7 @@ class DetectionMetrics:
             return dict.fromkeys(["mAP", *names], 0.0)
         figures: dict[str, float] = {}
         for metric in self._metrics:
-            # Not ``metric.evaluate``: it waits for all ranks, and those of a pipeline have other things to do.
+            # ``metric.evaluate`` would wait for all ranks, but those of a pipeline are busy with other things.
             with _unseen():
                 computed = metric.compute_metrics(metric.results)
             for key, value in computed.items():
@@ -120,12 +122,11 @@ class DetectionMetrics:
             picture.paste(right, (width // 2, top))
             top += left.height
         folder.mkdir(parents=True, exist_ok=True)
-        room = folder / ".predictions.writing.png"
-        picture.save(room)
-        os.replace(room, folder / "predictions.png")
+        with replaced(folder / "predictions.png") as partial:
+            picture.save(partial)
 
     def _draw(self, image: Image.Image, boxes: list[Box], title: str) -> Image.Image:
-        """The image scaled to PICTURE_SIDE below a line with its title, and its boxes."""
+        """The image with its boxes, scaled to PICTURE_SIDE, below a line with its title."""
         scale = PICTURE_SIDE / max(image.size)
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
         panel = Image.new("RGB", (size[0], size[1] + TITLE), "white")
@@ -138,7 +139,7 @@ class DetectionMetrics:
             colour = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.9, 1.0))
             draw.rectangle((left, top, right, bottom), outline=colour, width=2)
             text = self._names[label] if score is None else f"{self._names[label]} {score:.2f}"
-            text = text.encode("ascii", "replace").decode()  # the font that Pillow always has
+            text = text.encode("ascii", "replace").decode()  # Pillow's built-in font has no more
             at = (left, max(top - 11, TITLE))
             draw.rectangle(draw.textbbox(at, text), fill="black")
             draw.text(at, text, fill="white")
@@ -165,14 +166,14 @@ def _plain(boxes: Any, labels: Any) -> dict[str, Any]:
 
 
 def _instances(truth: dict[str, Any], ignore: int) -> list[dict[str, Any]]:
-    """As CocoMetric without an annotation file wants them."""
+    """Instances in the form that CocoMetric expects without an annotation file."""
     pairs = zip(truth["bboxes"].tolist(), truth["labels"].tolist(), strict=True)
     return [{"bbox": box, "bbox_label": label, "ignore_flag": ignore} for box, label in pairs]
 
 
 @contextmanager
 def _unseen() -> Iterator[None]:
-    """Compute metrics without their tables, and without forking a process that has threads."""
+    """A context in which metrics print no tables, and use threads, since a process with threads must not fork."""
     logger = MMLogger.get_current_instance()
     level, pool = logger.level, mean_ap.Pool
     logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""The MMDetection config of what was trained, for its own tools."""
+"""The MMDetection config of a trained detector, for MMDetection's own tools."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tasks.detection.config import DataConfig
 from tasks.detection.datasets import metric_configs, own_datasets, with_root_and_classes
 
 MARK = "# Written by tools/export.py"
-"""First line of every config that is written here; others are not overwritten."""
+"""First line of every config that is written here; no other file is overwritten."""
 LOADER = {"batch_size": 1, "num_workers": 2, "sampler": {"type": "DefaultSampler", "shuffle": False}}
-"""How images are loaded where the config says nothing."""
+"""How images are loaded if the config does not say it."""
 
 
 def write_config(plain: PlainConfig, data: DataConfig, classes: Sequence[str], target: Path) -> None:
-    """Write ``plain`` with the run's data sets, pipelines and metrics beside the weights ``target``, as .py.
+    """Write ``plain``, with the run's data sets, pipelines and metrics, as a .py file beside the weights ``target``.
 
-    ``init_detector``, ``inference_detector`` and MMDetection's tools/test.py then do with these weights what
-    tools/evaluate.py does. Paths are absolute; nothing is read of the data. Optimizer, schedule and batch size are
-    ``plain``'s, not the run's, and the training images are all, whatever data.subset was.
+    With these weights, ``init_detector``, ``inference_detector`` and MMDetection's tools/test.py then give the results
+    of tools/evaluate.py. Paths are absolute; no data is read. Optimizer, schedule and batch size are those of ``plain``
+    instead of the run's, and the training set has all images, whatever data.subset was.
 
-    Known limitation: a box of a VOC file that is outside its image counts as one that was missed.
+    Known limitation: a box in a VOC file that lies outside its image counts as missed.
 
     Raises:
-        ValueError: ``target`` is a .py file itself, or a file that is not an export's would be overwritten.
+        ValueError: ``target`` is itself a .py file, or a file that is not an export would be overwritten.
     """
     if target.suffix == ".py":
         raise ValueError(f"--out: {target} is for the MMDetection config beside the weights; give FILE.pth")
@@ -45,7 +45,7 @@ def write_config(plain: PlainConfig, data: DataConfig, classes: Sequence[str], t
 
 
 def _without_local(plain: PlainConfig) -> None:
-    """Remove what trained by blocks: the file is read where this project is not."""
+    """Remove the settings of local learning: the file is read where this project may not be installed."""
     for key in ("local", "runner_type"):
         plain.pop(key, None)
     imports = plain.get("custom_imports") or {}
@@ -58,7 +58,7 @@ def _without_local(plain: PlainConfig) -> None:
 
 def _with_own_data(plain: PlainConfig, data: DataConfig, classes: Sequence[str]) -> PlainConfig:
     plain = copy.deepcopy(plain)
-    for stale in ("data_root", "dataset_type"):  # names that the configs' files give to values used further down
+    for stale in ("data_root", "dataset_type"):  # names that config files give to values that they use further down
         plain.pop(stale, None)
     datasets = {split: _absolute(config) for split, config in own_datasets(data, classes).items()}
     plain.default_scope = plain.get("default_scope") or "mmdet"
@@ -76,7 +76,7 @@ def _with_own_data(plain: PlainConfig, data: DataConfig, classes: Sequence[str])
 
 
 def _absolute(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` of a data set or a metric with absolute paths."""
+    """The ``config`` of a data set or a metric, with absolute paths."""
     paths: dict[str, Any] = {}
     if "ann_file" in config:
         paths["ann_file"] = os.path.abspath(config["ann_file"])

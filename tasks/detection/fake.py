@@ -1,8 +1,8 @@
-"""MMDetection's losses on fake activations, for the memory estimator: no GPU, no data, hardly any arithmetic.
+"""MMDetection's losses on fake activations, for the memory estimator: without GPU or data, with little arithmetic.
 
-A detector's loss looks at values: assigners ask which anchors lie on a box, and index with the answer. Inside of
-``keeping_values`` what comes of real tensors alone (anchors, boxes, labels, masks) is real and computed, and what
-touches an activation stays fake:
+A detector's loss depends on values: assigners ask which anchors lie on a box, and index with the answer. Inside
+``keeping_values``, whatever depends only on real tensors (anchors, boxes, labels, masks) is real and computed, and
+whatever depends on an activation stays fake:
 
 ====================================== =====================================================================
 operator                               what happens
@@ -14,14 +14,14 @@ with a fake argument                   stays fake, its real arguments count as f
 ... whose value is asked for           the answer is 1, or True (a loss normalised by predictions, as GFL's)
 ====================================== =====================================================================
 
-Two things are not as on a CPU, since an estimate is for a GPU:
+Two things differ from a step on a CPU, since an estimate is for a GPU:
 
-- ``FocalLoss`` takes the fused operator that it takes on CUDA, which keeps scores and labels. On a CPU it takes
-  PyTorch's operators, "only for debugging", which keep some eight tensors of the scores' size. ``fused=False``
-  counts those, as a step on a CPU does. No other loss of RetinaNet, FCOS, ATSS, GFL and Faster R-CNN differs.
-- A region proposal network's choice (sort, decode, NMS: a few MiB, freed at once) is not made, as it hangs on
-  predictions. The second stage gets made-up proposals, as many as it asks for, half of them near the ground truth, so
-  that its sampler finds its share of positives.
+- ``FocalLoss`` uses the fused operator that it uses on CUDA, which keeps scores and labels. On a CPU it uses PyTorch's
+  operators, "only for debugging", which keep some eight tensors of the scores' size. ``fused=False`` counts those, as a
+  step on a CPU does. No other loss of RetinaNet, FCOS, ATSS, GFL and Faster R-CNN differs.
+- A region proposal network does not choose proposals (by sorting, decoding and NMS, which takes a few MiB that are
+  freed at once), since the choice depends on predictions. The second stage gets made-up proposals, as many as it asks
+  for. Half of them are near the ground truth, so that the sampler finds the usual share of positives.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ _aten = torch.ops.aten
 def keeping_values(*, fused: bool = True) -> Iterator[None]:
     """A context for the loss of a detector whose activations are fake and whose ground truth is real.
 
-    To be entered inside of a ``FakeTensorMode``, which allows real tensors beside fake ones from then on: backward,
-    which runs outside of this context, meets those that the loss has saved. mmcv's compiled operators pass fake tensors
-    by from then on too, for the same reason.
+    It must be entered inside a ``FakeTensorMode``, which from then on allows real tensors among fake ones: backward
+    runs outside this context and meets the real tensors that the loss has saved. For the same reason, mmcv's compiled
+    operators ignore fake tensors from then on.
 
     Args:
-        fused: count the focal loss as CUDA computes it, else as a CPU does. The latter's one-hot labels are real
-            tensors: 5 GiB of them for 16 images of 800 x 1333.
+        fused: count the focal loss as CUDA computes it, otherwise as a CPU does. On a CPU the one-hot labels are real
+            tensors, which take 5 GiB for 16 images of 800 x 1333.
 
     Raises:
-        ValueError: the loss picks samples by the predictions themselves (YOLOX's and Cascade R-CNN's do).
+        ValueError: the loss chooses samples by the predictions themselves, as those of YOLOX and Cascade R-CNN do.
     """
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     assert mode is not None, "no FakeTensorMode is active"
@@ -70,7 +70,7 @@ def keeping_values(*, fused: bool = True) -> Iterator[None]:
     if fused:
         FocalLoss.forward = functools.partialmethod(_as_on_cuda, plain[0])
     try:
-        with _KeepingValues():  # type: ignore[no-untyped-call]
+        with _KeepingValues():
             yield
     except DynamicOutputShapeException as error:
         raise ValueError(
@@ -82,9 +82,9 @@ def keeping_values(*, fused: bool = True) -> Iterator[None]:
 
 
 def made_up_boxes(count: int, height: int, width: int) -> Tensor:
-    """Boxes (count, 4) as x1 y1 x2 y2 inside of an image; small and large, narrow and wide, always the same.
+    """Boxes (count, 4) as x1 y1 x2 y2 inside an image, small and large, narrow and wide, and always the same.
 
-    Real ones, even while other tensors are made fake.
+    The boxes are real tensors, even where new tensors are fake.
     """
     with unset_fake_temporarily():
         side, shape, x, y = _spread(count, 4).unbind(1)
@@ -95,13 +95,13 @@ def made_up_boxes(count: int, height: int, width: int) -> Tensor:
 
 
 def _spread(count: int, axes: int) -> Tensor:
-    """Points (count, axes) that fill the unit cube evenly, however many are taken: multiples of irrational numbers."""
+    """Points (count, axes) that fill the unit cube evenly for any ``count``: multiples of irrational numbers."""
     steps = torch.tensor([2.0, 3.0, 5.0, 7.0])[:axes].sqrt()
     return torch.arange(1, count + 1).unsqueeze(1) * steps % 1
 
 
-class _KeepingValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The table of this module's docstring."""
+class _KeepingValues(TorchDispatchMode):
+    """Implements the table in this module's docstring."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,11 +120,11 @@ def _any_fake(*trees: Any) -> bool:
 
 
 def _without_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The same with the numbers of its true elements in each real mask's place: once fake, it would not tell them."""
+    """``indices`` with real masks replaced by the numbers of their true elements, which a fake mask could not tell."""
     found: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype is torch.bool and not isinstance(index, FakeTensor):
-            with no_dispatch():  # inside of the operator, where nobody counts
+            with no_dispatch():  # this is part of the operator, so its memory is not counted
                 found.extend(index.nonzero().unbind(1))
         else:
             found.append(index)
@@ -140,7 +140,7 @@ def _as_on_cuda(
     avg_factor: Any = None,
     reduction_override: str | None = None,
 ) -> Tensor:
-    """``FocalLoss.forward``, by the fused operator wherever it would be taken on CUDA."""
+    """``FocalLoss.forward`` with the fused operator wherever CUDA would use it."""
     if loss.activated or pred.dim() == target.dim():
         return plain(loss, pred, target, weight, avg_factor, reduction_override)
     reduction = reduction_override or loss.reduction
@@ -152,7 +152,7 @@ def _as_on_cuda(
 def _loss_and_made_up_proposals(
     head: BaseDenseHead, levels: Sequence[Tensor], samples: list[DetDataSample], proposal_cfg: Any = None
 ) -> tuple[dict[str, Any], list[InstanceData]]:
-    """``BaseDenseHead.loss_and_predict`` where no prediction has a value."""
+    """``BaseDenseHead.loss_and_predict`` for predictions without values."""
     count = (proposal_cfg or head.test_cfg).max_per_img
     return head.loss(levels, samples), [InstanceData(bboxes=_made_up_proposals(sample, count)) for sample in samples]
 
@@ -163,20 +163,20 @@ def _made_up_proposals(sample: DetDataSample, count: int) -> Tensor:
     near = count // 2 if len(boxes) else 0
     which = torch.arange(near) % max(len(boxes), 1)
     size = boxes[which, 2:] - boxes[which, :2]
-    shift = (_spread(near, 2) - 0.5) * 0.3 * size  # they overlap by half at least
+    shift = (_spread(near, 2) - 0.5) * 0.3 * size  # moved and original boxes overlap by half at least
     moved = boxes[which] + shift.repeat(1, 2)
     return torch.cat([moved, made_up_boxes(count - near, height, width)])
 
 
 @functools.cache
 def _let_fakes_pass() -> None:
-    """Let mmcv's compiled operators do nothing on fake tensors, in forward and, outside of any context, in backward.
+    """Have mmcv's compiled operators do nothing on fake tensors, in forward and, outside any context, in backward.
 
-    Those named here write into tensors made beforehand and return nothing, so that nothing is left to make. With
-    real tensors they are what they were.
+    The operators named here write to tensors made beforehand and return nothing, so doing nothing suffices. On real
+    tensors they work as before.
 
-    Done once, at the first ``keeping_values``, and for good, since backward may run at any time after it. A process
-    that estimates nothing, such as a training run, has mmcv as it is.
+    This is done once, by the first ``keeping_values``, and for good, since backward may run at any later time. A
+    process that makes no estimate, such as a training run, has mmcv unchanged.
     """
 
     def passing(operator: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Heads of auxiliary networks: light copies of the detector's own, on a pyramid built of the maps a block has."""
+"""Heads of auxiliary networks: light copies of the detector's own, on a pyramid of the maps that a block has."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from engine.network.message import Message
 from tasks.detection.chain import EXAMPLE_SIDE, Prediction, dense_head, given_levels
 
 GROUP = 32
-"""Channels come in multiples of this: group normalisation in heads has 32 groups."""
+"""Numbers of channels are multiples of this, since group normalisation in heads has 32 groups."""
 
 
 @MODELS.register_module()
 class GivenMaps(nn.Identity):
-    """Stands where MMDetection wants a backbone: the image is a pyramid already."""
+    """Stands in for a backbone, which MMDetection requires, where the input is already a pyramid of maps."""
 
 
 class PyramidHead(nn.Module):
-    """A local FPN over the maps a block has, and a light copy of the detector's own head on its levels.
+    """A local FPN over the maps that a block has, and a light copy of the detector's own head on its levels.
 
     Args:
-        names: of the maps in the message, the finest first; ``shrink`` is by how much that one is too fine for the
-            head (it is pooled).
-        fpn: maps to levels; none where the message has the levels already.
-        detector: the light copy, which takes levels in an image's place.
+        names: names of the maps in the message, the finest first.
+        shrink: factor by which the finest map is pooled, if it is too fine for the head.
+        fpn: turns maps into levels; None if the message already has the levels.
+        detector: the light copy, which takes levels instead of images.
     """
 
     def __init__(self, names: Sequence[str], shrink: int, fpn: nn.Module | None, detector: BaseDetector) -> None:
@@ -50,17 +50,17 @@ class PyramidHead(nn.Module):
 def pyramid_head(
     detector: BaseDetector, config: Any, message: Message, *, width: float = 0.5, only_seen: bool = False
 ) -> PyramidHead:
-    """A head for features like those of ``message``, which has shapes as of an image of ``EXAMPLE_SIDE`` pixels.
+    """A head for features like those of ``message``, whose shapes are for an image of ``EXAMPLE_SIDE`` pixels.
 
-    Levels are those of the detector's own head that can be made: a map gives the level of its stride, the levels
-    beyond the coarsest map come by the detector's own extra convolutions after the backbone's last stage, else by
-    subsampling. The head has one convolution where its model has several, ``width`` of its channels, and one anchor
-    scale an octave (our choice).
+    The head has those levels of the detector's own head that can be made. A map gives the level of its stride. Levels
+    beyond the coarsest map come from the detector's own extra convolutions if this map is the backbone's last,
+    otherwise from subsampling. Where the detector's head has several convolutions, the light head has one; it has
+    ``width`` times the channels, and one anchor scale per octave (our choice).
 
     Args:
-        detector: the whole one, for what its head knows of levels.
+        detector: the whole detector, whose head knows the levels.
         config: its MMDetection config (``model``).
-        only_seen: no level beyond the coarsest map.
+        only_seen: make no level beyond the coarsest map.
     """
     dense = dense_head(detector)
     own = [int(stride[0]) for stride in dense.prior_generator.strides]
@@ -93,7 +93,7 @@ def pyramid_head(
 
 
 def _last_side(detector: BaseDetector) -> int:
-    """Side of the backbone's last map, of an image of ``EXAMPLE_SIDE``."""
+    """Side of the backbone's last map for an image of ``EXAMPLE_SIDE`` pixels."""
     backbone = detector.backbone
     stride = 4
     for number in backbone.strides[: backbone.num_stages]:
@@ -104,7 +104,7 @@ def _last_side(detector: BaseDetector) -> int:
 def _light_detector(
     detector: BaseDetector, config: Any, levels: Sequence[int], own: Sequence[int], channels: int, width: float
 ) -> BaseDetector:
-    """The detector of ``config`` without backbone and neck, a lighter head on some of its own ``levels``."""
+    """The detector of ``config`` without backbone and neck, and with a lighter head on some of its ``levels``."""
     light = copy.deepcopy(dict(config))
     light.update(backbone={"type": "GivenMaps"}, neck=None, data_preprocessor=None, init_cfg=None)
     whole = int(config.neck.out_channels)
@@ -117,7 +117,7 @@ def _light_detector(
         anchors = dense["anchor_generator"]
         anchors["strides"] = strides
         octave = anchors.get("scales_per_octave", 1)
-        if octave > 1:  # the middle one: scores, the largest of a head's tensors, are a third of RetinaNet's
+        if octave > 1:  # keep the middle scale: scores, a head's largest tensors, shrink to a third in RetinaNet
             anchors["octave_base_scale"] *= 2 ** ((octave - 1) / 2 / octave)
             anchors["scales_per_octave"] = 1
     if "strides" in dense:
@@ -137,7 +137,7 @@ def _light_detector(
 
 
 def _lighter(config: Any, whole: int, channels: int, width: float) -> Any:
-    """A head's config with ``channels`` in place of the ``whole`` that its neck gives, and less inside."""
+    """A head's config with ``channels`` input channels instead of ``whole``, the neck's, and fewer inside."""
     if isinstance(config, list | tuple):
         return [_lighter(item, whole, channels, width) for item in config]
     if not isinstance(config, dict):

@@ -1,4 +1,4 @@
-"""What a run of local learning says in MMEngine's log, and what it adds to MMEngine's checkpoints."""
+"""What local learning adds to MMEngine's log and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from engine.utilities.size import MIB
 from tasks.detection.wrapper import LocalModel
 
 KEY = "local"
-"""In a checkpoint: the auxiliary networks. MMEngine's tools read the detector's own weights and leave it alone."""
+"""Key of the auxiliary networks in a checkpoint; MMEngine's tools read only the detector's own weights."""
 
 
 @HOOKS.register_module()
 class LocalHook(Hook):
-    """Logs the blocks, their memory, and keeps auxiliary networks in checkpoints; ``LocalRunner`` registers it.
+    """Logs the blocks and their memory, and keeps auxiliary networks in checkpoints; ``LocalRunner`` registers it.
 
-    Memory is measured once, in the second iteration that updates (optimizer state is born in the first): the peak of
-    all tensors of the training step while each block's local step runs, on any device.
+    Memory is measured once, in the second iteration that updates weights, since the first creates the optimizer's
+    state. It is the peak of all tensors of the training step while each block's local step runs, on any device.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class LocalHook(Hook):
             checkpoint[KEY] = runner.model.local_state()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Take over what belongs to the blocks. Weights to start from (``load_from``) are the detector's alone."""
+        """Restore the blocks' own state; of weights to start from (``load_from``) only the detector's are used."""
         model = runner.model
         if not isinstance(model, LocalModel) or not runner._resume:
             return

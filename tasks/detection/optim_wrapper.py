@@ -1,4 +1,4 @@
-"""MMEngine's optimizer wrappers, one a block, set up by the detector's own parameter names."""
+"""MMEngine's optimizer wrappers, one per block, set up by the detector's own parameter names."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from engine.learning.block import Block
 
 OF_AUXILIARY = "auxiliary."
-"""What the names of auxiliary networks' parameters begin with, here and in ``paramwise_cfg``."""
+"""Prefix of the parameter names of auxiliary networks, here and in ``paramwise_cfg``."""
 
 
 class BlockOptimWrappers(OptimWrapperDict):
-    """Wrappers of all blocks, which see the same iterations and as a rule have the same learning rates."""
+    """The wrappers of all blocks, which see the same iterations and usually have the same learning rates."""
 
     def initialize_count_status(self, model: nn.Module, cur_iter: int, max_iters: int) -> None:
         for wrapper in self.values():
             wrapper.initialize_count_status(model, cur_iter, max_iters)
 
     def get_lr(self) -> dict[str, list[float]]:
-        """The first block's, under MMEngine's usual names, if all have the same; else each block's."""
+        """The first block's rates, under MMEngine's usual names, if all blocks have the same; else each block's."""
         rates = [wrapper.get_lr() for wrapper in self.values()]
         bases = {tuple(rate.get("base_lr", rate["lr"])) for rate in rates}
         first: dict[str, list[float]] = rates[0]
@@ -31,10 +31,10 @@ class BlockOptimWrappers(OptimWrapperDict):
 
 
 def part_of(detector: nn.Module, block: Block) -> nn.Module:
-    """The part of a detector's module tree that a block has, its own modules under their own names.
+    """The part of a detector's module tree that belongs to a block, with all modules under their own names.
 
-    What MMEngine's optimizer constructors go by, names and kinds of layers, is then as in the whole detector. The
-    auxiliary network is in it as ``auxiliary``.
+    MMEngine's optimizer constructors decide by names and kinds of layers, which are then the same as in the whole
+    detector. The auxiliary network is the submodule ``auxiliary``.
     """
     part = _part(detector, {id(parameter) for parameter in block.parameters()})
     if block.auxiliary is not None:
@@ -65,13 +65,13 @@ def names_end_to_end(detector: nn.Module, config: Mapping[str, Any], saved: Mapp
     """Names of a detector's parameters in the order in which one optimizer for all of them numbers them.
 
     Args:
-        detector: as it is trained now.
-        config: what MMEngine builds that optimizer from.
+        detector: the detector as it is trained now.
+        config: the config from which MMEngine builds that optimizer.
         saved: the optimizer's state in a checkpoint of end-to-end training.
 
     Returns:
-        None if ``saved`` has other groups, other settings in them, or other shapes: its numbers may mean other
-        parameters, or its state be another optimizer's.
+        None if ``saved`` has other groups, other settings in them, or other shapes: its numbers may then stand for
+        other parameters, or its state may be that of another kind of optimizer.
     """
     optimizer = build_optim_wrapper(detector, config).optimizer
     groups, others = optimizer.state_dict()["param_groups"], saved.get("param_groups", [])
@@ -89,11 +89,11 @@ def names_end_to_end(detector: nn.Module, config: Mapping[str, Any], saved: Mapp
 
 
 def optimizer_by_name(parameters: Mapping[str, Sequence[str]], saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The optimizers' state that a checkpoint has of the detector's own parameters, as ``name:key`` -> tensor.
+    """A checkpoint's optimizer state for the detector's own parameters, as ``name:key`` -> tensor.
 
     Args:
-        parameters: names of each wrapper's parameters in their optimizer's order.
-        saved: the state of each wrapper; nothing in a checkpoint without.
+        parameters: for each wrapper, names of the parameters in the order of its optimizer.
+        saved: the state of each wrapper; empty if the checkpoint has none.
     """
     found = {}
     for wrapper, names in parameters.items():

@@ -1,8 +1,7 @@
-"""The plain MMDetection config of a detector: found, overridden, and given the classes of the data."""
+"""The plain MMDetection config of a detector: find it, override options, and set the classes of the data."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import mmdet
 from mmengine.config import Config, ConfigDict
 
+from engine.utilities.text import did_you_mean, one_line
 from tasks.detection.config import ModelConfig
 
 OWN = Path(mmdet.__file__).parent / ".mim" / "configs"
@@ -20,20 +20,20 @@ def plain_config(model: ModelConfig) -> Config:
     """The MMDetection config that ``model.config`` names, with ``model.options`` merged in.
 
     Raises:
-        ValueError: no such file (has the nearest name), not a config of a detector, or an option that does not fit.
+        ValueError: there is no such file (the message names the nearest), it is not the config of a detector, or an
+            option does not fit.
     """
     path = Path(model.config)
     if not path.is_file():
         path = OWN / model.config
     if not path.is_file():
         known = [str(file.relative_to(OWN)) for file in OWN.glob("*/*.py")]
-        close = difflib.get_close_matches(model.config, known, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(model.config, known)
         raise ValueError(f"model.config: {model.config!r} is neither a file nor in MMDetection's configs{hint}")
     try:
         config = Config.fromfile(path)
     except Exception as error:
-        raise ValueError(f"model.config: {path}: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"model.config: {path}: {one_line(error, 300)}") from error
     if not isinstance(config.get("model"), dict):
         raise ValueError(f"model.config: {path} has no `model`")
     for key, value in model.options.items():
@@ -41,12 +41,12 @@ def plain_config(model: ModelConfig) -> Config:
         try:
             config.merge_from_dict({key: value})
         except Exception as error:
-            raise ValueError(f"model.options: {key!r}: {' '.join(str(error).split())[:300]}") from error
+            raise ValueError(f"model.options: {key!r}: {one_line(error, 300)}") from error
     return config
 
 
 def _check_option(config: Config, key: str) -> None:
-    """The section an option is in must be there: merging would make an empty one for a misspelt name."""
+    """Check that the section of an option exists: merging would create an empty one for a misspelt name."""
     at: Any = config
     *sections, _ = key.split(".")
     for section in sections:
@@ -54,8 +54,7 @@ def _check_option(config: Config, key: str) -> None:
             at = {str(number): value for number, value in enumerate(at)}
         known = list(at) if isinstance(at, Mapping | Config) else []
         if section not in known:
-            close = difflib.get_close_matches(section, [str(name) for name in known], n=1)
-            hint = f", did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(section, map(str, known))
             raise ValueError(
                 f"model.options: {key!r}: the config has no {section!r}{hint} (options in a config file are for its "
                 "own detector; --model.options {} drops them)"
@@ -64,7 +63,7 @@ def _check_option(config: Config, key: str) -> None:
 
 
 def without_downloads(model: Any) -> None:
-    """Remove from an MMDetection model config all initial weights that are files."""
+    """Remove all initial weights that are files from an MMDetection model config."""
     if isinstance(model, list | tuple):
         for item in model:
             without_downloads(item)
@@ -86,7 +85,7 @@ def set_classes(model: ConfigDict, count: int) -> None:
 
 
 def class_count(model: ConfigDict) -> int | None:
-    """``num_classes`` of the head that an MMDetection model config has; None where it names none."""
+    """``num_classes`` of the head in an MMDetection model config; None if it names none."""
     head = model.get("bbox_head") or model.get("roi_head", {}).get("bbox_head", {})
     head = head[0] if isinstance(head, list) else head
     count: int | None = head.get("num_classes")

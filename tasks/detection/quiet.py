@@ -1,4 +1,4 @@
-"""What MMDetection and its dependencies say that is of no use here."""
+"""Silence remarks of MMDetection and its dependencies that are of no use here."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what pycocotools and MMDetection print; errors are heard."""
+    """Suppress what pycocotools and MMDetection print; errors are still raised."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 @contextlib.contextmanager
 def quiet_import() -> Iterator[None]:
-    """Also without warnings: of optional packages that are not there, of a machine without a GPU."""
+    """Also suppress warnings about optional packages that are missing and about a machine without a GPU."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

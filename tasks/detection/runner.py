@@ -1,4 +1,4 @@
-"""MMDetection's own runner, training by local learning: for configs that have ``local``.
+"""MMDetection's own runner, made to train by local learning, for configs with ``local``.
 
 A user keeps an MMDetection config and adds::
 
@@ -6,9 +6,9 @@ A user keeps an MMDetection config and adds::
     local = dict(blocks=4, auxiliary=dict(type='glcan'))
     runner_type = 'LocalRunner'
 
-and trains it with MMDetection's own tools. Importing this module changes three functions of MMEngine, so that no config
-with ``local`` trains end to end for want of the last line: ``Runner.from_cfg`` makes a ``LocalRunner`` of it, and
-``Runner.train`` and ``FlexibleRunner.train`` refuse it where the runner is another one.
+and trains it with MMDetection's own tools. Importing this module changes three functions of MMEngine, so that a config
+with ``local`` never trains end to end just because the last line is missing: ``Runner.from_cfg`` makes a
+``LocalRunner`` for it, and ``Runner.train`` and ``FlexibleRunner.train`` refuse it if the runner is another one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ELSEWHERE = {
     "precision": "MMDetection's own key is optim_wrapper.type='AmpOptimWrapper', or --amp",
     "compile": "use this project's tools/train.py with local.compile",
 }
-"""Keys of ``engine.config.LocalConfig`` that ``local`` does not have here, and what to use instead."""
+"""Keys of ``engine.config.LocalConfig`` that ``local`` does not support here, and what to use instead."""
 
 REFUSED = {
     "model_wrapper_cfg": "blocks are wrapped already; leave it out",
@@ -45,17 +45,17 @@ REFUSED = {
 """Keys of a config that cannot be combined with ``local``, and why."""
 
 
-# A reload of this module replaces its own class, and nobody else's of the same name.
+# A reload of this module may replace its own class, but never a class of the same name from elsewhere.
 @RUNNERS.register_module(force="LocalRunner" in globals())
 class LocalRunner(Runner):
-    """MMEngine's runner for a config with ``local``: loops, hooks, logs, schedules and evaluation are its own.
+    """MMEngine's runner for a config with ``local``; loops, hooks, logs, schedules and evaluation remain MMEngine's.
 
     When training starts, the detector is wrapped in a ``LocalModel``, and every block gets an optimizer wrapper of its
-    own, built from ``optim_wrapper``: its clipping is of the block's own gradient norm, its loss scaler the block's.
-    Validation, test and checkpoints see the plain detector.
+    own, built from ``optim_wrapper``, which clips the block's own gradient norm and has its own loss scaler.
+    Validation, testing and checkpoints see the plain detector.
 
     Raises:
-        ValueError: ``local`` is missing, or has a key or value that will not do. When training starts also:
+        ValueError: ``local`` is missing, or has a key or value that is not valid. When training starts, also for:
 
             ======================================= ==================================================
             several ranks                           use this project's tools/train.py
@@ -69,10 +69,13 @@ class LocalRunner(Runner):
             ======================================= ==================================================
     """
 
+    model: Any
+    """The detector; from the start of training on a ``LocalModel`` around it."""
+
     def __init__(self, *args: Any, cfg: Any = None, **kwargs: Any) -> None:
         self.settings = settings_of(cfg or {})
         self.optimizer_before: dict[str, Tensor] | None = None
-        """State by parameter name from a checkpoint of other blocks or none."""
+        """Optimizer state by parameter name, from a checkpoint with other blocks or of end-to-end training."""
         super().__init__(*args, cfg=cfg, **kwargs)
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
@@ -108,7 +111,7 @@ class LocalRunner(Runner):
         return built
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """Cut the detector into blocks, and give each its wrapper."""
+        """Cut the detector into blocks and build a wrapper for each."""
         if isinstance(optim_wrapper, OptimWrapperDict):
             return optim_wrapper
         self.model = LocalModel(self.model, self.cfg.model, self.settings)
@@ -125,8 +128,8 @@ class LocalRunner(Runner):
             self.model.draw()
 
     def resume(self, *args: Any, **kwargs: Any) -> None:
-        """As MMEngine's. From a checkpoint of other blocks, or of end-to-end training, the detector's weights and their
-        momentum go on, and so do learning rates."""
+        """Resume as MMEngine does. From a checkpoint with other blocks or of end-to-end training, the detector's
+        weights with their optimizer state and the learning rates are continued."""
         self._resume = True
         super().resume(*args, **kwargs)
         if self.optimizer_before is None or not isinstance(self.model, LocalModel):
@@ -137,7 +140,7 @@ class LocalRunner(Runner):
         self._advance_schedulers()
 
     def _advance_schedulers(self) -> None:
-        """Bring fresh schedulers to where training is, as if they had seen all of it."""
+        """Advance fresh schedulers to the current iteration, as if they had seen all of training."""
         schedulers = [one for each in (self.param_schedulers or {}).values() for one in each]
         if any(getattr(scheduler, "need_val_args", False) for scheduler in schedulers):
             raise ValueError(
@@ -153,7 +156,7 @@ class LocalRunner(Runner):
 
 
 def _check_classes(detector: nn.Module, dataset: Any) -> None:
-    """Nothing in a training step would fail for a head of other classes than the data's; its boxes mean nothing."""
+    """Check the number of classes: with a wrong number training runs without an error, but its boxes mean nothing."""
     classes = getattr(dataset, "metainfo", {}).get("classes")
     if isinstance(classes, str):
         raise ValueError(f"train_dataloader.dataset.metainfo.classes: {classes!r} is no tuple; write ({classes!r},)")
@@ -171,8 +174,8 @@ def settings_of(cfg: Mapping[str, Any]) -> Config:
     """The engine's config that an MMDetection config asks for by ``local`` and ``randomness.seed``.
 
     Raises:
-        ValueError: no ``local``, an unknown key (with the nearest known one), one that has its place elsewhere, or a
-            value that will not do.
+        ValueError: there is no ``local``, a key is unknown (the message names the nearest known one) or is configured
+            elsewhere, or a value is not valid.
     """
     local = cfg.get("local")
     if not isinstance(local, Mapping):
@@ -182,7 +185,7 @@ def settings_of(cfg: Mapping[str, Any]) -> Config:
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """MMEngine's own, also if this module is loaded once more and finds what it has put there."""
+    """MMEngine's own function, even if this module is loaded again and finds its own replacement."""
     own: Callable[..., Any] = getattr(function, "without_local", function)
     return own
 
@@ -190,7 +193,7 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 def _dispatching(plain: Callable[..., Any]) -> Any:
     @functools.wraps(plain)
     def from_cfg(cls: type[Runner], cfg: Any) -> Runner:
-        return plain(LocalRunner if cls is Runner and cfg.get("local") is not None else cls, cfg)  # type: ignore[no-any-return]
+        return plain(LocalRunner if cls is Runner and cfg.get("local") is not None else cls, cfg)
 
     from_cfg.without_local = plain  # type: ignore[attr-defined]
     return classmethod(from_cfg)

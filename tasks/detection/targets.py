@@ -1,4 +1,4 @@
-"""Ground truth as plain containers, which a message can carry to other ranks, and back as MMDetection has it."""
+"""Convert ground truth to plain containers, which a message can carry to other ranks, and back to MMDetection's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 Targets = dict[str, Any]
-"""Lists by image: ``boxes`` (n, 4) as x1 y1 x2 y2 in input pixels, ``labels`` (n,), ``ignored`` (m, 4) and
-``ignored_labels`` (m,), which count neither for nor against a prediction, ``meta`` (plain values)."""
+"""Lists with one entry per image: ``boxes`` (n, 4) as x1 y1 x2 y2 in input pixels and their ``labels`` (n,); boxes
+``ignored`` (m, 4) and their ``ignored_labels`` (m,), which count neither for nor against a prediction; and ``meta``
+(plain values)."""
 
 
 def targets_of(samples: Sequence[DetDataSample]) -> Targets:
-    """The ground truth and meta information of ``samples``, without what only masks or proposals would need."""
+    """The ground truth and meta information of ``samples``, without what only masks or proposals need."""
     left_out = [sample.ignored_instances if "ignored_instances" in sample else InstanceData() for sample in samples]
     return {
         "boxes": [_tensor(sample.gt_instances.bboxes) for sample in samples],
@@ -44,7 +45,7 @@ def samples_of(targets: Targets) -> list[DetDataSample]:
 
 
 def _tensor(boxes: Any) -> Tensor:
-    """Boxes as a plain tensor: pipelines wrap them in a class of MMDetection's."""
+    """Boxes as a plain tensor; pipelines wrap them in a class of MMDetection."""
     tensor: Tensor = getattr(boxes, "tensor", boxes)
     return tensor
 

@@ -29,6 +29,7 @@ from engine.network.message import Message
 from engine.task import Task
 from engine.utilities.batches import WHOLE, Part, micro_batches
 from engine.utilities.seed import seeded
+from engine.utilities.text import one_line
 from tasks.detection.auxiliary import Levels
 from tasks.detection.chain import Prediction, detector_chain, recomputed
 from tasks.detection.config import DetectionConfig
@@ -42,16 +43,16 @@ from tasks.detection.targets import Targets, samples_of
 from tasks.weights import load_weights
 
 EXAMPLE_BOXES = 8
-"""Objects in each image of a made-up micro-batch."""
+"""Number of objects in each image of a made-up micro-batch."""
 
 
 class Detection(Task):
-    """Images to boxes and classes; MMDetection's own detectors, losses, data sets and metrics."""
+    """Find boxes and classes in images, with MMDetection's own detectors, losses, data sets and metrics."""
 
     name = "detection"
     metric = "mAP"
-    # A detector's head wants maps (DGL ends in a flat vector), at their own resolution; half the channels and one unit
-    # a stage keep the local part below the rest of the backbone, which it stands for.
+    # A detector's head needs maps at their own resolution, and DGL ends in a flat vector. With half the channels and
+    # one unit per stage, the local part stays smaller than the rest of the backbone, which it stands in for.
     auxiliary_options = {
         "glcan": {"depth": 1, "width": 0.5, "reduce": 1},
         "dgl": None,
@@ -60,7 +61,7 @@ class Detection(Task):
     single_sample = True
     smoke = {
         "levels": ("--local.auxiliary", "levels"),
-        # Every size is compiled anew, which takes minutes.
+        # Compiling takes minutes for every new size of images.
         "glcan, compiled": ("--local.compile", "true", "--data.sizes", "[[128, 128]]", "--local.cut", "[neck]"),
     }
     config: DetectionConfig
@@ -68,30 +69,30 @@ class Detection(Task):
 
     def __init__(self, config: DetectionConfig) -> None:
         register_all_modules(init_default_scope=True)
-        MMLogger.get_instance("mmengine").setLevel("WARNING")  # it tells of every tensor how it was initialised
+        MMLogger.get_instance("mmengine").setLevel("WARNING")  # it logs for every tensor how it was initialised
         super().__init__(config)
         self._samples: tuple[Samples, Samples] | None = None
 
     @cached_property
     def plain(self) -> PlainConfig:
-        """The MMDetection config, its heads for as many classes as the data has."""
+        """The MMDetection config, with heads for the number of classes in the data."""
         plain = plain_config(self.config.model)
         if self.config.data.name != "config":
             set_classes(plain.model, len(self.classes))
         for augment in (plain.model.get("data_preprocessor") or {}).get("batch_augments") or []:
             if augment.type == "BatchSyncRandomResize":
                 raise ValueError(
-                    "model.config: BatchSyncRandomResize wants all ranks to meet; take it out with model.options: "
+                    "model.config: BatchSyncRandomResize makes ranks wait for each other; remove it by model.options: "
                     "{model.data_preprocessor.batch_augments: null}, and give several data.sizes"
                 )
         return plain
 
     @property
     def samples(self) -> tuple[Samples, Samples]:
-        """Training and test data, opened when first asked for."""
+        """Training and test data, opened when they are first needed."""
         if self._samples is None:
             data = self.config.data
-            # Of the plain config the data need nothing that depends on them.
+            # Not self.plain: its heads depend on the number of classes, which the data determines.
             plain = plain_config(self.config.model) if data.name == "config" else None
             train, test = load_samples(data, plain, self.config.train.seed)
             if data.subset:
@@ -101,7 +102,7 @@ class Detection(Task):
 
     @cached_property
     def classes(self) -> list[str]:
-        """Names of the classes; they are read from the annotations only where nothing else tells them."""
+        """Names of the classes, read from the annotations only if nothing else tells them."""
         data = self.config.data
         if data.classes:
             return data.classes
@@ -109,12 +110,13 @@ class Detection(Task):
 
     @cached_property
     def preprocessor(self) -> nn.Module:
-        """The detector's own: normalises and pads a batch."""
-        return MODELS.build(self.plain.model.data_preprocessor)  # type: ignore[no-any-return]
+        """The detector's own data preprocessor, which normalises and pads a batch."""
+        built: nn.Module = MODELS.build(self.plain.model.data_preprocessor)
+        return built
 
     @property
     def micro_batch(self) -> int:
-        """Images in a micro-batch, the last ones of an epoch apart."""
+        """Images per micro-batch, except in the last batches of an epoch."""
         return self.config.data.batch // self.config.train.accumulate
 
     def build_chain(self, initial: bool = True) -> Chain:
@@ -128,8 +130,8 @@ class Detection(Task):
                 detector = MODELS.build(model)
                 detector.init_weights()
         except Exception as error:
-            raise ValueError(f"model.config: {model.get('type')}: {' '.join(str(error).split())[:300]}") from error
-        # Replicas count BatchNorm over all of them anyway; its own way would want every rank.
+            raise ValueError(f"model.config: {model.get('type')}: {one_line(error, 300)}") from error
+        # The engine synchronises BatchNorm between replicas; SyncBatchNorm itself would wait for every rank.
         chain = detector_chain(revert_sync_batchnorm(detector).train())
         if initial and config.weights:
             load_weights(detector, Path(config.weights), [*get_torch_safe_globals(), bytes])
@@ -142,7 +144,7 @@ class Detection(Task):
             return self._loss(prediction, _made_up(targets))
 
     def _loss(self, prediction: Prediction, targets: Targets) -> Tensor:
-        """MMDetection's losses, added up as it does; each by its name is in ``named``."""
+        """The sum of MMDetection's losses, as it computes it; ``named`` keeps each loss by its name."""
         loss: Tensor
         with recomputed(prediction.detector) if recomputes() else nullcontext(), _among(self.group):
             loss, named = prediction.detector.parse_losses(prediction.losses(samples_of(targets)))
@@ -153,11 +155,11 @@ class Detection(Task):
         return self._head(chain, message, only_seen=False)
 
     def level_head(self, chain: Chain, message: Message) -> nn.Module:
-        """A head on the levels that ``message`` has maps for, alone."""
+        """A head on only the levels that ``message`` has maps for."""
         return self._head(chain, message, only_seen=True)
 
     def _head(self, chain: Chain, message: Message, *, only_seen: bool) -> PyramidHead:
-        # Anchors are constants whose values matter, even where all else is fake.
+        # Anchors are constants whose values matter even where everything else is fake.
         with unset_fake_temporarily() as mode:
             head = pyramid_head(chain.model, self.plain.model, message, only_seen=only_seen)
         if mode is not None:
@@ -189,11 +191,11 @@ class Detection(Task):
         return Message({"x": images}, targets)
 
     def _largest_size(self) -> tuple[int, int]:
-        """Width and height that hold every image of a batch: of one orientation, here lying, of any of the sizes."""
+        """Width and height that hold every image of a batch; landscape images stand for both orientations."""
         if self.config.data.name == "config":
             sizes = _resized_to(self.plain.train_dataloader.dataset)
         else:
-            sizes = [tuple(size) for size in self.config.data.sizes]
+            sizes = [(width, height) for width, height in self.config.data.sizes]
         return max(max(size) for size in sizes), max(min(size) for size in sizes)
 
     def steps_per_epoch(self) -> int:
@@ -211,14 +213,15 @@ class Detection(Task):
         for items in self.samples[0].batches(epoch, start, data.batch, data.workers, True, data.drop_last):
             messages, at = [], 0
             for size in micro_batches(len(items), self.micro_batch):
-                # A part is padded as the whole is.
+                # The whole micro-batch is padded before a part is taken, so that the padding does not depend on the
+                # part.
                 whole = data_preprocess(self.preprocessor, items[at : at + size], True)
                 messages.append(_part(whole, part.of(size)))
                 at += size
             yield messages
 
     def test_batches(self) -> Iterator[Message]:
-        # Not more images at a time than in training, so that what trains in some memory also evaluates in it.
+        # At most as many images at a time as in training, so that evaluation needs no more memory.
         for items in self.samples[1].batches(0, 0, self.micro_batch, self.config.data.workers, False, False):
             yield data_preprocess(self.preprocessor, items, False)
 
@@ -226,7 +229,7 @@ class Detection(Task):
         return DetectionMetrics(self.config.data, self.samples[1], self.plain)
 
     def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
-        """What MMDetection's ``init_detector`` loads; the plain config goes beside it, as ``target`` with .py."""
+        """What MMDetection's ``init_detector`` loads; writes the plain config beside it, with the suffix .py."""
         write_config(self.plain, self.config.data, self.classes, target)
         return {"state_dict": dict(state), "meta": {"dataset_meta": {"classes": tuple(self.classes)}}}
 
@@ -247,7 +250,7 @@ def _part(message: Message, own: slice) -> Message:
 
 
 def _made_up(targets: Targets) -> Targets:
-    """``targets`` with boxes and labels that have values: those of fake ones are lost."""
+    """``targets`` with made-up boxes and labels in place of fake ones, which have no values."""
     metas, boxes = targets["meta"], targets["boxes"]
     counts = [len(own) for own in boxes]
     return {
@@ -259,7 +262,7 @@ def _made_up(targets: Targets) -> Targets:
 
 
 def _resized_to(dataset: Any) -> list[tuple[int, int]]:
-    """Every scale that a data set config's pipeline may resize to; COCO's usual one if none is told."""
+    """Every scale that the pipeline in a data set's config may resize to; COCO's usual scale if it names none."""
     found: list[tuple[int, int]] = []
     steps = list(dataset.get("pipeline") or [])
     while steps:
@@ -282,10 +285,10 @@ def _resized_to(dataset: Any) -> list[tuple[int, int]]:
 
 
 class _Replicas:
-    """``torch.distributed`` as MMDetection's losses see it: the replicas of this block, and nobody else.
+    """Replaces ``torch.distributed`` for MMDetection's losses: only the replicas of this block take part.
 
-    They average normalisers over all ranks. The ranks of a pipeline compute different losses at different times, and
-    would wait for each other for ever.
+    The losses average normalisers over all ranks. But the ranks of a pipeline compute different losses at different
+    times, and would wait for each other forever.
     """
 
     def __init__(self, group: ProcessGroup | None) -> None:

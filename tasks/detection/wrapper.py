@@ -1,4 +1,4 @@
-"""A detector in MMEngine's hands: its training step is one local step of every block."""
+"""A detector that MMEngine trains; a training step is one local step of every block."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from tasks.detection.task import Detection
 
 
 class GivenDetector(Detection):
-    """The task of a detector that MMEngine builds, feeds and evaluates: the loss and the auxiliary heads are left."""
+    """The task of a detector that MMEngine builds, feeds and evaluates; only loss and auxiliary heads are used."""
 
     def __init__(self, model: ConfigDict) -> None:
-        # Nothing of Detection's own: it would change MMDetection's scope and log.
+        # Detection.__init__ is not called, since it would change MMDetection's scope and log.
         self.plain = PlainConfig({"model": model})
 
 
 class DrivenBlock(Block):
-    """A block whose optimizer wrapper does what follows the forward pass: scale, accumulate, clip, update, free.
+    """A block whose optimizer wrapper does everything after the forward pass: scale, accumulate, clip, update, free.
 
-    Forward pass and loss run in the wrapper's context, which is where AMP casts.
+    The forward pass and the loss run in the wrapper's context, in which AMP casts.
     """
 
     wrapper: OptimWrapper
@@ -67,24 +67,24 @@ class DrivenBlock(Block):
         self.skipped += scaler is not None and scaler.get_scale() < before
 
     def train_update(self) -> Tensor:
-        """Nothing: ``update_params`` has done it, if it was the time to."""
+        """Do nothing: ``update_params`` has updated the weights already, unless it is accumulating gradients."""
         return torch.full((), float("nan"))
 
 
 @MODEL_WRAPPERS.register_module()
 class LocalModel(nn.Module):
-    """A detector, cut into blocks, with an auxiliary network for every block but the last.
+    """A detector that is cut into blocks, with an auxiliary network for every block but the last.
 
-    ``module`` is the detector. MMEngine saves, loads and evaluates that one, so that checkpoints have its own names
-    and nothing auxiliary. Its losses are logged under their own names, each block's as ``blockK/loss``.
+    ``module`` is the detector. MMEngine saves, loads and evaluates only ``module``, so that checkpoints have its own
+    names and nothing auxiliary. Its losses are logged under their own names, and each block's loss as ``blockK/loss``.
 
     Args:
-        module: as the runner has built it, on the runner's device.
+        module: the detector that the runner has built, on the runner's device.
         config: the model's MMDetection config.
-        settings: of ``local`` and the seed.
+        settings: the settings in ``local``, and the seed.
 
     Raises:
-        ValueError: the detector is no chain, or cannot be cut so, or the auxiliary network does not fit.
+        ValueError: the detector is not a chain or cannot be cut as asked, or the auxiliary network does not fit.
     """
 
     def __init__(self, module: BaseDetector, config: ConfigDict, settings: Config) -> None:
@@ -92,10 +92,11 @@ class LocalModel(nn.Module):
         self.module, self.settings = module, settings
         self.task = GivenDetector(config)
         device = torch.device(get_device())
-        # Shapes are inferred, and weights drawn, on the CPU whatever the device.
+        # Shapes are inferred and weights drawn on the CPU, so that they do not depend on the device.
         self.blocks = self._build(module.cpu())
         module.to(device)
-        # Not the blocks themselves: their train() would wake the normalisations that the backbone keeps frozen.
+        # The blocks are not registered: their train() would set normalisations that the backbone keeps frozen to
+        # training.
         self.auxiliaries = nn.ModuleList([block.auxiliary for block in self.blocks if block.auxiliary]).to(device)
         self.optim_wrapper: BlockOptimWrappers | None = None
         self.optim_config = ConfigDict()
@@ -108,14 +109,14 @@ class LocalModel(nn.Module):
         return cast(list[DrivenBlock], blocks)
 
     def draw(self) -> None:
-        """Draw the auxiliary networks' weights anew: they follow the detector's, which may have changed."""
+        """Draw the auxiliary networks' weights again: they are drawn after the detector's, which may have changed."""
         drawn = self._build(copy.deepcopy(self.module).cpu())
         for block, new in zip(self.blocks, drawn, strict=True):
             if block.auxiliary is not None and new.auxiliary is not None:
                 block.auxiliary.load_state_dict(new.auxiliary.state_dict())
 
     def build_optim_wrapper(self, config: ConfigDict) -> BlockOptimWrappers:
-        """One wrapper a block, ``block0`` and so on, each built by MMEngine from the same config."""
+        """One wrapper per block, ``block0`` and so on, each built by MMEngine from the same config."""
         wrappers = {}
         self.optim_config = config
         for block in self.blocks:
@@ -128,7 +129,7 @@ class LocalModel(nn.Module):
         return self.optim_wrapper
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapperDict) -> dict[str, Tensor]:
-        """A local step of every block on a batch as the data loader gives it; the losses to log, by name."""
+        """Run a local step of every block on a batch from the data loader; return the losses to log, by name."""
         assert optim_wrapper is self.optim_wrapper, "blocks are driven by the wrappers made for them"
         batch = self.module.data_preprocessor(data, True)
         message = Message(
@@ -146,7 +147,7 @@ class LocalModel(nn.Module):
 
     @contextmanager
     def _measured(self, message: Message) -> Iterator[None]:
-        """Meanwhile, if ``measuring``, count the bytes of all tensors; the peak of each block goes into ``peaks``."""
+        """A context that, if ``measuring``, counts the bytes of all tensors; each block's peak goes into ``peaks``."""
         with ExitStack() as stack:
             if self.measuring:
                 tracker = MemoryTracker(message.x.device.type)
@@ -167,7 +168,7 @@ class LocalModel(nn.Module):
         return self.module.test_step(data)
 
     def local_state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the detector's weights and MMEngine's own, in plain containers."""
+        """What a checkpoint needs besides the detector's weights and MMEngine's own state, in plain containers."""
         return {
             "cut": [block.unit_names for block in self.blocks],
             "auxiliary": self.settings.local.auxiliary,
@@ -177,7 +178,7 @@ class LocalModel(nn.Module):
         }
 
     def load_local_state(self, state: Mapping[str, Any]) -> bool:
-        """Inverse of ``local_state``; False, and nothing is changed, if it is of other blocks or auxiliary networks."""
+        """Restore ``local_state``; return False and change nothing if it has other blocks or auxiliary networks."""
         own, saved = self._auxiliary_tensors(), state.get("tensors", {})
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
         before = Division(state.get("cut", []), state.get("auxiliary"), shapes)
@@ -190,10 +191,11 @@ class LocalModel(nn.Module):
         return True
 
     def optimizer_before(self, state: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
-        """State of the detector's own parameters, as ``name:key`` -> tensor, from a checkpoint of other training.
+        """Optimizer state of the detector's own parameters, as ``name:key`` -> tensor, from a checkpoint of other
+        training.
 
         Args:
-            state: what ``local_state`` was then; empty after end-to-end training.
+            state: the ``local_state`` in that checkpoint; empty after end-to-end training.
             saved: the optimizer's state in the checkpoint.
         """
         if "parameters" in state:
@@ -213,7 +215,7 @@ class LocalModel(nn.Module):
 
 @contextmanager
 def _unlogged() -> Iterator[None]:
-    """MMEngine logs of every tensor how it was initialised; of the detector's that is enough."""
+    """A context without MMEngine's log of how every tensor was initialised, which the detector itself has filled."""
     logger = MMLogger.get_current_instance()
     handlers, logger.handlers = logger.handlers, []
     try:

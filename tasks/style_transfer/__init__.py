@@ -1,1 +1,1 @@
-"""Style transfer: repaint a photograph in the style of a painting. One folder a method; what they share lies here."""
+"""Style transfer: repaint a photograph in the style of a painting. Each method has a folder; shared code is here."""

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.utilities.text import one_line
+
 
 class CLIPFeatures(nn.Module):
-    """The frozen image encoder of a CLIP model in transformers' layout; gradients go through it to the pictures."""
+    """The frozen image encoder of a CLIP model in transformers' layout; gradients pass through it to the pictures."""
 
     def __init__(self, name: str, key: str = "loss.clip") -> None:
         super().__init__()
@@ -17,8 +19,7 @@ class CLIPFeatures(nn.Module):
 
             model = CLIPVisionModelWithProjection.from_pretrained(name)
         except Exception as error:
-            cause = " ".join(str(error).split())[:200]
-            raise ValueError(f"{key}: no CLIP model can be loaded from {name!r}: {cause}") from error
+            raise ValueError(f"{key}: no CLIP model can be loaded from {name!r}: {one_line(error, 200)}") from error
         self.side, self.width = int(model.config.image_size), int(model.config.projection_dim)
         self.model = _frozen(model)
         mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -28,14 +29,14 @@ class CLIPFeatures(nn.Module):
         self.register_buffer("deviation", torch.tensor(deviation).view(3, 1, 1), persistent=False)
 
     def forward(self, pictures: Tensor, deep: Tensor | None = None) -> Tensor:
-        """(N, width)."""
+        """Embeddings (N, width) of pictures (N, 3, H, W) from 0 to 1."""
         small = F.interpolate(pictures, (self.side, self.side), mode="bicubic", antialias=True)
         embedding: Tensor = self.model(pixel_values=(small - self.mean) / self.deviation).image_embeds
         return embedding
 
 
 def _frozen(model: nn.Module) -> nn.Module:
-    """``model`` with buffers that are not saved in its parameters' places: no optimizer and no checkpoint has them."""
+    """``model`` with buffers that are not saved instead of parameters: no optimizer and no checkpoint holds them."""
     for module in model.eval().modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 LUMINANCE = (0.299, 0.587, 0.114)
-"""Y of YIQ: shares of red, green and blue."""
+"""Shares of red, green and blue in Y of YIQ."""
 
 
 def luminance(image: Tensor) -> Tensor:
-    """Y of ``image`` (3, H, W): (1, H, W)."""
+    """Luminance (1, H, W) of ``image`` (3, H, W)."""
     return (image * image.new_tensor(LUMINANCE)[:, None, None]).sum(0, keepdim=True)
 
 
 def keep_colour(picture: Tensor, content: Tensor) -> Tensor:
-    """The luminance of ``picture`` with the chroma of ``content``, both (3, H, W), cut off at 0 and 1.
+    """The luminance of ``picture`` with the chroma of ``content``, both (3, H, W), clamped to 0..1.
 
-    The luminance-only transfer of Gatys et al., "Preserving Color in Neural Artistic Style Transfer", 2016,
-    arXiv 1606.05897. Red, green and blue all take Y as it is, so that other Y with the same I and Q (or Cb and Cr)
-    is the same number added to each of them.
+    This is the luminance-only transfer of Gatys et al., "Preserving Color in Neural Artistic Style Transfer", 2016,
+    arXiv 1606.05897. Y enters red, green and blue with the same factor of 1, so changing Y while keeping I and Q (or Cb
+    and Cr) means adding the same number to all three.
 
     Example:
         >>> import torch

@@ -1,10 +1,9 @@
-"""Pictures: finding, reading, resizing and writing them. Pixels are (H, W, 3) RGB uint8, tensors (3, H, W) 0..1."""
+"""Find, read, resize and write pictures. Pixels are (H, W, 3) RGB uint8; tensors are (3, H, W) from 0 to 1."""
 
 from __future__ import annotations
 
 import os
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +16,21 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+from engine.utilities.files import replaced
+from engine.utilities.text import one_line
+from tasks.images import SUFFIXES, opened
 
 MAX_PIXELS = 120_000_000
-"""Pixels of the largest picture that is read: 10,000 x 10,000 and some room."""
+"""The most pixels that a picture may have to be read: somewhat more than 10,000 x 10,000."""
 
 Pixels = NDArray[np.uint8]
 
-_pillow = threading.Lock()  # its limit is one for all threads
-
 
 def find_images(key: str, folders: Sequence[Path]) -> list[Path]:
-    """All image files of ``folders`` and their subfolders, each once, sorted; hidden files and folders are left out.
+    """All image files in ``folders`` and their subfolders, each once, sorted, without hidden files and folders.
 
     Args:
-        key: of the config, or option of a tool, that names the folders.
+        key: the config key or command-line option that names the folders, for error messages.
 
     Raises:
         ValueError: a folder is missing, cannot be read, or has no image.
@@ -42,7 +41,7 @@ def find_images(key: str, folders: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{key}: there is no folder {folder}")
         here: set[Path] = set()
         for where, names, files in os.walk(folder, onerror=_refuse):
-            names[:] = [name for name in names if not name.startswith(".")]  # the others are not entered
+            names[:] = [name for name in names if not name.startswith(".")]  # os.walk does not enter the others
             images = [Path(where, name) for name in files if not name.startswith(".")]
             here.update(path for path in images if path.suffix.lower() in SUFFIXES)
         if not here:
@@ -56,12 +55,13 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def read_image(path: Path) -> Pixels:
-    """The pixels of a file, (H, W, 3) RGB uint8, turned as EXIF says.
+    """The pixels of a file, (H, W, 3) RGB uint8, rotated as its EXIF data says.
 
-    Grey is repeated, 16 bits are scaled to 8, what is transparent lies on white; of an animation the first frame.
+    Grey is repeated in all channels, 16 bits are scaled to 8, transparent pixels are laid on white, and an animation
+    gives its first frame.
 
     Raises:
-        ValueError: there is no such file, it is no image, damaged, or larger than ``MAX_PIXELS``.
+        ValueError: there is no such file, it is not an image or damaged, or it has more than ``MAX_PIXELS`` pixels.
     """
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
@@ -77,9 +77,9 @@ def read_image(path: Path) -> Pixels:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height that ``read_image`` will give, by the file's header.
+    """The width and height that ``read_image`` will give, read from the file's header.
 
-    Known limit: a PNG file that says how to turn it only behind its pixels is taken as it lies.
+    Known limitation: the rotation of a PNG file is overlooked if its EXIF data follows the pixels.
 
     Raises:
         ValueError: as ``read_image``, as far as the header shows it.
@@ -87,33 +87,28 @@ def image_size(path: Path) -> tuple[int, int]:
     with _opened(path) as image:
         width, height = image.size
         if image.format == "PNG" and "exif" not in image.info:
-            return width, height  # Pillow would decode it to look for EXIF behind the pixels
+            return width, height  # Pillow would decode the pixels to look for EXIF data after them
         if image.getexif().get(ExifTags.Base.Orientation, 1) < 5:
             return width, height
         if image.format != "TIFF":
             return height, width
-    turned = read_image(path)  # what Pillow tells beforehand differs from version to version
+    turned = read_image(path)  # what Pillow reports for TIFF before decoding differs from version to version
     return turned.shape[1], turned.shape[0]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Pillow's image of a file, not decoded yet; whatever goes wrong with it becomes a ValueError with its name."""
+    """Pillow's image of a file, not decoded yet; whatever goes wrong becomes a ValueError that names the file."""
     try:
-        with _pillow:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                with Image.open(path) as image:
-                    width, height = image.size
-                    if width * height > MAX_PIXELS:
-                        raise ValueError(f"{width} x {height} px are more than {MAX_PIXELS:,}; make it smaller")
-                    yield image
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
+        with opened(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{width} x {height} px are more than {MAX_PIXELS:,}; make it smaller")
+            yield image
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: cannot be read: not an image, or damaged") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise ValueError(f"{path}: cannot be read: {reason}") from error
 
 
@@ -134,23 +129,23 @@ def as_tensor(image: Pixels) -> Tensor:
 
 
 def as_pixels(image: Tensor) -> Pixels:
-    """Inverse of ``as_tensor``, rounded; values beyond 0 and 1 are cut off."""
+    """Inverse of ``as_tensor``, rounded; values beyond 0 and 1 are clamped."""
     pixels = (image.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
     return np.ascontiguousarray(pixels.cpu().numpy().transpose(1, 2, 0))
 
 
 def resized_sides(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """Height and width once the shorter side is brought to ``shorter`` px.
+    """Height and width after scaling the shorter side to ``shorter`` px.
 
     Raises:
-        ValueError: that makes more than ``MAX_PIXELS``, as of a picture that is but a line.
+        ValueError: the result would have more than ``MAX_PIXELS`` pixels, for example for a picture one pixel high.
 
     Example:
         >>> resized_sides(300, 451, 100)
         (100, 150)
     """
     least = min(height, width)
-    # Whole numbers: Python's round would bring 0.5 to 0.
+    # In whole numbers, which round halves up: Python's round would take 0.5 to 0.
     tall, broad = ((2 * side * shorter + least) // (2 * least) for side in (height, width))
     if tall * broad > MAX_PIXELS:
         raise ValueError(
@@ -161,7 +156,7 @@ def resized_sides(height: int, width: int, shorter: int) -> tuple[int, int]:
 
 
 def resized(image: Tensor, shorter: int) -> Tensor:
-    """``image`` (3, H, W) with its shorter side brought to ``shorter`` px, bicubic and antialiased.
+    """``image`` (3, H, W) with its shorter side scaled to ``shorter`` px, bicubic and antialiased.
 
     Raises:
         ValueError: as ``resized_sides``.
@@ -174,7 +169,7 @@ def resized(image: Tensor, shorter: int) -> Tensor:
 
 
 def fitted(image: Pixels, longer: int) -> Pixels:
-    """``image`` with its longer side brought to ``longer`` px, bicubic and antialiased; no float copy is made."""
+    """``image`` with its longer side scaled to ``longer`` px, bicubic and antialiased; no float copy is made."""
     height, width = image.shape[:2]
     most = max(height, width)
     sides = [max(1, (2 * side * longer + most) // (2 * most)) for side in (width, height)]
@@ -184,10 +179,10 @@ def fitted(image: Pixels, longer: int) -> Pixels:
 
 
 def write_image(path: Path, image: Pixels) -> None:
-    """Write a PNG or, by the suffix, a JPEG file, under another name first.
+    """Write a PNG or JPEG file, as the suffix says, that is complete or not there.
 
     Raises:
-        ValueError: another suffix, or the file cannot be written.
+        ValueError: the suffix is another one, or the file cannot be written.
     """
     kinds: dict[str, dict[str, Any]] = {
         ".png": {"format": "PNG"},
@@ -197,9 +192,8 @@ def write_image(path: Path, image: Pixels) -> None:
     options = kinds.get(path.suffix.lower())
     if options is None:
         raise ValueError(f"{path}: cannot be written: its name must end in {', '.join(kinds)}")
-    room = path.with_name(f".{path.name}.writing")
     try:
-        Image.fromarray(image).save(room, **options)
-        os.replace(room, path)
+        with replaced(path) as partial:
+            Image.fromarray(image).save(partial, **options)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror or error}") from error

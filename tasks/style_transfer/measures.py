@@ -1,4 +1,4 @@
-"""Networks that judge pictures: LPIPS and FID, where their weights can be had."""
+"""Networks that judge pictures, LPIPS and FID, if their weights are available."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 from torchmetrics.image import FrechetInceptionDistance, LearnedPerceptualImagePatchSimilarity
 
+from engine.utilities.text import one_line
+
 
 def as_bytes(pictures: Tensor) -> Tensor:
-    """Pictures from 0 to 1 with 8 bits, as if read from files."""
+    """Pictures from 0 to 1 as 8-bit values, as if read from files."""
     return (pictures * 255).round().to(torch.uint8)
 
 
 def load_lpips(network: str, key: str = "data.lpips") -> LearnedPerceptualImagePatchSimilarity:
-    """LPIPS (Zhang et al. 2018) of pairs from 0 to 1, one number each.
+    """LPIPS (Zhang et al. 2018) of pairs of pictures from 0 to 1, one number per pair.
 
     Raises:
-        ValueError: its weights cannot be loaded; names ``key``.
+        ValueError: its weights cannot be loaded; the message names ``key``.
     """
     try:
         return LearnedPerceptualImagePatchSimilarity(network, reduction="none", normalize=True)  # type: ignore[arg-type]
@@ -30,18 +32,18 @@ def load_lpips(network: str, key: str = "data.lpips") -> LearnedPerceptualImageP
 
 
 def load_fid(weights: Path, paintings: int, key: str = "data.fid_weights") -> FrechetInceptionDistance:
-    """FID (Heusel et al. 2017) to so many paintings.
+    """FID (Heusel et al. 2017) to a set of ``paintings`` paintings.
 
     Raises:
-        ValueError: there are too few paintings, or the weights cannot be loaded; names ``key``.
+        ValueError: there are too few paintings, or the weights cannot be loaded; the message names ``key``.
     """
     if paintings < 2:
-        raise ValueError(f"{key}: FID needs 2 test paintings at least, there is {paintings}; see data.tests")
+        raise ValueError(f"{key}: FID needs at least 2 test paintings, and there is {paintings}; see data.tests")
     if not weights.is_file():
         raise ValueError(f"{key}: there is no file {weights}")
     try:
         torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
-        # One rank evaluates; the others would not answer.
+        # Only one rank evaluates, so the others would never answer a request to synchronise.
         return FrechetInceptionDistance(feature_extractor_weights_path=str(weights), sync_on_compute=False)
     except ModuleNotFoundError as error:
         raise ValueError(f"{key}: FID needs torch-fidelity; pip install torch-fidelity") from error
@@ -53,5 +55,5 @@ def load_fid(weights: Path, paintings: int, key: str = "data.fid_weights") -> Fr
 
 
 def first_sentence(error: BaseException) -> str:
-    """Its first sentence; PyTorch goes on for long."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:200]
+    """The first sentence of an error, cut to one line; PyTorch's messages go on for paragraphs."""
+    return f"{type(error).__name__}: {one_line(error)}".split(". ")[0][:200]

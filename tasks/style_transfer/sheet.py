@@ -1,4 +1,4 @@
-"""Contact sheets: contents down the left, styles across the top, where they meet the picture."""
+"""Contact sheets: contents down the left, styles across the top, and each picture where its two meet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from tasks.style_transfer.images import Pixels, as_pixels, fitted
 
 SIDE = 128
-"""Pixels of a square's side, unless asked otherwise."""
+"""Default side of a square in pixels."""
 GAP = 4
 """White pixels between two squares."""
 
@@ -24,12 +24,12 @@ def contact_sheet(
     """A table of pictures, each in the middle of a white square.
 
     Args:
-        contents: (3, H, W) from 0 to 1, or (H, W, 3) uint8; as all others, of any size.
-        pictures: by (i, j), content i in style j; those missing stay white.
-        side: of a square, in pixels.
+        contents: pictures of any size, as (3, H, W) from 0 to 1 or as (H, W, 3) uint8; so are all others.
+        pictures: content i in style j, by (i, j); squares without a picture stay white.
+        side: side of a square in pixels.
 
     Returns:
-        (rows, columns, 3) uint8, of one square more than contents and than styles.
+        The sheet (rows, columns, 3) uint8, with one row of squares more than contents and one column more than styles.
     """
     step = side + GAP
     sheet = np.full(((len(contents) + 1) * step - GAP, (len(styles) + 1) * step - GAP, 3), 255, np.uint8)

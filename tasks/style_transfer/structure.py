@@ -11,7 +11,7 @@ from tasks.style_transfer.colour import LUMINANCE
 
 
 def edges(pictures: Tensor) -> Tensor:
-    """Slope of the luminance of ``pictures`` (N, 3, H, W), by Sobel's filters: (N, 1, H, W), 0 where all is even.
+    """Slope (N, 1, H, W) of the luminance of ``pictures`` (N, 3, H, W), by Sobel filters; 0 where the picture is flat.
 
     Example:
         >>> edges(torch.full((1, 3, 4, 4), 0.3)).max().item() < 1e-5
@@ -25,6 +25,6 @@ def edges(pictures: Tensor) -> Tensor:
 
 
 def edge_ssim(pictures: Tensor, contents: Tensor) -> Tensor:
-    """SSIM (Wang et al. 2004) of the edges of ``pictures`` and ``contents`` (N, 3, H, W): (N); 1 for the same edges."""
+    """SSIM (Wang et al. 2004), (N), of the edges of ``pictures`` and ``contents`` (N, 3, H, W); 1 for equal edges."""
     found = structural_similarity_index_measure(edges(pictures), edges(contents), data_range=1.0, reduction="none")
     return torch.as_tensor(found).reshape(-1)

@@ -1,4 +1,4 @@
-"""Photographs of any size in the style of a painting, by networks that can paint a part of them, or of an artist."""
+"""Repaint photographs of any size: part by part in the style of a painting, or whole in the style of an artist."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tasks.style_transfer.images import Pixels, as_pixels, as_tensor, fitted
 from tasks.tiles import padded, tiles
 
 LEAST_SIDE = 16
-"""Pixels that a painter gets at least; smaller photographs are continued at their edges."""
+"""The least side in pixels that a painter gets; smaller photographs are padded at their edges."""
 
 
 class Painter(Protocol):
-    """What can repaint a photograph in the style of a painting; all tensors are RGB from 0 to 1, on one device."""
+    """Repaints a photograph in the style of a painting; all tensors are RGB from 0 to 1, on one device."""
 
     multiple: int
-    """Sides of a content that it is given must be multiples of this."""
+    """The sides of a content must be multiples of this."""
     style_size: int
-    """Pixels that it wants the painting's shorter side to have."""
+    """Preferred length of a painting's shorter side in pixels."""
     alpha: float
-    """Strength of the style where none is asked for."""
+    """Default strength of the style."""
 
     def look(self, content: Tensor, style: Tensor, alpha: float) -> Any:
-        """Statistics of a whole, small content (1, 3, H, W) to paint its parts with, so that they fit together.
+        """Statistics of a small version (1, 3, H, W) of a content; parts painted with the same statistics fit together.
 
         Thumbnail instance normalisation: Chen et al., "Towards Ultra-Resolution Neural Style Transfer via Thumbnail
         Instance Normalization" (URST), AAAI 2022, arXiv 2103.11784.
@@ -41,26 +41,26 @@ class Painter(Protocol):
 
         Args:
             alpha: from 0, the content as the network reconstructs it, to 1, all of the style.
-            statistics: of the whole that ``content`` is a part of, as ``look`` gave them; None: it is the whole.
+            statistics: what ``look`` returned for the whole that ``content`` is a part of; None if it is the whole.
         """
         ...
 
 
 class OfArtists(Protocol):
-    """What has learnt artists' styles and repaints a photograph in one of them, as a whole."""
+    """Has learnt the styles of artists, and repaints a photograph in one of them, as a whole."""
 
     multiple: int
-    """Sides of a content that it is given must be multiples of this."""
+    """The sides of a content must be multiples of this."""
     alpha: float
-    """Strength of the style where none is asked for."""
+    """Default strength of the style."""
     artists: Sequence[str]
-    """Names of those it knows."""
+    """Names of the artists it has learnt."""
 
     def paint(self, content: Tensor, artist: str, *, name: str, alpha: float, seed: int) -> Tensor:
         """``content`` (1, 3, H, W), RGB from 0 to 1, in the style of ``artist``: (1, 3, H, W).
 
         Args:
-            name: of the content. What is random depends on it, the artist and ``seed``, and on nothing else.
+            name: name of the content; all randomness depends on this name, the artist and ``seed`` alone.
             alpha: from 0, the content as the network reconstructs it, to 1.
         """
         ...
@@ -81,16 +81,16 @@ def stylize(
     tile: int = 1024,
     overlap: int = 64,
 ) -> Pixels:
-    """``content`` (H, W, 3) in the style of ``style`` (1, 3, h, w), whose device paints: (H, W, 3) uint8.
+    """``content`` (H, W, 3) uint8 in the style of ``style`` (1, 3, h, w), on the device of ``style``: (H, W, 3) uint8.
 
-    Where a side is longer than ``tile`` it is painted in tiles, all with the statistics of a thumbnail. Only one of
-    them is in floating point at a time, so that the photograph may be as large as its bytes have room.
+    A content with a side longer than ``tile`` is painted in tiles, all with the statistics of one thumbnail. Only one
+    tile at a time is in floating point, so a photograph may be as large as memory has room for its bytes.
 
     Args:
         alpha: strength of the style, from 0 to 1.
-        keep_colour: take no more than luminance from the picture, and colour from the content.
-        tile: pixels of a tile's side, and of the thumbnail's longer one.
-        overlap: pixels around each tile that are painted with it, so that it knows its surroundings.
+        keep_colour: take only the luminance from the painted picture, and the colour from the content.
+        tile: side of a tile in pixels, and the longer side of the thumbnail.
+        overlap: pixels around each tile that are painted with it and discarded, so that tiles join without a seam.
 
     Raises:
         ValueError: ``alpha``, ``tile`` or ``overlap`` is out of range.
@@ -106,7 +106,7 @@ def stylize(
 
     statistics = painter.look(ready(fitted(content, tile)), style, alpha) if large else None
     result = np.empty_like(content)
-    whole = torch.from_numpy(result).permute(2, 0, 1)  # the same memory
+    whole = torch.from_numpy(result).permute(2, 0, 1)  # shares memory with the result
     for piece in tiles(height, width, tile if large else 0, overlap, multiple):
         top, bottom, left, right = piece.wide
         part = ready(content[top:bottom, left:right])
@@ -131,7 +131,7 @@ def paint_whole(
 ) -> Pixels:
     """``content`` (H, W, 3) in the style of ``artist``, painted on ``device``: (H, W, 3) uint8.
 
-    Not in tiles: each would be denoised into something of its own. See ``OfArtists.paint``.
+    It is not painted in tiles, since each tile would be denoised into a picture of its own. See ``OfArtists.paint``.
     """
     height, width = content.shape[:2]
     whole = padded(as_tensor(content)[None].to(device), painter.multiple, LEAST_SIDE)

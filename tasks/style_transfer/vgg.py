@@ -1,8 +1,7 @@
-"""VGG's features, frozen: what contents and styles are told by."""
+"""Features of a frozen VGG, by which contents and styles are compared."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.utilities.text import one_line
+from tasks.weights import read_weights
+
 CHANNELS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
-"""Of each stage; before every stage but the first the maps are halved."""
+"""Number of convolutions in each stage; maps are halved before every stage but the first."""
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
 class VGGConfig:
-    """The frozen network that content features and losses are made with."""
+    """The frozen network that computes content features and losses."""
 
     name: Literal["vgg16", "vgg19"] = "vgg19"
-    """A network of torchvision, up to its last convolution of the fourth or fifth stage, as far as its weights go."""
+    """A network of torchvision, up to the last convolution of its fourth or fifth stage, as its weights allow."""
     weights: str = ""
-    """File with weights under torchvision's names; empty downloads torchvision's own; `random`: untrained ones, which
-    serve to try the machinery and nothing else."""
+    """File with weights under torchvision's names; empty downloads torchvision's own; `random` leaves the network
+    untrained, which is only good for trying the machinery."""
     pixels: Literal["imagenet", "bytes"] = "imagenet"
-    """What it sees: `imagenet`, ImageNet's mean taken off 0..1 and divided by its deviation, as torchvision's weights
-    want it; `bytes`, the mean taken off 0..255."""
+    """How pixels are normalised: `imagenet` subtracts ImageNet's mean from 0..1 and divides by its deviation, as
+    torchvision's weights expect; `bytes` subtracts the mean from 0..255."""
 
 
 class FrozenConv(nn.Module):
-    """A 3x3 convolution and ReLU whose weights are buffers: no optimizer sees them."""
+    """A 3x3 convolution with ReLU whose weights are buffers, so that no optimizer sees them."""
 
     def __init__(self, weight: Tensor, bias: Tensor, saved: bool) -> None:
         super().__init__()
@@ -47,16 +49,16 @@ class FrozenConv(nn.Module):
 
 
 class VGG(nn.Module):
-    """torchvision's VGG up to the layers asked for; layers are called ``relu1_1`` to ``relu5_4``.
+    """torchvision's VGG up to the last requested layer; layers are called ``relu1_1`` to ``relu5_4``.
 
     Args:
-        config: which network, whose weights, and what it sees.
-        layers: what ``forward`` gives; the network ends with the last of them.
-        saved: whether its weights are part of the state of what it is in.
-        load: whether to read the weights at all; else they are random, to be replaced.
+        config: which network, which weights, and how pixels are normalised.
+        layers: the layers that ``forward`` returns; the network ends with the last of them.
+        saved: whether the weights are saved with the module that contains this network.
+        load: whether to read the weights; otherwise they are random, and others are about to replace them.
 
     Raises:
-        ValueError: no such layer, or weights that cannot be had or do not go so far.
+        ValueError: a layer does not exist, or the weights are not available or do not reach that far.
     """
 
     def __init__(self, config: VGGConfig, layers: Sequence[str], *, saved: bool, load: bool = True) -> None:
@@ -85,13 +87,13 @@ class VGG(nn.Module):
         self.register_buffer("deviation", deviation, persistent=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Feature maps by layer of ``images`` (N, 3, H, W), 0 to 1; RGB."""
+        """Feature maps by layer of RGB ``images`` (N, 3, H, W) from 0 to 1."""
         x = (images - self.mean) / self.deviation if self.pixels == "imagenet" else (images - self.mean) * 255
         x = x.contiguous(memory_format=torch.channels_last)
         found, stage = {}, "1"
         for name, layer in self.named_children():
             if name[4] != stage:
-                # A side of one pixel, of the smallest pictures, cannot be halved.
+                # The smallest pictures reach a side of one pixel here, which cannot be halved: it is rounded up.
                 x, stage = F.max_pool2d(x, 2, ceil_mode=min(x.shape[-2:]) < 2), name[4]
             x = layer(x)
             if name in self.layers:
@@ -102,10 +104,11 @@ class VGG(nn.Module):
 def _weights(config: VGGConfig, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Weight and bias by layer."""
     state = _state(config)
-    found, at, stage = {}, 0, "1"
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    at, stage = 0, "1"
     for name in names:
         if name[4] != stage:
-            stage, at = name[4], at + 1  # torchvision counts the pooling before
+            stage, at = name[4], at + 1  # torchvision numbers the pooling before the stage too
         keys = f"features.{at}.weight", f"features.{at}.bias"
         for key in keys:
             if key not in state:
@@ -115,25 +118,14 @@ def _weights(config: VGGConfig, names: Sequence[str]) -> dict[str, tuple[Tensor,
                     "is asked for: see model.vgg.name, loss.style_layers and loss.content_layers"
                 )
         weight, bias = (state[key].float() for key in keys)
-        found[name], at = (weight, bias), at + 2  # and the ReLU after
+        found[name], at = (weight, bias), at + 2  # the ReLU after it has a number too
     return found
 
 
 def _state(config: VGGConfig) -> dict[str, Tensor]:
     if config.weights:
-        path = Path(config.weights)
-        if not path.is_file():
-            raise ValueError(f"model.vgg.weights: no such file: {path}")
-        try:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import load_file
-
-                return load_file(path)
-            state: dict[str, Tensor] = torch.load(path, "cpu", weights_only=True)
-            return state
-        except Exception as error:
-            cause = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:200]
-            raise ValueError(f"model.vgg.weights: {path} cannot be read: {cause}") from error
+        state: dict[str, Tensor] = read_weights(Path(config.weights), "model.vgg.weights")
+        return state
     from torchvision.models import get_model_weights
 
     try:
@@ -141,5 +133,5 @@ def _state(config: VGGConfig) -> dict[str, Tensor]:
     except Exception as error:
         raise ValueError(
             f"model.vgg.weights: torchvision's {config.name} cannot be downloaded; give a file with its weights "
-            f"({' '.join(str(error).split())[:120]})"
+            f"({one_line(error, 120)})"
         ) from error

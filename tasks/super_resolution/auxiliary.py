@@ -17,19 +17,19 @@ from tasks.super_resolution.network import image_range
 
 
 class Enlarging(Protocol):
-    """A task that knows how much its network enlarges."""
+    """A task that knows by how much its network enlarges."""
 
     def enlargement(self, chain: Chain, x: Tensor) -> int:
-        """How many times larger than the map ``x`` the output is."""
+        """How many times larger the output is than the map ``x``."""
         ...
 
 
 class LocalSR(AuxiliaryNetwork):
     """The recipe of the GLCAN group's released super-resolution code, repaired.
 
-    Three 3x3 convolutions at full width, the early map added, then an upsampling tail of its own as large as EDSR's.
-    The released code forgets to register these networks, so that they never learn, and computes the global skip but
-    drops it; here they learn and it is added.
+    Three 3x3 convolutions at full width, the early map added to their output, then its own upsampling tail, as large as
+    EDSR's. The released code forgets to register these networks, so that they never learn, and computes the global skip
+    but drops it. Here they learn, and the skip is added.
     """
 
     def __init__(self, channels: int, scale: int, image_range: float) -> None:

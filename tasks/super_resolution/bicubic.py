@@ -1,4 +1,4 @@
-"""Bicubic scaling as MATLAB does it, by BasicSR's ``imresize``; low-resolution images made once and kept."""
+"""Bicubic scaling as in MATLAB, by BasicSR's ``imresize``; low-resolution images are made once and kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tasks.super_resolution.files import read_image
 
 
 def resized(image: Any, factor: float) -> Any:
-    """``image`` (H, W, 3), uint8, scaled by ``factor``, rounded to uint8."""
+    """``image`` (H, W, 3) uint8, scaled by ``factor`` and rounded to uint8."""
     pixels = np.asarray(imresize(image.astype(np.float32) / 255.0, factor))
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
 
@@ -29,9 +29,9 @@ def cropped(image: Any, scale: int) -> Any:
 
 
 def low_resolution(high: Mapping[str, Path], scale: int, folder: Path) -> dict[str, Path]:
-    """Files in ``folder`` with the images of ``high`` scaled down, made unless they are there; by the same names.
+    """Files with the images of ``high`` scaled down, by the same names; made in ``folder`` unless they are there.
 
-    A change of any file (its size or time) makes them anew.
+    If the size or time of any file changes, all are made again.
 
     Raises:
         ValueError: an image cannot be read.
@@ -40,7 +40,7 @@ def low_resolution(high: Mapping[str, Path], scale: int, folder: Path) -> dict[s
     mark = hashlib.sha256(repr(about).encode()).hexdigest()[:8]
     target = folder / f"bicubic-x{scale}-{mark}"
     if not target.is_dir():
-        with made_once(target) as room, progress_bar() as bar:
+        with made_once(target) as made, progress_bar() as bar:
             for name, path in bar.track(high.items(), description=f"scaling images down, x{scale}"):
-                imwrite(resized(cropped(read_image(path), scale), 1 / scale), str(room / f"{name}.png"))
+                imwrite(resized(cropped(read_image(path), scale), 1 / scale), str(made / f"{name}.png"))
     return {name: target / f"{name}.png" for name in high}

@@ -1,7 +1,7 @@
 """BasicSR's networks as chains: first convolution, residual blocks, last convolution; the tail is the head.
 
-Between units ``x`` is a map at the low resolution. Beside it travel ``image``, the input, and ``shallow``, the first
-convolution's map, up to where the network adds it. The tail alone works at the high resolution.
+Between units, ``x`` is a map at the low resolution. Messages also carry ``image``, the input, and ``shallow``, the map
+of the first convolution, as far as the unit that adds it. Only the tail works at the high resolution.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from torch.utils.checkpoint import checkpoint
 from engine.network.chain import Chain, Unit
 from engine.network.message import Message
 from engine.network.shapes import infer_shapes
+from engine.utilities.text import one_line
 from tasks.super_resolution.network import side_multiple
 
 EXAMPLE_SIDE = 48
-"""Pixels of the image that shapes are inferred with, or a few more, as the network's windows want it."""
+"""Side in pixels of the image that shapes are inferred with, rounded up to the network's windows."""
 
 Finish = Callable[[Tensor, Tensor], Tensor]
-"""From features and the low-resolution image to the high-resolution image."""
+"""Maps features and the low-resolution image to the high-resolution image."""
 
 
 def network_chain(network: nn.Module, tail_parts: int = 1) -> Chain:
@@ -41,7 +42,7 @@ def network_chain(network: nn.Module, tail_parts: int = 1) -> Chain:
         tail_parts: see ``Tail``.
 
     Raises:
-        ValueError: another network, or one for other images.
+        ValueError: it is another network, or one for other images.
 
     Example:
         >>> from basicsr.archs.edsr_arch import EDSR
@@ -67,13 +68,13 @@ def network_chain(network: nn.Module, tail_parts: int = 1) -> Chain:
         chain = Chain(network, units, Unit("tail", Tail(tail, tail_parts), _finish), example)
         chain.shapes()
     except RuntimeError as error:
-        cause = " ".join(str(error).split())[:300]
+        cause = one_line(error, 300)
         raise ValueError(f"{kind.__name__} does not take images (3, {side}, {side}): {cause}") from error
     return chain
 
 
 def enlargement(chain: Chain) -> int:
-    """How many times larger its output is than its input."""
+    """How many times larger the output of the chain's network is than its input."""
     output = infer_shapes(chain.head, chain.shapes()[-1], [chain.head.module])
     return output.x.shape[-1] // chain.example.x.shape[-1]
 
@@ -81,9 +82,9 @@ def enlargement(chain: Chain) -> int:
 class Tail(nn.Module):
     """The end of a network, from features (N, C, H, W) to images (N, 3, scale H, scale W).
 
-    At the high resolution every channel costs scale^2 times as much as in the body: of EDSR's peak at scale 4 two
-    thirds are its tail's. So it may work on the batch in ``parts``, one after another, whose maps at the high
-    resolution are not kept but computed again in backward.
+    At the high resolution every channel costs scale^2 times as much as in the body: two thirds of EDSR's peak at scale
+    4 belong to its tail. So the tail can process the batch in ``parts``, one after another, and recompute their maps at
+    the high resolution in backward instead of keeping them.
 
     Args:
         layers: called as ``layers(features, image)``.
@@ -95,9 +96,9 @@ class Tail(nn.Module):
 
     def forward(self, features: Tensor, image: Tensor) -> Tensor:
         parts = min(self.parts, len(features))
-        if parts == 1:
-            return self.layers(features, image)  # type: ignore[no-any-return]
         run: Finish = self.layers
+        if parts == 1:
+            return run(features, image)
         if torch.is_grad_enabled():
             run = partial(checkpoint, self.layers, use_reentrant=False, preserve_rng_state=False)  # it has no dropout
         pairs = zip(features.tensor_split(parts), image.tensor_split(parts), strict=True)
@@ -109,19 +110,19 @@ def _finish(tail: nn.Module, message: Message) -> Message:
 
 
 def _first(module: nn.Module, message: Message, *, prepare: Callable[[Tensor], Tensor] = lambda x: x) -> Message:
-    """From the image to the first map, which is kept."""
+    """Make the first map from the image, and keep it in the message."""
     shallow = module(prepare(message.x))
     return replace(message, features={"x": shallow, "shallow": shallow, "image": message.x})
 
 
 def _last(module: nn.Module, message: Message) -> Message:
-    """The body's last convolution, and the first map added: the global skip."""
+    """Apply the body's last convolution and add the first map, which is the global skip."""
     x = module(message.x) + message.features["shallow"]
     return replace(message, features={"x": x, "image": message.features["image"]})
 
 
 class _Scaled(nn.Module):
-    """Layers whose output is brought back to the range and mean of images."""
+    """Layers whose output is scaled and shifted back to the range and mean of images."""
 
     def __init__(self, network: Any, *layers: nn.Module) -> None:
         super().__init__()
@@ -133,21 +134,21 @@ class _Scaled(nn.Module):
 
 
 class _Colour:
-    """The shift and scale of images on the way into a network and back; the mean is not among its buffers."""
+    """The shift and scale of images on the way into a network and back; the mean is not a buffer of the network."""
 
     def __init__(self, network: Any) -> None:
         self.mean: list[float] = network.mean.flatten().tolist()
         self.range: float = network.img_range
 
     def _like(self, image: Tensor) -> Tensor:
-        # Filled where it is: a copy from main memory would have the GPU wait.
+        # The values are filled in on the device: a copy from main memory would make the GPU wait.
         return torch.cat([image.new_full((1, 1, 1, 1), value) for value in self.mean], dim=1)
 
     def into(self, image: Tensor) -> Tensor:
         return (image - self._like(image)) * self.range
 
     def back(self, image: Tensor) -> Tensor:
-        image = image.float()  # images are not for half precision
+        image = image.float()  # half precision is too coarse for images
         return image / self.range + self._like(image)
 
 
@@ -159,7 +160,7 @@ def _edsr(network: EDSR) -> tuple[list[Unit], nn.Module]:
 
 
 def _rcan(network: RCAN) -> tuple[list[Unit], nn.Module]:
-    """As EDSR; a group's own skip travels from its first block to its convolution."""
+    """As EDSR; messages carry a group's own skip from its first block to its convolution."""
     units = [Unit("stem", network.conv_first, partial(_first, prepare=_Colour(network).into), "stem")]
     for number, group in enumerate(network.body):
         units += _group(f"body.{number}", list(group.residual_group), group.conv)
@@ -168,7 +169,8 @@ def _rcan(network: RCAN) -> tuple[list[Unit], nn.Module]:
 
 
 def _plainly(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x)  # type: ignore[no-any-return]
+    result: Tensor = module(x)
+    return result
 
 
 def _group(
@@ -210,7 +212,7 @@ class _MSRTail(nn.Module):
 
 
 def _msrresnet(network: MSRResNet) -> tuple[list[Unit], nn.Module]:
-    """Its global skip is the enlarged image, which the tail adds; the first map is not used again."""
+    """The global skip is the enlarged image, which the tail adds; the first map is not used again."""
     units = [Unit("stem", nn.Sequential(network.conv_first, network.lrelu), _first_alone, "stem")]
     units += [Unit(f"body.{number}", block, stage="body") for number, block in enumerate(network.body)]
     return units, _MSRTail(network)
@@ -221,7 +223,7 @@ def _first_alone(module: nn.Module, message: Message) -> Message:
 
 
 class _NearestTail(nn.Module):
-    """Two steps of nearest-neighbour enlargement and convolution: of RRDBNet, and of SwinIR's `nearest+conv`."""
+    """Two steps of nearest-neighbour enlargement and convolution, as in RRDBNet and in SwinIR's `nearest+conv`."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -248,7 +250,7 @@ def _rrdbnet(network: RRDBNet) -> tuple[list[Unit], nn.Module]:
 
 
 class _SwinStem(nn.Module):
-    """First convolution, then the maps as tokens, normalised."""
+    """The first convolution; then its maps as normalised tokens."""
 
     def __init__(self, network: SwinIR) -> None:
         super().__init__()
@@ -261,8 +263,9 @@ class _SwinStem(nn.Module):
 
 
 def _as_map(tokens: Tensor, size: Any) -> Tensor:
-    """Tokens (N, H W, C) seen as a map (N, C, H, W)."""
-    return tokens.transpose(1, 2).unflatten(2, tuple(size))
+    """Tokens (N, H W, C) viewed as a map (N, C, H, W)."""
+    result: Tensor = tokens.transpose(1, 2).unflatten(2, tuple(size))
+    return result
 
 
 def _as_tokens(x: Tensor) -> Tensor:

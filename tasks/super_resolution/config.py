@@ -15,65 +15,67 @@ class ModelConfig:
     """The network."""
 
     name: Literal["EDSR", "MSRResNet", "RCAN", "RRDBNet", "SwinIR"] = "EDSR"
-    """A network of BasicSR, by its name there."""
+    """A network of BasicSR, by the name that it has there."""
     scale: int = 2
-    """How many times larger the output is, each way."""
+    """How many times larger the output is than the input, in each direction."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The network's own arguments, as in network_g of BasicSR's options: {num_feat: 64, num_block: 16}."""
+    """The network's own arguments, like network_g in BasicSR's options: {num_feat: 64, num_block: 16}."""
     weights: str = ""
-    """File with initial weights under the network's own names, as BasicSR writes it (`params_ema` or `params`)."""
+    """File with initial weights under the network's own names, as BasicSR writes them (`params_ema` or `params`)."""
     tail_parts: int = 1
-    """Parts of a batch that the high-resolution end of the network works on one after another, each computed again in
-    backward. More parts: less memory, one more forward pass of that end; gradients differ in rounding."""
+    """The high-resolution end of the network processes the batch in this many parts, one after another, and recomputes
+    each in backward. More parts take less memory; any number above 1 costs one more forward pass of that end, and
+    gradients differ by rounding."""
     auxiliary_tail: Tail = "direct"
-    """How auxiliary networks get to the high resolution: `direct`, one convolution and pixel shuffle; `own`, a light
-    copy of the network's steps, which holds maps of several channels at the high resolution."""
+    """How auxiliary networks reach the high resolution: `direct` by one convolution and a pixel shuffle, `own` by a
+    light copy of the network's steps, which holds maps of several channels at the high resolution."""
 
 
 @dataclass
 class DataConfig:
     """Pairs of a low- and a high-resolution image.
 
-    Images of one place are a folder, or a pattern with one `*` in the file name (`Set5/*_HR.png`). Those of a pair have
-    the same name, or the same text at the `*`.
+    Images are given by a folder, or by a pattern with one `*` in the file name (`Set5/*_HR.png`). The two images of a
+    pair have the same name, or the same text in place of the `*`.
     """
 
     name: Literal["photographs", "files"] = "photographs"
-    """`photographs` come with scikit-image; `files`: those that the keys below name."""
+    """`photographs` come with scikit-image; `files` reads the images that the keys below name."""
     root: str = ""
-    """Folder that the following are in."""
+    """Folder that contains the following folders or patterns."""
     train: str = ""
     """High-resolution training images."""
     train_low: str = ""
-    """Their low-resolution ones; empty makes them by bicubic down-scaling as MATLAB does it, once, in data/."""
+    """The low-resolution training images; if empty, they are made once, in data/, by bicubic downscaling as in
+    MATLAB."""
     test: str = ""
     """High-resolution test images."""
     test_low: str = ""
-    """Their low-resolution ones, or empty, as above."""
+    """The low-resolution test images; if empty, they are made in the same way."""
     patch: int = 48
-    """Side in pixels of the low-resolution patches that training takes at random."""
+    """Side in pixels of the low-resolution patches, which are cropped at random for training."""
     batch: int = 16
     """Patches per optimizer step."""
     repeat: int = 1
-    """Patches that an epoch takes of every training image."""
+    """How many patches of every training image an epoch uses."""
     augment: bool = True
-    """Mirror and turn patches at random, as BasicSR's use_hflip and use_rot do."""
+    """Mirror and rotate patches at random, as BasicSR's use_hflip and use_rot do."""
     subset: int = 0
-    """Train on this many images, spread over the set; 0 takes all."""
+    """Train on this many images, spread over the set; 0 means all."""
     workers: int = 0
     """Processes that load images; 0 loads in the training process. Any number gives the same bits."""
     drop_last: bool = False
-    """Leave out a last batch that is not full."""
+    """Drop a last batch that is not full."""
     tile: int = 0
-    """Side in low-resolution pixels of the tiles that test images are computed in; 0: whole images, as the field counts
-    its figures. A large image as a whole may need more memory than training does (it counts in the run's peak)."""
+    """Side in low-resolution pixels of the tiles in which test images are computed; 0 computes whole images, on which
+    published figures are based. A large whole image may need more memory than training; it counts in the run's peak."""
     tile_overlap: int = 16
-    """Pixels around each tile that are computed with it and thrown away; as many as the network sees far leave no
-    seam."""
+    """Pixels around each tile that are computed with it and discarded. There is no seam if they cover the network's
+    receptive field."""
     pictures: int = 5
-    """Test images, the first ones, whose results are written, with strips to compare."""
+    """Write the results of this many test images, the first ones, with strips for comparison."""
     beside: str = ""
-    """An evaluated run, say an end-to-end one, whose results stand in the strips beside this run's."""
+    """An evaluated run, for example an end-to-end one, whose results are shown in the strips beside this run's."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Patches of image pairs for training, whole pairs for testing, the same bits whatever loads them."""
+"""Patches of image pairs for training and whole pairs for testing, with the same bits whatever loads them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tasks.super_resolution.config import DataConfig
 from tasks.super_resolution.files import image_size, pairs, read_image
 
 KEPT = 512 * 2**20
-"""Bytes of decoded images that are kept in memory; the others are read again every time."""
+"""Bytes of decoded images kept in memory; all others are read again every time."""
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
     """Image pairs by name, low and high resolution.
 
     Args:
-        scale: high-resolution images are as many times larger.
-        made: the low-resolution ones were made here, of high-resolution ones without the last rows and columns that
-            ``scale`` does not divide.
+        scale: how many times larger high-resolution images are.
+        made: whether the low-resolution images were made here. They then lack the high-resolution images' last rows and
+            columns that ``scale`` does not divide.
     """
 
     def __init__(self, high: dict[str, Path], low: dict[str, Path], scale: int, made: bool) -> None:
@@ -39,16 +39,17 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         self._bytes = 0
         self.bicubic: dict[str, dict[str, float]] = {}
         """Figures of bicubic enlargement by name, once they are known."""
-        cv2.setNumThreads(0)  # OpenMP's and OpenCV's threads spin beside each other
+        cv2.setNumThreads(0)  # OpenCV's threads would compete with those of OpenMP
 
     def __len__(self) -> int:
         return len(self.names)
 
     def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """See, by the low-resolution files' headers, that they fit high-resolution ones of these widths and heights.
+        """Check by the low-resolution files' headers that they fit high-resolution images of these widths and heights.
 
         Raises:
-            ValueError: one is not, or is not ``scale`` times as large as its partner.
+            ValueError: a file is not an image, or a high-resolution image is not ``scale`` times as large as its
+            partner.
         """
         for name in self.names:
             width, height = image_size(self.low[name])
@@ -64,7 +65,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         """Low- and high-resolution image, (H, W, 3), BGR, uint8.
 
         Raises:
-            ValueError: a file cannot be read; names it.
+            ValueError: a file cannot be read; the message names it.
         """
         if name in self._kept:
             return self._kept[name]
@@ -123,19 +124,19 @@ def as_tensor(image: Any) -> Tensor:
 
 
 def as_pixels(image: Tensor) -> Any:
-    """Inverse of ``as_tensor``, rounded; values beyond 0 and 1 are cut off."""
+    """Inverse of ``as_tensor``, rounded; values beyond 0 and 1 are clamped."""
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return np.ascontiguousarray(pixels.numpy().transpose(1, 2, 0)[..., ::-1])
 
 
 def load_pairs(split: str, config: DataConfig, scale: int, folder: Path = Path("data")) -> Pairs:
-    """The pairs of a split; low-resolution images that are not given are made, and kept in ``folder``.
+    """The pairs of a split; low-resolution images that are not given are made and kept in ``folder``.
 
     Raises:
         ValueError: a folder is missing or empty, or an image has no partner, does not fit it, or cannot be read.
     """
     high, low = pairs(split, config, scale)
-    # SSIM looks at 11 pixels at a time, of what the shaved border leaves.
+    # SSIM needs a window of 11 pixels inside the border, which is not counted.
     least = config.patch * scale if split == "train" else 2 * scale + 11
     sizes = {name: image_size(path) for name, path in high.items()}
     for name, (width, height) in sizes.items():

@@ -1,8 +1,7 @@
-"""How good enlarged images are, by BasicSR's own metrics, and strips to compare them."""
+"""Evaluate enlarged images by BasicSR's own metrics, and draw strips to compare them."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,28 @@ from basicsr.metrics import calculate_psnr, calculate_ssim
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from engine.task import Metrics
+from engine.utilities.files import replaced
 from tasks.super_resolution.bicubic import resized
 from tasks.super_resolution.data import Pairs, as_pixels
 from tasks.super_resolution.files import read_image
 from tasks.tiles import Tile
 
 STRIP_SIDE = 240
-"""Side in pixels of what a strip shows of each image: its middle."""
+"""Side in pixels of the middle part of each image that a strip shows."""
 TITLE = 14
-"""Height in pixels of the line above."""
+"""Height in pixels of the line of text above each image."""
 
 
-class SuperResolutionMetrics:
-    """PSNR in dB and SSIM, on the Y channel, ``scale`` pixels of the border shaved, averaged over images.
+class SuperResolutionMetrics(Metrics):
+    """PSNR in dB and SSIM on the Y channel, without a border of ``scale`` pixels, averaged over images.
 
-    ``psnr`` comes first; ``bicubic_psnr`` and ``bicubic_ssim`` are what enlarging as MATLAB does it gives. Images come
-    as tiles, each with its place; an image counts once all its tiles are there.
+    ``psnr`` comes first; ``bicubic_psnr`` and ``bicubic_ssim`` are the figures of bicubic enlargement as in MATLAB.
+    Images arrive as tiles, each with its place; an image counts when all its tiles have arrived.
 
     Args:
-        pictures: write so many images, the first ones.
-        beside: an evaluation folder with other results by the same names, for the strips, and its title.
+        pictures: write this many images, the first ones.
+        beside: title and folder of an evaluation with other results by the same names, for the strips.
     """
 
     def __init__(self, test: Pairs, pictures: int, beside: tuple[str, Path] | None = None) -> None:
@@ -45,8 +46,8 @@ class SuperResolutionMetrics:
         """Add a tile (1, 3, h, w).
 
         Args:
-            targets: ``image``, its number; ``size``, height and width of the low resolution; ``tile``, its fields;
-                ``tiles``, how many the image has.
+            targets: ``image``, the image's number; ``size``, its height and width at the low resolution; ``tile``, the
+                tile's fields; ``tiles``, how many tiles the image has.
         """
         number, scale = targets["image"], self.test.scale
         height, width = targets["size"]
@@ -73,7 +74,7 @@ class SuperResolutionMetrics:
     def save(self, folder: Path) -> None:
         """Write each result as NAME.png, and NAME_strip.png: low resolution, bicubic, others, this one, the truth."""
         pictures = dict(self._results)
-        # Another run's pictures are read before any is written: they may be in the same folder.
+        # The other run's pictures are read before any is written, since they may be in the same folder.
         pictures.update({f"{name}_strip": self._strip(name, result) for name, result in self._results.items()})
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
@@ -118,6 +119,5 @@ def _panel(title: str, image: Any) -> Any:
 
 
 def _write(path: Path, image: Any) -> None:
-    room = path.with_name(f".{path.name}.writing.png")
-    Image.fromarray(np.ascontiguousarray(image[..., ::-1])).save(room)
-    os.replace(room, path)
+    with replaced(path) as partial:
+        Image.fromarray(np.ascontiguousarray(image[..., ::-1])).save(partial)

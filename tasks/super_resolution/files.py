@@ -1,4 +1,4 @@
-"""Image files, and which two of them make a pair."""
+"""Read image files, and find the two that make a pair."""
 
 from __future__ import annotations
 
@@ -11,27 +11,22 @@ from typing import Any
 import cv2
 import numpy as np
 from basicsr.utils import imfrombytes
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
+from engine.utilities.text import one_line
+from tasks import scikit_image
+from tasks.images import SUFFIXES, opened
 from tasks.super_resolution.config import DataConfig
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
-
 ORIENTATION = 0x0112
-"""EXIF's tag; from 5 on, height and width change places."""
-
-PHOTOGRAPHS = {
-    "train": ("astronaut.png", "rocket.jpg", "motorcycle_left.png"),
-    "test": ("chelsea.png", "coffee.png"),
-}
-"""Those of scikit-image that come with it."""
+"""EXIF's tag for the orientation; from 5 on, height and width change places."""
 
 
 def read_image(path: Path) -> Any:
     """An image as BasicSR reads it: (H, W, 3), BGR, uint8; grey is repeated, alpha is dropped, 16 bits become 8.
 
     Raises:
-        ValueError: there is no such file, or it is no image.
+        ValueError: there is no such file, or it is not an image.
     """
     try:
         content = path.read_bytes()
@@ -39,44 +34,43 @@ def read_image(path: Path) -> Any:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except cv2.error as error:  # more pixels than OPENCV_IO_MAX_IMAGE_PIXELS, say
-        raise ValueError(f"{path}: OpenCV cannot read it: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: OpenCV cannot read it: {one_line(error)}") from error
     if image is None:
         raise ValueError(f"{path}: not an image, or damaged")
     return np.asarray(image)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height that ``read_image`` will give, by the file's header.
+    """The width and height that ``read_image`` will give, read from the file's header.
 
     Raises:
-        ValueError: there is no such file, or it is no image.
+        ValueError: there is no such file, or it is not an image.
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # nothing is decoded, however large
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             width, height = image.size
-            turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5  # else PNGs would be decoded
+            # Without the first condition, Pillow would decode every PNG to look for EXIF data after its pixels.
+            turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not an image, or damaged: {' '.join(str(error).split())}") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    if turned:  # of which files OpenCV turns the image depends on its version
+        raise ValueError(f"{path}: not an image, or damaged: {one_line(error)}") from error
+    if turned:  # for which formats OpenCV heeds the orientation depends on its version
         height, width = read_image(path).shape[:2]
     return width, height
 
 
 def images_at(key: str, root: Path, place: str) -> dict[str, Path]:
-    """The images of a folder, or of a pattern with one ``*`` in the file name, by what tells them apart.
+    """The images in a folder, by name, or those that a pattern with one ``*`` in the file name matches, by the text
+    there.
 
     Raises:
-        ValueError: no folder, or no image in it.
+        ValueError: the folder does not exist, or has no such image.
     """
     folder, _, pattern = place.rpartition("/") if "*" in place else (place, "", "*")
     where = root / folder
     if not where.is_dir():
         raise ValueError(f"data.{key}: there is no folder {where}")
     before, _, after = pattern.partition("*")
-    found = {}
+    found: dict[str, Path] = {}
     for path in sorted(where.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
             continue
@@ -95,14 +89,11 @@ def images_at(key: str, root: Path, place: str) -> dict[str, Path]:
 
 def photographs(split: str) -> dict[str, Path]:
     """scikit-image's photographs of one split, by name."""
-    import skimage
-
-    folder = Path(skimage.__file__).parent / "data"
-    return {Path(name).stem: folder / name for name in PHOTOGRAPHS[split]}
+    return {path.stem: path for path in scikit_image.pictures(*scikit_image.PICTURES["photographs"][split])}
 
 
 def pairs(split: str, config: DataConfig, scale: int) -> tuple[dict[str, Path], dict[str, Path] | None]:
-    """High- and low-resolution images of a split, in the same order; None for those that are to be made.
+    """High- and low-resolution images of a split, in the same order; None for low-resolution ones still to be made.
 
     Raises:
         ValueError: a folder is missing or empty, or an image has no partner.

@@ -1,4 +1,4 @@
-"""Heads of auxiliary networks: from a block's features to an image at the high resolution."""
+"""Heads of auxiliary networks, which make an image at the high resolution from a block's features."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tasks.super_resolution.config import Tail
 
 
 class LightTail(nn.Module):
-    """A light copy of the end of the networks: last convolution, global skip, upsampling.
+    """A light copy of a network's end: last convolution, global skip, upsampling.
 
-    The early map ``shallow`` is added where the backbone adds it (GLCAN's global part); if the features have fewer
-    channels than it, a 1x1 convolution brings it to as many. What is predicted is the difference to the bicubically
-    enlarged image (our choice). A message of ``x`` alone has neither.
+    The early map ``shallow`` is added where the backbone adds it (GLCAN's global part); if it has another number of
+    channels than the features, a 1x1 convolution adapts it. The head predicts the difference to the bicubically
+    enlarged image (our choice). If a message has only ``x``, both are left out.
 
     Args:
-        channels: of the features.
+        channels: channels of the features.
         shallow: channels of the early map; 0 if there is none.
-        larger: how many times larger than the features the output is.
-        scale: how many times larger than the low-resolution image.
-        tail: ``direct``: one convolution to 3 larger^2 channels and one pixel shuffle, so that nothing but the image is
-            at the high resolution; ``own``: the steps that EDSR has, a convolution and a pixel shuffle for each
-            doubling (or one for a tripling) and a last convolution, of ``channels`` channels.
-        image_range: how much larger than images the features are.
+        larger: how many times larger the output is than the features.
+        scale: how many times larger the output is than the low-resolution image.
+        tail: ``direct``: one convolution to 3 larger^2 channels and one pixel shuffle, so that only the image is at the
+            high resolution; ``own``: the steps of EDSR with ``channels`` channels, that is a convolution and a pixel
+            shuffle for each doubling (or one of each for a tripling), and a last convolution.
+        image_range: how many times larger the values of the features are than those of images.
     """
 
     def __init__(self, channels: int, shallow: int, larger: int, scale: int, tail: Tail, image_range: float) -> None:
@@ -47,7 +47,7 @@ class LightTail(nn.Module):
 
 
 def upsampling(channels: int, larger: int, tail: Tail) -> nn.Sequential:
-    """From ``channels`` maps to an image of three channels, ``larger`` times as large; see ``LightTail``."""
+    """Layers from ``channels`` maps to an image of three channels, ``larger`` times as large; see ``LightTail``."""
     if tail == "direct":
         return nn.Sequential(nn.Conv2d(channels, 3 * larger**2, 3, 1, 1), nn.PixelShuffle(larger))
     doublings = larger.bit_length() - 1
@@ -60,5 +60,5 @@ def upsampling(channels: int, larger: int, tail: Tail) -> nn.Sequential:
 
 @torch.no_grad()
 def enlarged(image: Tensor, scale: int) -> Tensor:
-    """``image`` (N, 3, H, W), bicubically."""
+    """``image`` (N, 3, H, W), enlarged bicubically."""
     return F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False)

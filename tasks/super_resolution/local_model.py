@@ -1,8 +1,7 @@
-"""``model_type: LocalSRModel`` in BasicSR's options: its own training, by local learning."""
+"""``model_type: LocalSRModel`` in BasicSR's options: BasicSR's own training, by local learning."""
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from engine.learning.build import build_blocks
 from engine.network.message import Message
 from engine.run.checkpoint import Division
+from engine.utilities.files import replaced
 from tasks.local_settings import local_settings
 from tasks.super_resolution.chain import enlargement, network_chain
 from tasks.super_resolution.network import check_scale, side_multiple
@@ -24,7 +24,7 @@ from tasks.super_resolution.task import Upscaling
 from tasks.tiles import enlarge
 
 OWN = {"tail_parts": 1, "auxiliary_tail": "direct"}
-"""Keys of ``local`` beside the engine's, and their defaults; ``ModelConfig`` says what they do."""
+"""Keys of ``local`` besides the engine's, and their defaults; ``ModelConfig`` describes them."""
 
 _TOOL = "use this project's tools/train.py"
 ELSEWHERE = {
@@ -35,7 +35,7 @@ ELSEWHERE = {
 
 
 class GivenNetwork(Upscaling):
-    """The task of a network that BasicSR builds, feeds and evaluates: loss and auxiliary heads are left."""
+    """The task of a network that BasicSR builds, feeds and evaluates; only loss and auxiliary heads are used."""
 
     def __init__(self, scale: int, auxiliary_tail: str, pixel_loss: nn.Module) -> None:
         super().__init__(None, scale, auxiliary_tail)
@@ -48,17 +48,17 @@ class GivenNetwork(Upscaling):
 
 @MODEL_REGISTRY.register()
 class LocalSRModel(SRModel):
-    """BasicSR's SRModel with a ``local`` section in its options; its networks, data, losses, schedules and metrics.
+    """BasicSR's SRModel with a ``local`` section in its options; networks, data, schedules and metrics stay BasicSR's.
 
-    Every block has an optimizer and a learning-rate scheduler of its own, built as BasicSR builds its one. Saved
-    networks are the plain network; what belongs to blocks is in the training state, from which training goes on with
-    the same blocks, or with others (or after SRModel), whose auxiliary networks then start fresh. With the same ones
-    weights, optimizers and random state are to the bit; the order of the data starts anew, as ever in BasicSR.
-    Large test images: ``val: tile`` and ``val: tile_overlap``, as ``DataConfig`` says.
+    Every block has its own optimizer and its own learning-rate scheduler, built in BasicSR's way. A saved network is
+    the plain network. The state of the blocks is in the training state, from which training resumes with the same
+    blocks or with others. With other blocks, or after SRModel, auxiliary networks start fresh. With the same blocks,
+    weights, optimizers and random state are bit-identical; only the order of the data starts again, as always in
+    BasicSR. ``val: tile`` and ``val: tile_overlap`` are for large test images, as ``DataConfig`` describes.
 
     Raises:
-        ValueError: the options cannot be trained so: no ``local`` section or an unknown key, several ranks, a loss
-            beside ``pixel_opt``, a network or scale that is no chain.
+        ValueError: local learning cannot train with these options: there is no ``local`` section or it has an unknown
+            key, there are several ranks or a loss besides ``pixel_opt``, or network and scale make no chain.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
@@ -93,8 +93,8 @@ class LocalSRModel(SRModel):
         check_scale(network["type"], opt["scale"], network.get("upsampler", ""))
 
     def setup_optimizers(self) -> None:
-        """Cut the network into blocks, and give each its optimizer."""
-        # Shapes are inferred, and weights drawn, on the CPU whatever the device.
+        """Cut the network into blocks and build an optimizer for each."""
+        # Shapes are inferred and weights drawn on the CPU, so that they do not depend on the device.
         chain = network_chain(self.net_g.cpu(), self.tail_parts)
         if (found := enlargement(chain)) != self.opt["scale"]:
             raise ValueError(f"network_g: it enlarges {found} times, and scale is {self.opt['scale']}; make them equal")
@@ -120,14 +120,14 @@ class LocalSRModel(SRModel):
         chain.check()
 
     def _check_patch(self) -> None:
-        """See that the training patches' size suits the network: BasicSR itself finds out in the first step."""
+        """Check that the network can take patches of this size; BasicSR itself would fail in the first step."""
         size = ((self.opt.get("datasets") or {}).get("train") or {}).get("gt_size")
         unit = self.opt["scale"] * side_multiple(self.net_g)
         if size is not None and size % unit:
             raise ValueError(f"datasets.train.gt_size: {size}; this network and scale need a multiple of {unit}")
 
     def optimize_parameters(self, current_iter: int) -> None:
-        """A local step of every block; ``l_pix`` is the network's own loss, ``l_K`` that of block K."""
+        """Run a local step of every block; ``l_pix`` is the network's own loss, ``l_K`` the loss of block K."""
         message = Message({"x": self.lq}, self.gt, sequence=self.blocks[0].next_sequence)
         losses: OrderedDict[str, Tensor] = OrderedDict()
         for block in self.blocks:
@@ -138,14 +138,14 @@ class LocalSRModel(SRModel):
             self.model_ema(decay=self.ema_decay)
 
     def test(self) -> None:
-        network = getattr(self, "net_g_ema", self.net_g)
+        network: Any = getattr(self, "net_g_ema", self.net_g)
         network.eval()
         multiple = side_multiple(network)
         self.output = enlarge(network, self.lq, self.opt["scale"], multiple, self.tile, self.tile_overlap)
         self.net_g.train(self.is_train)
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
-        """As BasicSR's, but whole or not there; states of optimizers are by parameter name."""
+        """Save as BasicSR does, but to a file that is complete or not there, with optimizer state by parameter name."""
         if current_iter == -1 or self.opt["rank"] != 0:
             return
         parts = [block.state() for block in self.blocks]
@@ -162,12 +162,11 @@ class LocalSRModel(SRModel):
             },
         }
         target = Path(self.opt["path"]["training_states"]) / f"{current_iter}.state"
-        room = target.with_name(f".{target.name}.writing")
-        torch.save(state, room)
-        os.replace(room, target)
+        with replaced(target) as partial:
+            torch.save(state, partial)
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Go on from a training state, of these blocks, of others, or of SRModel; the weights are loaded already."""
+        """Resume from a training state of the same blocks, of others, or of SRModel; weights are already loaded."""
         logger, saved = get_root_logger(), resume_state.get("local")
         optimizer = self._optimizer_after_srmodel(resume_state) if saved is None else saved["optimizer"]
         auxiliary = {} if saved is None else saved["tensors"]
@@ -183,11 +182,11 @@ class LocalSRModel(SRModel):
             block.next_sequence = resume_state["iter"]
             for group in stepper.param_groups:
                 group.update({key: value for key, value in saved_group.items() if key != "params"})
-        for scheduler in self.schedulers:  # blocks' schedulers are all alike
+        for scheduler in self.schedulers:  # all blocks have the same schedule
             scheduler.load_state_dict(resume_state["schedulers"][0])
 
     def _optimizer_after_srmodel(self, resume_state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """State by ``parameter name:key`` of SRModel's one optimizer, which counts the network's parameters."""
+        """State, as ``parameter name:key`` -> tensor, of SRModel's single optimizer, which numbers the parameters."""
         names = [name for name, parameter in self.net_g.named_parameters() if parameter.requires_grad]
         (saved,) = resume_state["optimizers"]
         return {
@@ -198,7 +197,7 @@ class LocalSRModel(SRModel):
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with dicts in place of the ordered ones that BasicSR's options are made of."""
+    """``value`` with plain dicts instead of the ordered ones in BasicSR's options."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""From the config to one of BasicSR's networks."""
+"""Build one of BasicSR's networks from the config."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
+from engine.utilities.text import one_line
 from tasks.super_resolution.config import ModelConfig
 from tasks.weights import load_weights
 
 CHANNELS = {"EDSR": {"num_in_ch": 3, "num_out_ch": 3}, "RCAN": {"num_in_ch": 3, "num_out_ch": 3}}
 CHANNELS["RRDBNet"] = CHANNELS["EDSR"]
 SWINIR = {"upsampler": "pixelshuffle", "window_size": 8}
-"""Of the networks' arguments those that would otherwise be missing, or make no super-resolution."""
+"""Arguments of the networks that have no default, or whose default does not enlarge."""
 
 KEYS = ("params_ema", "params")
-"""Under which BasicSR's files have the weights; the averaged ones first, as its own tests take them."""
+"""Keys of the weights in BasicSR's files; averaged weights come first, as when BasicSR itself tests."""
 
 
 def build_network(config: ModelConfig, initial: bool = True) -> nn.Module:
@@ -44,17 +45,17 @@ def build_network(config: ModelConfig, initial: bool = True) -> nn.Module:
     try:
         network: nn.Module = network_class(**options, **{scale_key: config.scale})
     except Exception as error:
-        raise ValueError(f"model.options: {kind}: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"model.options: {kind}: {one_line(error, 300)}") from error
     if initial and config.weights:
         load_weights(network, Path(config.weights), keys=KEYS)
     return network.train()
 
 
 def check_scale(kind: str, scale: int, upsampler: str = "") -> None:
-    """Refuse a scale that the network does not have; BasicSR itself makes some other network of it.
+    """Refuse a scale that the network does not support, for which BasicSR would build another network.
 
     Raises:
-        ValueError: names the scales there are.
+        ValueError: the scale is not supported; the message names those that are.
     """
     power = scale > 1 and scale & (scale - 1) == 0
     has, known = {
@@ -69,7 +70,7 @@ def check_scale(kind: str, scale: int, upsampler: str = "") -> None:
 
 
 def side_multiple(network: Any) -> int:
-    """Of what number of pixels the sides of the input must be multiples."""
+    """The number of pixels of which the sides of the input must be multiples."""
     kind = type(network).__name__
     if kind == "SwinIR":
         return int(network.layers[0].residual_group.blocks[0].window_size)
@@ -77,5 +78,5 @@ def side_multiple(network: Any) -> int:
 
 
 def image_range(network: Any) -> float:
-    """How much larger than images the network's maps are: 255 in EDSR, say."""
+    """How many times larger the values in the network's maps are than those of images; 255 in EDSR, for example."""
     return float(getattr(network, "img_range", 1.0))

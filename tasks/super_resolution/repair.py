@@ -1,4 +1,4 @@
-"""BasicSR 1.4.2 on today's Python packages: two modules it imports are gone."""
+"""Make BasicSR 1.4.2 work with current packages, which lack two modules that it imports."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ TENSOR_FUNCTIONS = "torchvision.transforms.functional_tensor"
 
 
 def repair_basicsr() -> None:
-    """Make ``import basicsr`` work; to be called before it. Nothing is done where nothing is missing.
+    """Provide the modules that ``import basicsr`` needs, unless they exist; call this before that import.
 
-    - ``torchvision.transforms.functional_tensor``, of which BasicSR wants ``rgb_to_grayscale``; torchvision 0.17
+    - ``torchvision.transforms.functional_tensor``, from which BasicSR imports ``rgb_to_grayscale``; torchvision 0.17
       renamed it.
-    - ``distutils.version.LooseVersion``, gone from Python 3.12 where setuptools does not provide it.
+    - ``distutils.version.LooseVersion``, which Python 3.12 has removed, unless setuptools provides it.
     """
     if TENSOR_FUNCTIONS not in sys.modules and not _exists(TENSOR_FUNCTIONS):
         from torchvision.transforms.functional import rgb_to_grayscale

@@ -1,9 +1,9 @@
 """Have BasicSR's own commands know ``model_type: LocalSRModel``: python -m tasks.super_resolution.startup
 
-BasicSR 1.4.2 neither starts on today's torchvision nor has a way to name a module of one's own. So this writes one line
-into the environment's site-packages, ``local_learning_basicsr.pth``, by which Python imports this module first whenever
-it is started as ``-m basicsr.train`` or ``-m basicsr.test``, or with one of these files as a script, and never else.
-Deleting the file undoes it.
+BasicSR 1.4.2 does not start with current versions of torchvision, and has no option to import a user's module. So this
+command writes a file of one line, ``local_learning_basicsr.pth``, to the environment's site-packages. With it, Python
+imports this module first whenever it is started as ``-m basicsr.train`` or ``-m basicsr.test``, or with one of these
+files as a script, and at no other time. Deleting the file undoes the change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from basicsr.utils import options
 
-import tasks.super_resolution  # noqa: F401  BasicSR repaired, LocalSRModel registered
+import tasks.super_resolution  # noqa: F401  repairs BasicSR and registers LocalSRModel
 
 _parse_options = options.parse_options
 
@@ -29,19 +29,20 @@ LINE = (
     "next((word for before, word in zip(sys.orig_argv, sys.orig_argv[1:]) "
     "if before == '-m' or not word.startswith('-')), ''))\n"
 )
-"""Looks at the module or script that Python is started with, and at nothing else."""
+"""The line looks only at the module or script that Python is started with."""
 
 
 def prepare() -> None:
-    """Mend what BasicSR's commands do wrong where it is installed by pip, or without a GPU.
+    """Correct what BasicSR's commands do wrong if BasicSR is installed by pip, or if there is no GPU.
 
-    It writes experiments/ beside its own package, in site-packages, and looks for runs to resume in the current folder;
-    here both are in the current folder. It loads training states onto the current GPU, and fails for want of one.
+    BasicSR writes experiments/ beside its package, in site-packages, but looks for runs to resume in the current
+    folder; with this correction it does both in the current folder. It also loads training states onto the current GPU,
+    which fails if there is none.
     """
     if Path(options.__file__).is_relative_to(sysconfig.get_path("purelib")):
         options.parse_options = _parse_options_here
     if not torch.cuda.is_available():
-        torch.cuda.current_device = lambda: 0  # type: ignore[assignment]
+        torch.cuda.current_device = lambda: 0
         torch.UntypedStorage.cuda = _stay  # type: ignore[assignment,method-assign]
 
 

@@ -27,9 +27,10 @@ from tasks.tiles import tiles
 
 
 class Upscaling(Task):
-    """What training by blocks needs of super-resolution, whoever feeds and evaluates the network."""
+    """The part of super-resolution that training by blocks needs, whoever feeds and evaluates the network."""
 
-    # The early map is at the body's resolution, so the local part is too; DGL ends in a flat vector.
+    # The early map has the body's resolution, so the local part must keep it. DGL ends in a flat vector, not in an
+    # image.
     auxiliary_options = {
         "glcan": {"depth": 2, "width": 1.0, "reduce": 1},
         "dgl": None,
@@ -63,12 +64,12 @@ class Upscaling(Task):
         )
 
     def enlargement(self, chain: Chain, x: Tensor) -> int:
-        """How many times larger than the map ``x``, of the chain's example, the output is: RRDBNet folds its input."""
+        """How many times larger the output is than ``x``, a map for the chain's example: RRDBNet folds its input."""
         return self.scale * chain.example.x.shape[-1] // x.shape[-1]
 
 
 class SuperResolution(Upscaling):
-    """Images to larger images; BasicSR's networks and metrics; mean absolute error."""
+    """Enlarge images, with BasicSR's networks and metrics; the loss is the mean absolute error."""
 
     config: SuperResolutionConfig
 
@@ -80,7 +81,7 @@ class SuperResolution(Upscaling):
 
     @property
     def patches(self) -> Patches:
-        """The training data, opened when first asked for."""
+        """The training data, opened when it is first needed."""
         if self._patches is None:
             data = self.config.data
             self._patches = Patches(load_pairs("train", data, self.scale), data, self.config.train.seed)
@@ -88,7 +89,7 @@ class SuperResolution(Upscaling):
 
     @property
     def test(self) -> Pairs:
-        """The test data, opened when first asked for."""
+        """The test data, opened when it is first needed."""
         if self._test is None:
             self._test = load_pairs("test", self.config.data, self.scale)
         return self._test
@@ -109,7 +110,7 @@ class SuperResolution(Upscaling):
             return Message({"x": low}, targets=torch.rand(batch, 3, side * self.scale, side * self.scale))
 
     def steps_per_epoch(self) -> int:
-        self.test  # noqa: B018  what is wrong with it is to be told before training
+        self.test  # noqa: B018  report faults of the test data before training
         return super().steps_per_epoch()
 
     def training_data(self) -> Patches:
@@ -120,17 +121,17 @@ class SuperResolution(Upscaling):
         return Message({"x": low}, targets=high)
 
     def test_batches(self) -> Iterator[Message]:
-        """Each test image, in tiles if the config says so; the truth is left to the metrics.
+        """Each test image, in tiles if the config says so; the metrics read the true images themselves.
 
-        A whole image may be larger than a training micro-batch.
+        A whole image may take more memory than a training micro-batch.
         """
         data = self.config.data
         for number in range(len(self.test)):
             low = self.test[0, number][0][None]
-            size = tuple(low.shape[2:])
-            parts = tiles(*size, data.tile, data.tile_overlap, self._multiple)
+            height, width = low.shape[2:]
+            parts = tiles(height, width, data.tile, data.tile_overlap, self._multiple)
             for tile in parts:
-                targets = {"image": number, "size": size, "tile": astuple(tile), "tiles": len(parts)}
+                targets = {"image": number, "size": (height, width), "tile": astuple(tile), "tiles": len(parts)}
                 yield Message({"x": tile.of(low, self._multiple)}, targets)
 
     def metrics(self) -> SuperResolutionMetrics:
@@ -142,15 +143,15 @@ class SuperResolution(Upscaling):
         return SuperResolutionMetrics(self.test, data.pictures, beside)
 
     def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
-        """What BasicSR's ``pretrain_network_g`` loads (and spandrel, of the networks that it knows)."""
+        """What BasicSR's ``pretrain_network_g`` loads, and spandrel too if it knows the network."""
         return {"params": dict(state)}
 
 
 def newest_evaluation(run: str) -> tuple[str, Path]:
-    """A run's name and its newest folder of pictures.
+    """The name of a run and its newest folder of pictures.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the run has no such folder.
     """
     folders = [path for path in (Path(run) / "evaluation").glob("step_*") if path.name[5:].isdigit()]
     if not folders:

@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from engine.utilities.command import run_tool
+from tests.ranks import run_ranks
+from tests.tools.commands import ALONE, ROOT, SMOKE, call
 from tests.toy import assert_equal
+from tools import train
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ["--config", str(ROOT / "tasks/classification/configs/smoke.yaml"), "--local.blocks", "4"]
+CONFIG = [*SMOKE, "--local.blocks", "4"]
 LONG = [*CONFIG, "--train.epochs", "8", "--train.steps", "0", "--placement.stages", "[0,0,1,1]"]
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def torchrun(*words: str) -> list[str]:
@@ -92,9 +94,8 @@ def test_torchrun_starts_again_from_the_newest_checkpoint(tmp_path: Path) -> Non
     assert "resumed" in said
     assert [path.name for path in runs.iterdir()] == ["smoke"], "the same run, not a second one"
     assert workers(str(runs)) == {}
-    single = torchrun("--standalone", "--nproc-per-node", "1", str(ROOT / "tools/train.py"), *CONFIG)
-    single += ["--train.epochs", "8", "--train.steps", "0", "--output.root", str(tmp_path / "alone")]
-    subprocess.run(single, cwd=tmp_path, env=ALONE, check=True, timeout=120, capture_output=True)
+    single = [*CONFIG, "--train.epochs", "8", "--train.steps", "0", "--output.root", str(tmp_path / "alone")]
+    assert call(*single, cwd=tmp_path).returncode == 0
     assert_equal(weights(runs / "smoke"), weights(tmp_path / "alone/smoke"))
 
 
@@ -163,21 +164,43 @@ def test_a_rank_that_hangs_is_ended_with_the_job(tmp_path: Path) -> None:
     assert workers(str(runs)) == {}
 
 
+WRONG = [
+    (
+        ["--placement.stages", "[0,0,2,1]"],
+        "error: placement.stages: block 2 is on stage 2, there are stages 0 to 1",
+    ),
+    (["--local.blokcs", "3"], "error: unknown key 'local.blokcs', did you mean 'local.blocks'?"),
+    (["--placement.replicas", "3"], "error: placement.replicas: 3 does not divide the 2 ranks torchrun started"),
+]
+
+
 def test_a_wrong_key_is_said_once(tmp_path: Path) -> None:
-    for words, cause in (
-        (["--local.blokcs", "3"], "error: unknown key 'local.blokcs', did you mean 'local.blocks'?"),
-        (
-            ["--placement.stages", "[0,0,2,1]"],
-            "error: placement.stages: block 2 is on stage 2, there are stages 0 to 1",
-        ),
-        (["--placement.replicas", "3"], "error: placement.replicas: 3 does not divide the 2 ranks torchrun started"),
-    ):
-        job = torchrun("--standalone", "--nproc-per-node", "2", str(ROOT / "tools/train.py"), *CONFIG, *words)
-        ended = subprocess.run(job, cwd=tmp_path, env=ALONE, timeout=120, capture_output=True, text=True)
-        assert ended.returncode == 1
-        assert ended.stderr.count("error: ") == 1, ended.stderr
-        assert cause in ended.stderr
+    words, cause = WRONG[0]
+    job = torchrun("--standalone", "--nproc-per-node", "2", str(ROOT / "tools/train.py"), *CONFIG, *words)
+    ended = subprocess.run(job, cwd=tmp_path, env=ALONE, timeout=120, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.count("error: ") == 1, ended.stderr
+    assert cause in ended.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("words", "cause"), WRONG)
+def test_a_wrong_key_is_said_by_one_rank(tmp_path: Path, words: list[str], cause: str) -> None:
+    ended = run_ranks(2, _typed, [*CONFIG, *words, "--output.root", str(tmp_path / "runs")])
+    assert [each.code for each in ended] == [2, 2]
+    said = "".join(each.said for each in ended)
+    assert said.count("error: ") == 1, said
+    assert cause in said
+    assert not (tmp_path / "runs").exists()
+
+
+def _typed(words: list[str]) -> None:
+    """What torchrun's processes do."""
+    sys.argv[1:] = words
+    try:
+        run_tool(train.main)
+    except SystemExit as left:
+        os._exit(int(left.code or 0))
 
 
 @pytest.fixture
@@ -226,7 +249,5 @@ def test_two_hosts(hosts: list[str], tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], said
     summary = json.loads((tmp_path / "runs/smoke/summary.json").read_text())
     assert (summary["world_size"], summary["schedule"]) == (2, "pipeline")
-    single = torchrun("--standalone", "--nproc-per-node", "1", str(ROOT / "tools/train.py"), *CONFIG)
-    single += ["--output.root", str(tmp_path / "alone")]
-    subprocess.run(single, cwd=tmp_path, env=ALONE, check=True, timeout=120, capture_output=True)
+    assert call(*CONFIG, "--output.root", str(tmp_path / "alone"), cwd=tmp_path).returncode == 0
     assert_equal(weights(tmp_path / "runs/smoke"), weights(tmp_path / "alone/smoke"))

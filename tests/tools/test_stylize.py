@@ -36,10 +36,10 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def use(painter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_fake(folder: Path) -> SimpleNamespace:
-        task = SimpleNamespace(name="toy", painter=lambda run: painter)
-        return SimpleNamespace(folder=folder, task=task, device=torch.device("cpu"), step=7)
+        task = SimpleNamespace(name="toy", painter=lambda chain, predict: painter)
+        return SimpleNamespace(folder=folder, task=task, chain=None, predict=None, device=torch.device("cpu"), step=7)
 
-    monkeypatch.setattr("tools.stylize.open_run", open_fake)
+    monkeypatch.setattr("tasks.style_transfer.repaint.open_run", open_fake)
 
 
 def words(*more: str, content: str = "content", style: str = "style") -> list[str]:
@@ -113,7 +113,7 @@ def test_the_sheet_shows_the_first_in_their_places(room: Path, monkeypatch: pyte
         for value in values:
             write_image(Path(folder, f"{folder}{value:03}.png"), np.full((20, 20, 3), value, np.uint8))
     use(Copying(), monkeypatch)
-    monkeypatch.setattr("tools.stylize.ON_SHEET", 2)
+    monkeypatch.setattr("tasks.style_transfer.repaint.ON_SHEET", 2)
     main(words(content="dark", style="bright"))
     sheet = read_image(Path("out/new/sheet.png"))
     middles = sheet[SIDE // 2 :: SIDE + GAP, SIDE // 2 :: SIDE + GAP, 0]
@@ -128,7 +128,7 @@ def test_images_are_read_as_seldom_as_may_be(room: Path, monkeypatch: pytest.Mon
         seen.append(path.stem)
         return read_image(path)
 
-    monkeypatch.setattr("tools.stylize.read_image", read)
+    monkeypatch.setattr("tasks.style_transfer.repaint.read_image", read)
     use(Copying(), monkeypatch)
     main(words())
     assert sorted(seen) == ["hill", "noise", "square", "tower"]
@@ -199,8 +199,9 @@ def test_no_input_is_overwritten(room: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_run_of_another_task_cannot_stylize(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = SimpleNamespace(task=SimpleNamespace(name="classification"))
-    monkeypatch.setattr("tools.stylize.open_run", lambda folder: run)
+    task = SimpleNamespace(name="classification", painter=lambda chain, predict: None)
+    run = SimpleNamespace(task=task, chain=None, predict=None)
+    monkeypatch.setattr("tasks.style_transfer.repaint.open_run", lambda folder: run)
     with pytest.raises(ValueError, match=r"--run: runs/r is a run of classification, which cannot stylize"):
         main(words())
 
@@ -233,7 +234,7 @@ def test_a_painter_says_how_strong_its_style_is(room: Path, monkeypatch: pytest.
 def test_a_seed_is_refused_where_there_is_no_chance(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     painter = Normalising()
     use(painter, monkeypatch)
-    with pytest.raises(ValueError, match=r"^--seed: 0 changes nothing: runs/r paints without chance; leave it out$"):
+    with pytest.raises(ValueError, match=r"^--seed: 0 has no effect: runs/r paints without randomness; leave it out$"):
         main(words("--seed", "0"))
     assert not painter.seen
 
@@ -301,8 +302,8 @@ def test_an_artist_is_shown_by_a_work_or_by_nothing(room: Path, monkeypatch: pyt
         (["--style", "monte"], r"^--style: 'monte' is no artist that runs/r knows; they are: cezanne, monet$"),
         (["--style", "monet,"], r"^--style: '' is no artist that runs/r knows"),
         (["--style", "style"], r"^--style: 'style' is no artist that runs/r knows"),
-        (["--tile", "512"], r"^--tile: 512 changes nothing: runs/r paints wholes, of artists; leave it out$"),
-        (["--style-size", "64"], r"^--style-size: 64 changes nothing"),
+        (["--tile", "512"], r"^--tile: 512 has no effect: runs/r paints whole pictures, by artist; leave it out$"),
+        (["--style-size", "64"], r"^--style-size: 64 has no effect"),
         (["--alpha", "2"], r"^--alpha: 2.0 is not from 0 to 1"),
     ],
 )

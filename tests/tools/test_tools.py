@@ -1,7 +1,6 @@
-"""The commands as a user types them, in processes of their own."""
+"""The commands as a user types them."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,33 +11,26 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-SMOKE = ["--config", str(ROOT / "tasks/classification/configs/smoke.yaml")]
-
-
-def run(*words: str, tool: str = "train", cwd: Path, **options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / f"tools/{tool}.py"), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **options)
+from tests.tools.commands import ALONE, ROOT, SMOKE, assert_refused, call, run
 
 
 def test_train_evaluate_export_under_torchrun(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     command += [str(ROOT / "tools/train.py"), *SMOKE, "--output.name", "r"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "│ 0     │ stem" in done.stdout
     assert "accuracy 0." in done.stdout.splitlines()[-1]
     summary = json.loads((tmp_path / "runs/r/summary.json").read_text())
     assert (summary["task"], summary["steps"], summary["blocks"]) == ("classification", 3, 4)
 
-    evaluated = run("--run", "runs/r", tool="evaluate", cwd=tmp_path)
+    evaluated = call("--run", "runs/r", tool="evaluate", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads((tmp_path / "runs/r/evaluation.json").read_text())
     assert found["accuracy"] == summary["value"]
     assert f"accuracy {summary['value']:.4f}" in evaluated.stdout
 
-    exported = run("--run", "runs/r", "--out", "m.pth", tool="export", cwd=tmp_path)
+    exported = call("--run", "runs/r", "--out", "m.pth", tool="export", cwd=tmp_path)
     assert exported.returncode == 0, exported.stderr
     from tasks.classification.resnet import ResNet
 
@@ -48,7 +40,9 @@ def test_train_evaluate_export_under_torchrun(tmp_path: Path) -> None:
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
     words = [*SMOKE, "--output.name", "r", "--train.steps", "0", "--train.epochs", "40", "--train.log_every", "1"]
     command = [sys.executable, str(ROOT / "tools/train.py"), *words]
-    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, cwd=tmp_path, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     metrics = tmp_path / "runs/r/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
@@ -59,42 +53,42 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
     assert "stopped and saved at step" in out
     assert "Traceback" not in err
     stopped = json.loads((tmp_path / "runs/r/summary.json").read_text())["steps"]
-    again = run(*words[:-2], "--train.resume", "auto", "--train.steps", str(stopped + 2), cwd=tmp_path)
+    again = call(*words[:-2], "--train.resume", "auto", "--train.steps", str(stopped + 2), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"at step {stopped}" in again.stdout
     assert json.loads((tmp_path / "runs/r/summary.json").read_text())["steps"] == stopped + 2
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--local.blcks", "3"], "unknown key 'local.blcks', did you mean 'local.blocks'?"),
-        (["--local.blocks", "many"], "local.blocks: Expected a int. Got value: many"),
-        (["--local.blocks", "9"], "local.blocks: 9 blocks asked for, the network has 4 units; choose 1 to 4"),
-        (
-            ["--local.cut", "[layer7]"],
-            "local.cut: 'layer7' is not a unit of this network; its units are stem, layer1.0",
-        ),
-        (["--local.auxiliary", "glcam"], "local.auxiliary: 'glcam' is unknown, did you mean 'glcan'?"),
-        (
-            ["--data.batch", "1"],
-            "data.batch: the smallest micro-batch has 1 sample and BatchNorm 'bn1' needs at least 2",
-        ),
-        (["--data.name", "folder", "--data.root", "nowhere"], "data.root: nowhere has no folder train/"),
-        (["--model.classes", "5"], "model.classes: label 9 ('9') is out of range for 5 classes"),
-        (["--model.name", "resnet19"], "model.name: resnet19 does not exist"),
-        (["--train.device", "gpu"], "train.device: 'gpu' is none of auto, cpu, cuda, cuda:N"),
-        (["--train.resume", "nowhere"], "train.resume: nowhere is no checkpoint"),
-        (["--optimizer.lr", "1e30"], "loss is"),
-    ],
-)
+BAD_INPUT = [
+    (["--local.blcks", "3"], "unknown key 'local.blcks', did you mean 'local.blocks'?"),
+    (["--local.blocks", "many"], "local.blocks: Expected a int. Got value: many"),
+    (["--local.blocks", "9"], "local.blocks: 9 blocks asked for, the network has 4 units; choose 1 to 4"),
+    (
+        ["--local.cut", "[layer7]"],
+        "local.cut: 'layer7' is not a unit of this network; its units are stem, layer1.0",
+    ),
+    (["--local.auxiliary", "glcam"], "local.auxiliary: 'glcam' is unknown, did you mean 'glcan'?"),
+    (
+        ["--data.batch", "1"],
+        "data.batch: the smallest micro-batch has 1 sample and BatchNorm 'bn1' needs at least 2",
+    ),
+    (["--data.name", "folder", "--data.root", "nowhere"], "data.root: nowhere has no folder train/"),
+    (["--model.classes", "5"], "model.classes: label 9 ('9') is out of range for 5 classes"),
+    (["--model.name", "resnet19"], "model.name: resnet19 does not exist"),
+    (["--train.device", "gpu"], "train.device: 'gpu' is none of auto, cpu, cuda, cuda:N"),
+    (["--train.resume", "nowhere"], "train.resume: nowhere is no checkpoint"),
+    (["--optimizer.lr", "1e30"], "loss is"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_INPUT)
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
-    done = run(*SMOKE, *words, cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
+    assert_refused(call(*SMOKE, *words, cwd=tmp_path), message)
+
+
+@pytest.mark.parametrize(("words", "message"), [BAD_INPUT[0], BAD_INPUT[-1]], ids=["a key", "while training"])
+def test_bad_input_as_a_user_types_it(tmp_path: Path, words: list[str], message: str) -> None:
+    assert_refused(run(*SMOKE, *words, cwd=tmp_path), message)
 
 
 def test_bad_input_of_the_other_tools(tmp_path: Path) -> None:
@@ -106,9 +100,9 @@ def test_bad_input_of_the_other_tools(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    assert run(*SMOKE, "--output.name", "r", cwd=tmp_path).returncode == 0
+    assert call(*SMOKE, "--output.name", "r", cwd=tmp_path).returncode == 0
     before = (tmp_path / "runs/r/summary.json").read_text()
-    done = run(*SMOKE, "--output.name", "r", "--train.resume", "auto", "--model.name", "resnet14", cwd=tmp_path)
+    done = call(*SMOKE, "--output.name", "r", "--train.resume", "auto", "--model.name", "resnet14", cwd=tmp_path)
     assert done.returncode == 2
     assert "is of another model: 'layer1.1.conv1.weight' is nothing there" in done.stderr
     assert (tmp_path / "runs/r/summary.json").read_text() == before
@@ -122,13 +116,13 @@ def test_a_corrupt_image_is_named(tmp_path: Path) -> None:
                 Image.new("RGB", (16, 16)).save(tmp_path / "set" / split / name / f"{number}.jpg")
     (tmp_path / "set/train/b/2.jpg").write_bytes(b"\xff\xd8 cut")
     words = ["--data.name", "folder", "--data.root", "set", "--data.batch", "4", "--data.subset", "0"]
-    done = run(*SMOKE, *words, cwd=tmp_path)
+    done = call(*SMOKE, *words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: data.root: cannot read image set/train/b/2.jpg")
 
 
 def test_help_says_what_each_key_does(tmp_path: Path) -> None:
-    done = run("--config", SMOKE[1], "--help", cwd=tmp_path)
+    done = call("--config", SMOKE[1], "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "more blocks need less memory and cost some accuracy" in " ".join(done.stdout.split())
 
@@ -138,11 +132,13 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     words = [*SMOKE, "--train.steps", "0", "--train.epochs", "3", "--train.save_every", "1", "--train.keep", "3"]
-    assert run(*words, "--output.name", "whole", cwd=tmp_path).returncode == 0
+    assert call(*words, "--output.name", "whole", cwd=tmp_path).returncode == 0
     command = [sys.executable, str(ROOT / "tools/train.py"), *words, "--output.name", "r", "--train.resume", "auto"]
     folder = tmp_path / "runs/r/checkpoints"
     for target in (2, 7, 12):
-        running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running = subprocess.Popen(
+            command, cwd=tmp_path, env=ALONE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 120
         while running.poll() is None and time.monotonic() < deadline:
             if folder.is_dir() and any(path.name == f".step_{target}.writing" for path in folder.iterdir()):
@@ -152,7 +148,7 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
             time.sleep(0.001)
         running.kill()
         running.wait()
-    done = run(*words, "--output.name", "r", "--train.resume", "auto", cwd=tmp_path)
+    done = call(*words, "--output.name", "r", "--train.resume", "auto", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resumed" in done.stdout
     whole = tmp_path / "runs/whole/checkpoints"
@@ -163,7 +159,7 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_evaluation_runs_in_the_precision_of_training(tmp_path: Path) -> None:
-    assert run(*SMOKE, "--output.name", "r", "--local.precision", "bf16", cwd=tmp_path).returncode == 0
-    assert run("--run", "runs/r", tool="evaluate", cwd=tmp_path).returncode == 0
+    assert call(*SMOKE, "--output.name", "r", "--local.precision", "bf16", cwd=tmp_path).returncode == 0
+    assert call("--run", "runs/r", tool="evaluate", cwd=tmp_path).returncode == 0
     summary = json.loads((tmp_path / "runs/r/summary.json").read_text())
     assert json.loads((tmp_path / "runs/r/evaluation.json").read_text())["loss"] == summary["loss"]

@@ -1,4 +1,4 @@
-"""Replication: several ranks hold the same block and train on different parts of each micro-batch."""
+"""Replication: several ranks own the same block and train on different parts of each micro-batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.learning.shared import SharedEncoder
 
 
 def prepare_replicas(blocks: Blocks, config: Config, device: torch.device, group: dist.ProcessGroup) -> None:
-    """As ``engine.learning.build.prepare``, for blocks that all ranks of ``group`` hold.
+    """The counterpart of ``engine.learning.build.prepare`` for blocks that all ranks of ``group`` own.
 
     Raises:
         ValueError: as ``replicate``.
@@ -26,7 +26,9 @@ def prepare_replicas(blocks: Blocks, config: Config, device: torch.device, group
 
     def attach(block: Block, make_optimizer: MakeOptimizer) -> None:
         learns = any(parameter.requires_grad for parameter in block.parameters())
-        if isinstance(block, SharedEncoder) or not learns:  # it averages by itself; what never changes is alike
+        # A shared encoder averages its gradients itself. A block without parameters to train stays the same on every
+        # replica, and DDP would refuse it.
+        if isinstance(block, SharedEncoder) or not learns:
             block.attach(make_optimizer)
         else:
             replicate(block, config, group, make_optimizer)
@@ -35,14 +37,15 @@ def prepare_replicas(blocks: Blocks, config: Config, device: torch.device, group
 
 
 def replicate(block: Block, config: Config, group: dist.ProcessGroup, make_optimizer: MakeOptimizer) -> None:
-    """Make ``block`` one of its replicas on the ranks of ``group``, and give it its optimizer.
+    """Turn ``block`` into one of its replicas on the ranks of ``group``, and give it its optimizer.
 
-    Each block is wrapped on its own: one wrapper around several blocks with several backward passes would
-    average some gradients twice and others never. Without ``placement.sync_batch_norm`` each replica has
-    running statistics of its own; those of replica 0 are saved.
+    Each block has a wrapper of its own, because one wrapper around several blocks with several backward passes would
+    average some gradients twice and others never. Without ``placement.sync_batch_norm``, each replica has running
+    statistics of its own, and checkpoints hold those of replica 0.
 
     Raises:
-        ValueError: what the kind of replication cannot do is asked for (names both keys), or DeepSpeed is missing.
+        ValueError: the config asks for something that this kind of replication cannot do (the message names both keys),
+            or DeepSpeed is missing.
     """
     placement, local = config.placement, config.local
     kind = placement.replication
@@ -50,6 +53,7 @@ def replicate(block: Block, config: Config, group: dist.ProcessGroup, make_optim
         raise ValueError(f"local.precision: fp16 cannot be combined with placement.replication {kind}; use bf16")
     if placement.offload_optimizer and not kind.startswith("zero"):
         raise ValueError(f"placement.offload_optimizer: needs placement.replication zero1, zero2 or zero3, not {kind}")
+    # The imports below are inside the branches, so that a run only needs what its kind of replication uses.
     if placement.sync_batch_norm:
         from engine.distributed.replication.batch_norm import synchronise
 

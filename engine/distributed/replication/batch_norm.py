@@ -1,4 +1,4 @@
-"""BatchNorm whose statistics are those of all replicas' samples together."""
+"""BatchNorm whose statistics cover the samples of all replicas."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 
 def synchronise(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
-    """Let every BatchNorm in ``modules`` take its statistics over ``group`` while it trains.
+    """Let every BatchNorm in ``modules`` compute its statistics over ``group`` while it trains.
 
-    The modules stay what they are, names and identities included; only the class changes, to a subclass whose
-    forward calls the original's, with ``torch.nn.functional.batch_norm`` replaced meanwhile. So BatchNorms with a
-    forward of their own (timm's with an activation in it) work too. In evaluation mode, where some networks
-    freeze theirs, nothing is exchanged.
+    The modules keep their names and identities. Only their class changes: to a subclass whose forward calls the
+    original forward with ``torch.nn.functional.batch_norm`` replaced meanwhile. Therefore a BatchNorm with a forward of
+    its own (timm has one that includes an activation) works as well. In evaluation mode, in which some networks keep
+    frozen BatchNorms, nothing is exchanged.
     """
     found = [child for module in modules for child in module.modules() if isinstance(child, _BatchNorm)]
     made: dict[type[_BatchNorm], type[_BatchNorm]] = {}
@@ -33,7 +33,7 @@ def synchronise(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
 
 
 def _synchronised(kind: type[_BatchNorm], group: dist.ProcessGroup) -> type[_BatchNorm]:
-    # A compiler would not see the replacement: it compiles what is before and after.
+    # torch.compile would trace past the replacement, so this forward stays out of its graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self: _BatchNorm, *args: Any) -> Any:
         if not self.training:
@@ -45,7 +45,7 @@ def _synchronised(kind: type[_BatchNorm], group: dist.ProcessGroup) -> type[_Bat
 
 
 class _Replaced(TorchFunctionMode):
-    """Puts ``batch_norm`` below in the place of torch's."""
+    """A context in which ``batch_norm`` below takes the place of torch's."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -68,12 +68,15 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``torch.nn.functional.batch_norm`` in training, as if the group's inputs were one batch.
+    """``torch.nn.functional.batch_norm`` in training, as if the inputs of all replicas were one batch.
+
+    Args:
+        input: (N, C, ...); replicas may have different N.
 
     Raises:
-        ValueError: the replicas together have a single value per channel.
+        ValueError: all replicas together have a single value per channel.
     """
-    assert training, "statistics are taken in training only"
+    assert training, "only training computes statistics"
     if input.is_cuda:
         replicas = dist.get_world_size(group)
         cuda: Tensor = CudaSyncBatchNorm.apply(  # type: ignore[no-untyped-call]
@@ -85,10 +88,11 @@ def batch_norm(
 
 
 class _OnCPU(torch.autograd.Function):
-    """What torch has for GPUs only. Keeps what BatchNorm keeps: the input, and two values per channel.
+    """The CPU form of torch's ``SyncBatchNorm``, which torch has for GPUs only.
 
-    Shapes: input (N, C, ...), all else (C). With x^ = (x - mean) / deviation and the sums over all replicas,
-    dx = weight / deviation * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
+    Like BatchNorm, it saves the input and two values per channel for backward. Shapes are (N, C, ...) for input and
+    result, and (C) for everything else. With x^ = (x - mean) / deviation, n values per channel and sums over all
+    replicas, dx = weight / deviation * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
     """
 
     @staticmethod
@@ -105,23 +109,25 @@ class _OnCPU(torch.autograd.Function):
     ) -> Tensor:
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         axes = [axis for axis in range(x.dim()) if axis != 1]
+        # One collective for the count and the sums. The counts differ where the parts of a micro-batch do.
         own = x.new_full((1,), x.numel() // x.shape[1])
         total = _sum(torch.cat([own, x.sum(axes)]), group)
         count, mean = total[0], total[1:] / total[0]
         if count == 1:
             raise ValueError(f"BatchNorm needs more than 1 value per channel over all replicas, got {tuple(x.shape)}")
         centred = x - _wide(mean, x)
-        # A second round, about the mean: sums of squares alone would cancel.
+        # A second collective, about the mean: E[x^2] - E[x]^2 would lose its digits where the mean is large.
         variance = _sum(centred.square().sum(axes), group) / count
         inverse = (variance + eps).rsqrt()
         with torch.no_grad():
             if running_mean is not None:
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             if running_var is not None:
+                # As in torch, running_var holds the unbiased variance, while normalisation uses the biased one.
                 running_var.lerp_((variance * count / (count - 1)).to(running_var.dtype), momentum)
         ctx.save_for_backward(input, weight, mean, inverse, count)
         ctx.group, ctx.axes = group, axes
-        result = centred.mul_(_wide(inverse, x))
+        result = centred.mul_(_wide(inverse, x))  # in place: ``centred`` is not needed again, backward recomputes it
         if weight is not None:
             result = result.mul_(_wide(weight, x))
         if bias is not None:
@@ -134,7 +140,8 @@ class _OnCPU(torch.autograd.Function):
         input, weight, mean, inverse, count = ctx.saved_tensors
         y = gradient.to(mean.dtype)
         normal = (input - _wide(mean, y)).mul_(_wide(inverse, y))
-        # Of weight and bias each replica gives its own part: gradients of parameters are averaged elsewhere.
+        # For weight and bias, each replica returns the gradient from its own samples: the replication averages the
+        # gradients of parameters later. The gradient of the input needs the sums over all replicas.
         d_weight, d_bias = (y * normal).sum(ctx.axes), y.sum(ctx.axes)
         d_input = None
         if ctx.needs_input_grad[0]:

@@ -1,4 +1,4 @@
-"""Replicas with everything whole on each: torch's DistributedDataParallel around one block."""
+"""Replicas that shard nothing: torch's DistributedDataParallel around one block."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from engine.network.message import Message
 
 
 class DDP(Replication):
-    """Averages gradients while backward still runs.
+    """Every replica has the whole block; gradients are averaged while backward still runs.
 
-    Known limitation: torch refuses, at the next micro-batch, a block some of whose trainable parameters took no
-    part in the loss.
+    Known limitation: if a trainable parameter takes no part in the loss, torch raises an error at the next micro-batch.
     """
 
     def __init__(self, block: Block, group: dist.ProcessGroup, make_optimizer: MakeOptimizer) -> None:
         super().__init__(block, group)
         with warnings.catch_warnings():
-            # Newer torch has another word for broadcast_buffers, which older torch does not know.
+            # Newer versions of torch deprecate broadcast_buffers in favour of a name that older ones do not know.
             warnings.simplefilter("ignore", FutureWarning)
-            # The gradients are views of what is sent, not copies of it.
+            # Gradients as views of the buckets that are sent save a copy of all gradients. Buffers are not broadcast:
+            # BatchNorm either synchronises its statistics itself or keeps one set per replica.
             self.wrapped = DistributedDataParallel(
                 Whole(block), process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         block.attach(make_optimizer)
 
     def train_forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
-        self.wrapped.require_backward_grad_sync = update
+        self.wrapped.require_backward_grad_sync = update  # as ``no_sync`` does: average once per optimizer step
         result: tuple[Message, Tensor] = self.wrapped(message)
         return result

@@ -1,4 +1,4 @@
-"""Replicas that share parameters, gradients and optimizer state: torch's FSDP2 around one block."""
+"""Replicas that shard parameters, gradients and optimizer state: torch's FSDP2 around one block."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from engine.network.message import Message
 
 
 class FSDP(Replication):
-    """A block's parameters are whole only while the block is at work; between local steps each replica has 1/R."""
+    """A block's parameters are whole only during its local step; in between, each of R replicas holds 1/R of them."""
 
     def __init__(self, block: Block, group: dist.ProcessGroup, make_optimizer: MakeOptimizer) -> None:
         super().__init__(block, group)
         self.whole = Whole(block)
         inside = set(self.whole.modules())
         places = {id(p): (module, key) for module in inside for key, p in module._parameters.items()}
-        # FSDP exchanges parameters only in what it wraps. Where a unit's module is made around parameters of a
-        # module that is not a part of it (a class token, say), that module must follow.
+        # FSDP replaces parameters only in the modules that it wraps. If a unit's module was made around a parameter of
+        # some other module (a class token, for example), that other module must be given the new parameter as well.
         self._followers = [
             (module, key, *places[id(p)])
             for module in block.chain.model.modules()
@@ -35,7 +35,7 @@ class FSDP(Replication):
             if module not in inside and p is not None and id(p) in places
         ]
         mesh = DeviceMesh.from_group(group, block.device.type)
-        # Backward comes right after forward: to shard in between would only gather twice.
+        # Backward follows forward at once, so sharding in between would only cost a second gather.
         self.wrapped = fully_shard(self.whole, mesh=mesh, reshard_after_forward=False)
         self._follow()
         block.attach(make_optimizer)
@@ -52,7 +52,8 @@ class FSDP(Replication):
     def gathered(self) -> Iterator[None]:
         self.wrapped.unshard()
         self._follow()
-        # A state_dict of any of its modules would shard the block again, under the feet of whoever evaluates.
+        # FSDP registers hooks that shard the block again when anyone calls state_dict on one of its modules. Take them
+        # off while an evaluation reads the whole parameters.
         held = [(module, module._state_dict_pre_hooks) for module in self.whole.modules()]
         for module, hooks in held:
             module._state_dict_pre_hooks = OrderedDict(
@@ -83,10 +84,11 @@ class FSDP(Replication):
         for _, parameter in named:
             own = self.block.optimizer.state.get(parameter, {})
             for key, value in own.items():
-                if value.shape == parameter.shape:
+                if value.shape == parameter.shape:  # a step counter is a scalar, and stays whole
                     own[key] = _like(value, parameter)
 
     def _follow(self) -> None:
+        """Give modules outside the wrapper the parameters that FSDP has put inside it."""
         for module, key, place, place_key in self._followers:
             module._parameters[key] = place._parameters[place_key]
 
@@ -94,17 +96,17 @@ class FSDP(Replication):
 def _full(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
-    whole: Tensor = DTensor.full_tensor(tensor)
+    whole: Tensor = DTensor.full_tensor(tensor)  # a collective: all replicas get here with the same tensor
     return whole.detach()
 
 
 def _like(tensor: Tensor, example: Tensor) -> Tensor:
-    """The whole ``tensor``, which every replica has, sharded as ``example`` is; nothing is sent."""
+    """Shard ``tensor``, which every replica has as a whole, like ``example``; nothing is sent."""
     if not isinstance(example, DTensor):
         return tensor
     mesh, rank = example.device_mesh, example.device_mesh.get_local_rank()
     rows = tensor.to(example.device).contiguous()
-    chunks = rows.chunk(mesh.size())  # by rows, as FSDP does; there may be fewer rows than replicas
+    chunks = rows.chunk(mesh.size())  # FSDP shards by rows too; with fewer rows than replicas, some shards are empty
     own = chunks[rank] if rank < len(chunks) else rows[:0]
     return DTensor.from_local(
         own.clone(), mesh, example.placements, run_check=False, shape=rows.shape, stride=rows.stride()

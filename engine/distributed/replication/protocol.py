@@ -1,4 +1,4 @@
-"""What every kind of replication is: how replicas of one block run, update and give out their state."""
+"""What all kinds of replication have in common: how replicas of one block run, update and hand out their state."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from engine.network.message import Message
 
 
 class Whole(nn.Module):
-    """A block's units, auxiliary network and head under one forward that gives the loss: what gets wrapped.
+    """The module that a wrapper (DDP, FSDP2, ZeRO) wraps: units, auxiliary network, head and loss of one block.
 
-    The block itself will not do: its forward is the units alone, as evaluation wants them. Wrappers look for
-    tensors in what forward returns, so the loss, which backward starts from, is made in here.
+    The block itself would not do, because its forward runs the units alone, for evaluation. Wrappers attach to the
+    tensors that forward returns, so the loss, from which backward starts, must be computed inside.
     """
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         parts = [*block.unit_modules, block.auxiliary, block.head_module, block.criterion]
         self.parts = nn.ModuleList([part for part in parts if isinstance(part, nn.Module)])
-        # Methods, not the module: registered as a part, the block would contain itself.
+        # Keep the block's methods, not the block: as an attribute it would be registered as a submodule, and every
+        # parameter would occur twice.
         self._forward, self._autocast = block.train_forward, block.autocast
 
     def forward(self, message: Message) -> tuple[Message, Tensor]:
-        with self._autocast():  # DeepSpeed switches autocast off around its forward
+        with self._autocast():  # again, because DeepSpeed turns autocast off around its forward
             return self._forward(message)
 
 
 class Replication(Replica):
-    """One block on every rank of ``group``, each with a part of every micro-batch.
+    """One block on every rank of ``group``; each of the R replicas trains on its part of every micro-batch.
 
-    Gradients are averaged over the replicas. With each loss weighted by R * (samples of the part) / (samples of
-    the whole), the result equals one process on the joined batch up to rounding, if dropout is 0, BatchNorm has its
-    statistics over all replicas, and the task's loss is a mean over samples, or averages what it divides by over
-    ``Task.group``. What is not overridden works as in a block that is not replicated.
+    Replicas average their gradients, and each loss is weighted by R * (samples of the part) / (samples of the batch).
+    Up to rounding, the result is that of one process on the whole batch if dropout is 0, BatchNorm computes its
+    statistics over all replicas, and the task's loss is a mean over samples, or averages its divisor over
+    ``Task.group``. A method that a subclass does not override works as in a block that is not replicated.
     """
 
     def __init__(self, block: Block, group: dist.ProcessGroup) -> None:

@@ -1,4 +1,4 @@
-"""Replicas that share optimizer state, gradients, parameters: DeepSpeed's ZeRO around one block."""
+"""Replicas that shard optimizer state, gradients or parameters: DeepSpeed's ZeRO around one block."""
 
 from __future__ import annotations
 
@@ -24,17 +24,21 @@ from engine.learning.optimizer import MakeOptimizer, Named
 from engine.network.message import Message
 
 COUNTERS = ("step",)
-"""State of torch's optimizers that is one number a parameter; all else has the parameter's shape."""
+"""Optimizer state with one number per parameter; all other state has the parameter's shape."""
 BUCKET = 50_000_000
-"""Most elements that DeepSpeed collects before it sends; it allocates so many, whatever the block has."""
+"""Largest number of elements that DeepSpeed collects before it sends them. It allocates this many at once, so a smaller
+block asks for fewer."""
 
 
 class Zero(Replication):
-    """ZeRO of ``stage`` 1 (optimizer state shared), 2 (gradients too) or 3 (parameters too); one engine a block.
+    """ZeRO with one DeepSpeed engine per block.
 
-    Weights, gradients and optimizer state are fp32. DeepSpeed flattens the parameters, so those of units and those
-    of the auxiliary network each count their steps together. A parameter that takes no part in the loss has a
-    gradient of 0 here, where elsewhere the optimizer leaves it alone.
+    ``stage`` 1 shards optimizer state, 2 shards gradients as well, and 3 shards parameters as well. Weights, gradients
+    and optimizer state are fp32.
+
+    Known limitations: DeepSpeed flattens the parameters, so all parameters of the units have one step counter, and so
+    have those of the auxiliary network. A parameter that takes no part in the loss has a gradient of 0 here, and weight
+    decay still changes it; elsewhere the optimizer leaves it alone.
 
     Raises:
         ValueError: DeepSpeed is not installed.
@@ -53,13 +57,13 @@ class Zero(Replication):
         zero: dict[str, Any] = {
             "stage": stage,
             "reduce_bucket_size": min(elements, BUCKET),
-            "stage3_param_persistence_threshold": 0,  # small parameters are shared too
+            "stage3_param_persistence_threshold": 0,  # by default ZeRO-3 keeps small parameters whole
             "overlap_comm": block.device.type == "cuda",
         }
         if offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": block.device.type == "cuda"}
         settings = {
-            "train_micro_batch_size_per_gpu": 1,  # wanted, and used for nothing but its own figures
+            "train_micro_batch_size_per_gpu": 1,  # required, but DeepSpeed uses it only for its own statistics
             "gradient_accumulation_steps": 1,
             "gradient_clipping": block.clip_norm,
             "zero_optimization": zero,
@@ -73,7 +77,7 @@ class Zero(Replication):
                 model=whole, optimizer=inner, config=settings, mpu=_Ranks(group), dist_init_required=False
             )[0]
         self.sharded = self.engine.learning.optimizer
-        block.optimizer = self.sharded
+        block.optimizer = self.sharded  # the trainer sets the learning rate on the optimizer that really steps
 
     def train_forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
         self.engine.set_gradient_accumulation_boundary(update)
@@ -82,15 +86,16 @@ class Zero(Replication):
 
     def train_backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
-        # Counts micro-batches; at a boundary, where it would step, ``train_update`` calls it.
+        # DeepSpeed counts micro-batches in step(). At a boundary step() also updates, so ``train_update`` calls it
+        # there.
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
     def train_update(self) -> Tensor:
-        """As elsewhere.
+        """Clip, step and free the gradients; return the gradient norm of the whole block (nan without clipping).
 
         Raises:
-            FloatingPointError: a gradient is not finite; DeepSpeed would skip the update and go on.
+            FloatingPointError: a gradient is not finite. DeepSpeed itself would silently skip the update.
         """
         self.engine.step()
         if not self.engine.was_step_applied():
@@ -103,7 +108,8 @@ class Zero(Replication):
         if self.stage < 3:
             yield
             return
-        # Gathers the parameters and takes off the hooks that would gather them again, unit by unit.
+        # This gathers all parameters, and removes the hooks that would otherwise gather and release them module by
+        # module, which would make every forward pass a collective call.
         with self.deepspeed.runtime.zero.stage3.unwrap_model_for_generation(self.engine):
             yield
 
@@ -114,18 +120,19 @@ class Zero(Replication):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         named = {name: p for name, p in self.block.parameters_by_name() if name in tensors}
         if self.stage == 3:
-            # The rank is counted within the group.
+            # modifier_rank is the rank within the group, not the global one. Every replica writes the same values.
             with self.deepspeed.zero.GatheredParameters(list(named.values()), modifier_rank=0):
                 super().load_tensors(tensors)
         else:
             super().load_tensors(tensors)
-        # The optimizer works on copies.
+        # The optimizer updates flat fp32 copies of the parameters, and would overwrite what was loaded.
         for name, parameter in named.items():
             if parameter.requires_grad:
                 self._set(parameter, tensors[name])
 
     def optimizer_state(self) -> dict[str, Tensor]:
         self._link()
+        # Counters are the same on all replicas. Everything else is sharded, and ``get`` collects it from all of them.
         get = self.deepspeed.utils.safe_get_full_optimizer_state
         state = {}
         for name, parameter, flat in self._shares():
@@ -142,6 +149,7 @@ class Zero(Replication):
             name, key = full.rsplit(":", 1)
             if name in saved:
                 saved[name][key] = value
+        # First create state of the right shape for every flat tensor, since DeepSpeed can only fill in what exists.
         for name, _, flat in shares:
             for key, value in saved[name].items():
                 own = self.inner.state.setdefault(flat, {})
@@ -159,7 +167,7 @@ class Zero(Replication):
                     self._set(parameter, value, key)
 
     def _link(self) -> None:
-        """Let each parameter find its share of the optimizer's state (DeepSpeed itself links one group only)."""
+        """Let each parameter find its shard of the optimizer state; DeepSpeed itself does so for one group only."""
         if self.stage == 3:
             return
         groups, flats = self.sharded.bit16_groups, self.sharded.single_partition_of_fp32_groups
@@ -168,7 +176,7 @@ class Zero(Replication):
                 self.deepspeed.utils.lazy_init_hp_params_optimizer_state(group, flat, self.inner.state)
 
     def _shares(self) -> list[tuple[str, nn.Parameter, Tensor]]:
-        """Name, parameter, and the flat tensor that has this replica's share of it, of all that are trained."""
+        """For every trainable parameter: name, parameter, and the flat tensor that holds this replica's shard of it."""
         names = {id(parameter): name for name, parameter in self.block.parameters_by_name()}
         groups, flats = (
             (self.sharded.fp16_groups, self.sharded.fp32_partitioned_groups_flat)
@@ -179,11 +187,12 @@ class Zero(Replication):
         return [(names[id(parameter)], parameter, flat) for group, flat in pairs for parameter in group]
 
     def _set(self, parameter: nn.Parameter, value: Tensor, key: str = "") -> None:
-        """Take this replica's share of a whole parameter, or of its optimizer state ``key``."""
+        """Store this replica's shard of a whole parameter, or of its optimizer state ``key``."""
         utils, more = self.deepspeed.utils, (key,) if key else ()
         if self.stage < 3:
             (utils.safe_set_full_optimizer_state if key else utils.safe_set_full_fp32_param)(parameter, value, *more)
             return
+        # ZeRO-3 cuts the flattened parameter into equal shards and pads the last one.
         size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         padded = value.new_zeros(size * dist.get_world_size(self.group))
         padded[: value.numel()] = value.flatten()
@@ -193,7 +202,7 @@ class Zero(Replication):
 
 @dataclass(frozen=True)
 class _Ranks:
-    """Tells DeepSpeed, as Megatron's ``mpu`` does, which ranks are replicas of this one; no tensors are split."""
+    """Tells DeepSpeed which ranks are replicas of this one, through the interface of Megatron's ``mpu``."""
 
     group: dist.ProcessGroup
 
@@ -220,8 +229,13 @@ class _Ranks:
 
 
 def _deepspeed(kind: str, device: torch.device) -> Any:
+    """Import DeepSpeed for ``device``, without its log lines.
+
+    Raises:
+        ValueError: it is not installed, or cannot be imported.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    # DeepSpeed takes the GPU of this number; torchrun has set it to the same, unless ranks share a GPU.
+    # DeepSpeed takes the GPU whose number is LOCAL_RANK. torchrun's value is the same, unless ranks share a GPU.
     if device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if device.index is None else device.index)
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -234,16 +248,20 @@ def _deepspeed(kind: str, device: torch.device) -> Any:
         raise ValueError(
             f"placement.replication: {kind} needs deepspeed ({error}); pip install deepspeed, or use ddp or fsdp"
         ) from error
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # importing it has set another
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # again, because the import sets another level
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
-    # ZeRO-3 compares the order of modules with rank 0 of all ranks, which may be of another stage.
+    # ZeRO-3 compares the order in which modules run with that of global rank 0, which may belong to another stage and
+    # so have other modules.
     vars(coordinator)["assert_ints_same_as_other_ranks"] = lambda ints: None
     return deepspeed
 
 
 @contextmanager
 def _set_up(deepspeed: Any, group: dist.ProcessGroup) -> Iterator[None]:
-    """No barriers of all ranks, for those of another stage have other blocks; no words to the terminal."""
+    """A context for DeepSpeed's initialisation, in which its barriers cover ``group`` only and it prints nothing.
+
+    A barrier of all ranks would hang, because ranks of other stages have other blocks to initialise.
+    """
     barrier = deepspeed.comm.barrier
     deepspeed.comm.barrier = functools.partial(barrier, group=group)
     try:
@@ -254,7 +272,11 @@ def _set_up(deepspeed: Any, group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def _split(optimizer: Optimizer, named: Named) -> None:
-    """Give the auxiliary network's parameters a group of their own: their state may start afresh alone."""
+    """Give the parameters of the auxiliary network a group of their own.
+
+    DeepSpeed keeps one step counter per group, and after a resume with other blocks only the auxiliary network's state
+    starts fresh.
+    """
     own = {id(parameter) for name, parameter in named if name.startswith("auxiliary.")}
     (group,) = optimizer.param_groups
     apart = [parameter for parameter in group["params"] if id(parameter) in own]

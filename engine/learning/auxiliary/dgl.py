@@ -1,4 +1,4 @@
-"""The auxiliary network of Decoupled Greedy Learning."""
+"""The auxiliary network of Decoupled Greedy Learning (DGL)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from engine.task import Task
 class DGL(AuxiliaryNetwork):
     """Pool to a quarter, three 1x1 convolutions, pool to 2x2, three-layer MLP (Belilovsky et al., ICML 2020).
 
-    The last of the MLP's layers is the task's own head, on a flat vector. Tokens are taken as a map of
-    height 1.
+    Pooling divides height and width by four each. The last layer of the MLP is the task's own head, which gets a flat
+    vector. Tokens are treated as a map of height 1.
 
-    Known limitation: on a GPU the backward of its adaptive pooling sums in no fixed order, so runs repeat
-    only up to rounding there.
+    Known limitation: on a GPU, the backward pass of adaptive pooling sums in no fixed order, so results there repeat
+    only up to rounding.
     """
 
     def __init__(self, channels: int, layout: str, head_of: Any) -> None:
@@ -35,7 +35,7 @@ class DGL(AuxiliaryNetwork):
         for _ in range(3):
             layers += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
         self.convolutions = nn.Sequential(*layers)
-        flat = channels * 4
+        flat = channels * 4  # the 2x2 map of every channel, flattened
         layers = []
         for _ in range(2):
             layers += [nn.Linear(flat, flat, bias=False), nn.BatchNorm1d(flat), nn.ReLU(inplace=True)]
@@ -48,6 +48,7 @@ class DGL(AuxiliaryNetwork):
         channels = as_map(message.x, chain.layout).shape[1]
 
         def head_of(flat: int) -> nn.Module:
+            # The head takes the width of its input from a meta tensor of that shape.
             return task.auxiliary_head(chain, message.with_x(torch.empty(2, flat, device="meta")), FeatureBank())
 
         return cls(channels, chain.layout, head_of)

@@ -21,32 +21,39 @@ from engine.task import Task
 
 @register("glcan")
 class GLCAN(AuxiliaryNetwork):
-    """Local part from the backbone's own remaining stages, global part from the bank, the task's own head.
+    """Local part from the backbone's remaining stages, global part from the feature bank, and the task's own head.
 
-    A design rule rather than a network (arXiv 2406.00446), so that one rule serves every task::
+    GLCAN (Feiyu Zhu et al., arXiv 2406.00446; later versions call the method Memory-augmented Auxiliary Network and
+    FBA) is a design rule for auxiliary networks, so that one rule serves every task::
 
         block's output -> reduce -> narrow -> first unit of each stage to come -> head -> prediction
                                                                                    ^
         bank: key features of the blocks before this one --------------------------+
 
-    The paper says that the local part reuses units aligned with the remaining stages, thinned, with
-    weights of their own, and that the bank is used as the backbone uses such features. Ours, since
-    nothing public decides it: the depth rule, thinning by resolution rather than width, the timing of the
-    bank, and (in the classification task's head) bringing joined features to one scale.
+    Where each part comes from:
+
+    - *Abstract*: GLCAN is "a macroscopic design approach for auxiliary networks".
+    - *Public reviews* of the submitted paper: the local part is "lightweight", "reusing aligned backbone blocks and the
+      original task head"; in classification the bank stores "GAP/FC activations".
+    - *Our inference*: the reused blocks are those of the remaining stages, thinned, with weights of their own.
+    - *Our own choice*, since nothing public decides it: the rules for depth and width, thinning by resolution, the
+      timing of the bank (detached features of this iteration), and how a head joins them.
+
+    The body of the paper could not be read, so none of its figures is reproduced here.
 
     Args (the options of ``local.auxiliary``):
-        depth: units taken of each remaining stage, the first ones, with their strides, but no more than
-            the block has itself: a small block gets a small auxiliary network. Remaining are the stages
-            after the one that the block ends in; in the last stage, what is left of it.
-        width: factor on the units' channels; 1 keeps the backbone's own. Below or above 1, a 1x1
-            convolution leads in, and the units must consist of convolutions and normalisations.
-        reduce: the local part works at 1/``reduce`` of the block's resolution. It divides time and
-            memory by its square; only for layout ``NCHW`` (others keep their resolution).
-        use_bank: whether there is a global part: the bank, and the maps of earlier blocks that travel in the
-            message; for ablations.
+        depth: number of units taken from the start of each remaining stage, with their strides, but no more than the
+            block itself has, so that a small block gets a small auxiliary network. The remaining stages are those after
+            the stage in which the block ends; for a block that ends in the last stage, the rest of that stage.
+        width: factor on the channels of these units; 1 keeps the backbone's width. Any other value puts a 1x1
+            convolution in front, and then the units may contain only convolutions and normalisations.
+        reduce: the local part works at 1/``reduce`` of the block's resolution in each direction, which divides its time
+            and memory by ``reduce`` squared. Layouts other than ``NCHW`` keep their resolution.
+        use_bank: whether there is a global part, that is, the bank and the maps of earlier blocks that travel in the
+            message. Turn it off for ablations.
 
-    Known limitation: with ``reduce`` the maps that the local units see are smaller than the backbone's;
-    where a side would fall below 2 it is kept.
+    Known limitation: with ``reduce``, the local units see smaller maps than in the backbone. If a side would fall below
+    2, the resolution is kept.
     """
 
     def __init__(self, units: list[Unit], narrow: nn.Module, reduce: int, use_bank: bool) -> None:
@@ -54,7 +61,7 @@ class GLCAN(AuxiliaryNetwork):
         self.local_units = units
         self.local_modules = nn.ModuleList([unit.module for unit in units])
         self.narrow, self.reduce, self.uses_bank = narrow, reduce, use_bank
-        self.head: nn.Module = nn.Identity()
+        self.head: nn.Module = nn.Identity()  # ``build`` replaces it, once the local part's output shape is known
 
     @classmethod
     def build(
@@ -70,7 +77,7 @@ class GLCAN(AuxiliaryNetwork):
     ) -> GLCAN:
         if depth < 0 or width <= 0 or reduce < 1:
             raise ValueError(
-                f"local.auxiliary: glcan wants depth >= 0, width > 0, reduce >= 1, got {depth}, {width}, {reduce}"
+                f"local.auxiliary: glcan needs depth >= 0, width > 0, reduce >= 1, got {depth}, {width}, {reduce}"
             )
         output = chain.shapes()[span.stop - 1]
         units = [unit.copy() for unit in remaining_units(chain, span, depth)]
@@ -98,14 +105,15 @@ class GLCAN(AuxiliaryNetwork):
         return self.head(*self.with_global_part(message, self.local(message), bank))
 
     def with_global_part(self, message: Message, local: Message, bank: FeatureBank) -> tuple[Message, FeatureBank]:
-        """What the head gets: the local part, and what earlier blocks gave if that is wanted."""
+        """The head's input: the local part, together with the features of earlier blocks if there is a global part."""
         if self.uses_bank:
             return local, bank
+        # Maps that earlier blocks put into the message are global features too: keep only what the local units made.
         made = {name: value for name, value in local.features.items() if name == "x" or name not in message.features}
         return replace(local, features=made), FeatureBank()
 
     def local(self, message: Message) -> Message:
-        """The local part: what the backbone's remaining stages, thinned, make of the block's output."""
+        """The local part: run the block's output through the thinned units of the remaining stages."""
         if self.reduce > 1:
             message = message.with_x(F.avg_pool2d(message.x, self.reduce))
         message = message.with_x(self.narrow(message.x))
@@ -115,13 +123,14 @@ class GLCAN(AuxiliaryNetwork):
 
 
 def remaining_units(chain: Chain, span: Span, depth: int) -> list[Unit]:
-    """The first ``depth`` units (or as many as the block has) of each remaining stage, in order."""
-    staged = any(unit.stage for unit in chain.units)  # units of no stage (a neck) are then not the backbone's
+    """The first ``depth`` units of each remaining stage, or as many as the block has if it has fewer, in order."""
+    # If any unit has a stage, units without one (a neck) are not part of the backbone.
+    staged = any(unit.stage for unit in chain.units)
     stage = chain.units[span.stop - 1].stage
     after = [unit for unit in chain.units[span.stop :] if unit.stage or not staged]
     later = [unit for unit in after if unit.stage != stage]
     chosen: list[Unit] = []
-    for unit in later or after:
+    for unit in later or after:  # in the last stage there is no later one: take what is left of it
         if sum(unit.stage == other.stage for other in chosen) < min(depth, span.stop - span.start):
             chosen.append(unit)
     return chosen

@@ -1,4 +1,4 @@
-"""The smallest auxiliary network: the task's own head, straight on the block's output."""
+"""The smallest auxiliary network: the task's own head, directly on the block's output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.task import Task
 
 @register("greedy")
 class Greedy(AuxiliaryNetwork):
-    """Greedy layerwise learning (Belilovsky et al., ICML 2019): for a classifier, pool and one linear layer."""
+    """Greedy layerwise learning (Belilovsky et al., ICML 2019): for a classifier, pooling and one linear layer."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -32,5 +32,5 @@ class Greedy(AuxiliaryNetwork):
 
 
 def _x_alone(message: Message) -> Message:
-    """Without the maps of earlier stages that travel along."""
+    """The message without the maps of earlier stages that travel in it."""
     return replace(message, features={"x": message.x})

@@ -1,4 +1,4 @@
-"""What every auxiliary network is, and the registry that finds one by name."""
+"""The protocol of auxiliary networks, and the registry that finds one by name."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from engine.utilities.text import did_you_mean
 
 
 class AuxiliaryNetwork(nn.Module, ABC):
-    """Maps a block's output and the feature bank to a prediction; dropped after training."""
+    """Maps a block's output and the feature bank to a prediction; it is dropped after training."""
 
     uses_bank: bool = False
-    """Whether ``forward`` reads the bank; key features that nobody reads are not kept."""
+    """Whether ``forward`` reads the bank. Blocks add key features to the bank only if a later block reads it."""
 
     @classmethod
     @abstractmethod
     def build(cls, chain: Chain, span: Span, bank: FeatureBank, task: Task) -> AuxiliaryNetwork:
-        """Build the network for one block; subclasses add their options as keyword arguments.
+        """Build the network for one block. Subclasses add their options as annotated keyword arguments.
 
         Args:
-            chain: the whole network; ``chain.shapes()`` has every unit's output as meta tensors.
+            chain: the whole network; ``chain.shapes()`` gives the output of every unit as meta tensors.
             span: which units the block has.
             bank: the key features that will arrive, as meta tensors.
-            task: gives the head.
+            task: provides the head.
         """
 
     @abstractmethod
     def forward(self, message: Message, bank: FeatureBank) -> Any:
-        """Prediction from the block's output ``message`` and the ``bank`` of the blocks before it."""
+        """The prediction for the block's output ``message``, given the ``bank`` of the blocks before it."""
 
 
 Family = TypeVar("Family", bound=type[AuxiliaryNetwork])
@@ -52,7 +52,7 @@ _families: dict[str, type[AuxiliaryNetwork]] = {}
 
 
 def register(name: str) -> Callable[[Family], Family]:
-    """Class decorator: make a family in ``engine/learning/auxiliary/`` known under ``name``."""
+    """Class decorator that registers a family of ``engine/learning/auxiliary/`` under ``name``."""
 
     def add(family: Family) -> Family:
         assert name not in _families, f"two auxiliary networks are called {name!r}"
@@ -63,7 +63,9 @@ def register(name: str) -> Callable[[Family], Family]:
 
 
 def known_families(task: Task) -> dict[str, type[AuxiliaryNetwork]]:
-    """All families that ``task`` takes, by name: of the files in this folder (each registers its own), and its own."""
+    """All families that ``task`` can use, by name: those of the files in this folder, and the task's own."""
+    # Importing a file registers its family, so adding a file is all it takes. At call time, because the files import
+    # this module.
     for module in pkgutil.iter_modules(importlib.import_module("engine.learning.auxiliary").__path__):
         importlib.import_module(f"engine.learning.auxiliary.{module.name}")
     every = {**_families, **cast(Mapping[str, type[AuxiliaryNetwork]], task.own_auxiliaries)}
@@ -76,12 +78,13 @@ def build_auxiliary(
     """Build the auxiliary network that a config names.
 
     Args:
-        spec: the name of a family (or ``module:Class``, a user's own), or a mapping with ``type`` and the family's
-            options.
-        seed: weights are drawn from (seed, block), so no two blocks start alike.
+        spec: the name of a family, ``module:Class`` for a class of the user's own, or a mapping with ``type`` (one of
+            these) and the family's options.
+        seed: the weights are drawn from (seed, block), so that no two blocks start with the same weights.
 
     Raises:
-        ValueError: no such family or option (the message has the nearest known one), or a value of the wrong type.
+        ValueError: the family or an option is unknown (the message suggests the nearest known one), an option has no
+            annotation, or a value has the wrong type.
     """
     options = {"type": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("type", None)
@@ -90,6 +93,7 @@ def build_auxiliary(
         raise ValueError(f"local.auxiliary: options {', '.join(options)} without `type`, which is one of {known}")
     family = _find(str(name), task)
     options = _checked(str(name), family, {**(task.auxiliary_options.get(name) or {}), **options})
+    # A random state of its own: neither the other blocks' options nor the cut changes what a block draws.
     with seeded(seed, "auxiliary", span.index):
         return family.build(chain=chain, span=span, bank=bank, task=task, **options)
 
@@ -101,18 +105,24 @@ def _find(name: str, task: Task) -> type[AuxiliaryNetwork]:
     if ":" in name:
         found = import_named(name, "local.auxiliary")
         if not (isinstance(found, type) and issubclass(found, AuxiliaryNetwork)):
-            raise ValueError(f"local.auxiliary: {name!r} is no subclass of engine.learning.auxiliary.AuxiliaryNetwork")
+            raise ValueError(
+                f"local.auxiliary: {name!r} is not a subclass of engine.learning.auxiliary.AuxiliaryNetwork"
+            )
         return found
     trouble = f"is not for {task.name}" if name in _families else f"is unknown{did_you_mean(name, families)}"
     raise ValueError(f"local.auxiliary: {name!r} {trouble}; known: {', '.join(families)}")
 
 
 GIVEN = ("chain", "span", "bank", "task")
-"""What ``build`` gets from the engine; its other parameters are options."""
+"""The parameters of ``build`` that the engine fills in; all others are options."""
 
 
 def _checked(name: str, family: type[AuxiliaryNetwork], options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` with values of the types that ``family.build`` says, and no option that it lacks or leaves open."""
+    """``options`` with their values converted to the types that ``family.build`` annotates.
+
+    Raises:
+        ValueError: an option is unknown, has no annotation, has a value of the wrong type, or is required but missing.
+    """
     wanted = {key: value for key, value in inspect.signature(family.build).parameters.items() if key not in GIVEN}
     hints = typing.get_type_hints(family.build)
     for key in wanted:
@@ -127,6 +137,7 @@ def _checked(name: str, family: type[AuxiliaryNetwork], options: Mapping[str, An
             known = ", ".join(wanted) or "none"
             close = did_you_mean(key, wanted)
             raise ValueError(f"local.auxiliary: {name} has no option {key!r}{close}; known: {known}")
+        # jsonargparse checks any annotation (Literal, bool, list[int], ...) and converts text from the command line.
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_argument(f"--{key}", type=hints[key])
         try:

@@ -1,4 +1,4 @@
-"""Make a module of convolutions and normalisations narrower or wider, without touching its source."""
+"""Make a module of convolutions and normalisations narrower or wider without editing its source."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from torch import nn
 
 
 def thin(module: nn.Module, width: float, name: str) -> nn.Module:
-    """``module`` with every channel count multiplied by ``width``; its own layers are replaced.
+    """Multiply every channel count of ``module`` by ``width``, by replacing its layers in place.
 
-    Weights are drawn anew (He initialisation, fan out).
+    The new layers have new weights (He initialisation, fan out). A grouped convolution keeps the width of its groups
+    and changes their number, so a depthwise convolution stays depthwise. If a module has a method ``thinned(width)``,
+    its result takes the module's place.
 
-    A module that knows how to make a thinner one of its kind (``thinned(width)``) is asked for that, instead.
-    Grouped convolutions keep the width of a group and change the number of groups; depthwise ones stay
-    depthwise.
+    Args:
+        name: name of the unit, for the error.
+
+    Returns:
+        ``module``, or its replacement if it is itself a layer.
 
     Raises:
-        ValueError: a layer with parameters is of a kind that cannot be thinned; names it.
+        ValueError: a layer with parameters is of a kind that cannot be thinned. The message names the layer.
     """
 
-    for path, child in list(module.named_modules()):
+    for path, child in list(module.named_modules()):  # a list, because the loop replaces modules
         if not (hasattr(child, "thinned") or any(True for _ in child.parameters(recurse=False))):
             continue
         try:
@@ -30,7 +34,7 @@ def thin(module: nn.Module, width: float, name: str) -> nn.Module:
             raise ValueError(
                 f"local.auxiliary: width={width} cannot thin {kind} {path!r} of unit {name!r} ({error}); use width=1"
             ) from error
-        if not path:
+        if not path:  # the unit is a single layer, so there is no parent to put the new one into
             return new
         parent, _, leaf = path.rpartition(".")
         setattr(module.get_submodule(parent), leaf, new)
@@ -38,7 +42,7 @@ def thin(module: nn.Module, width: float, name: str) -> nn.Module:
 
 
 def _thinned(layer: nn.Module, width: float) -> nn.Module:
-    """A new layer of exactly the same type; a subclass may do more than its base, and is refused."""
+    """A new layer of exactly the same type. A subclass is refused, because it may do more than its base class."""
     thinned: Callable[[float], nn.Module] | None = getattr(layer, "thinned", None)
     if thinned is not None:
         return thinned(width)

@@ -1,6 +1,6 @@
 """Schedules: the order in which blocks run. Results do not depend on it.
 
-To add one, write a class with the methods of ``Schedule`` and give it a line in ``SCHEDULES``.
+To add a schedule, write a class with the methods of ``Schedule`` and give it a line in ``SCHEDULES``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "end_to_end": EndToEnd,
     "sequential": Sequential,
     "streams": Streams,
-    "pipeline": Sequential,  # within a stage, whose links `engine.distributed.pipeline` has
+    "pipeline": Sequential,  # the order within a stage; `engine.distributed.pipeline` passes messages between stages
 }
 
 
@@ -22,7 +22,7 @@ def find_schedule(name: str) -> type[Schedule]:
     """The schedule that ``local.schedule`` names.
 
     Raises:
-        ValueError: there is none of that name; the message has the nearest known one.
+        ValueError: the name is unknown; the message suggests the nearest known one.
     """
     if name not in SCHEDULES:
         raise ValueError(

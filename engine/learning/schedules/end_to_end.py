@@ -1,4 +1,4 @@
-"""Backpropagation through the whole network: the baseline, one block from first unit to head."""
+"""Backpropagation through the whole network, the baseline: one block from the first unit to the head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from engine.utilities.recorder import Recorder
 class EndToEnd(Sequential):
     """The one block holds every unit and the task's head, so its local loss is the task's loss.
 
-    With ``local.recompute`` it is backpropagation with recomputed activations, local learning's true rival.
+    With ``local.recompute`` this is backpropagation with activation checkpointing, the strongest rival of local
+    learning.
     """
 
     def __init__(self, blocks: Blocks, recorder: Recorder | None = None) -> None:

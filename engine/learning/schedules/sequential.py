@@ -1,4 +1,4 @@
-"""One block after another in one process: the reference that every other schedule must equal."""
+"""One block after another in one process: the reference that every other schedule must match bit for bit."""
 
 from __future__ import annotations
 
@@ -13,22 +13,33 @@ from engine.utilities.recorder import Recorder, recording
 
 
 class Schedule(Protocol):
-    """Runs messages through blocks: all of a network's, or those of a pipeline's stage."""
+    """Runs messages through blocks: all blocks of a network, or those of one stage of the pipeline."""
 
     blocks: Blocks
 
     def __init__(self, blocks: Blocks, recorder: Recorder | None = None) -> None: ...
 
     def step(self, message: Message, *, update: bool = True, weight: float = 1.0) -> tuple[Message, list[Report]]:
-        """One local step of every block on one micro-batch; the message that the last block sends, and reports."""
+        """Run one local step of every block on one micro-batch.
+
+        Args:
+            update: whether the optimizers step after this micro-batch.
+            weight: this micro-batch's share of the batch.
+
+        Returns:
+            The message that the last of these blocks sends, and a report of each block.
+
+        Raises:
+            BlockError: a block failed.
+        """
         ...
 
     def settle(self) -> None:
-        """Have whoever reads weights or reports next read what the steps so far have left."""
+        """Order all later work of the caller's stream, such as reading weights or reports, after the steps so far."""
         ...
 
     def predict(self, message: Message) -> Any:
-        """The task's prediction, without gradients; of a stage before the last, the message it sends."""
+        """The task's prediction, without gradients; in a stage before the last, the message that the stage sends."""
         ...
 
 
@@ -39,10 +50,10 @@ class Sequential:
         block 1         F B U
         block 2               F B U        F forward, B backward, U update
 
-    At any time one block's activations are alive, so peak memory is the largest block's.
+    Only one block's activations are alive at any time, so the peak is that of the largest block.
 
     Args:
-        recorder: notes which block ran when.
+        recorder: records which block ran when.
     """
 
     def __init__(self, blocks: Blocks, recorder: Recorder | None = None) -> None:
@@ -63,7 +74,7 @@ class Sequential:
         return message, reports
 
     def settle(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: all work is on the caller's stream already."""
 
     @torch.no_grad()
     def predict(self, message: Message) -> Any:
@@ -71,4 +82,4 @@ class Sequential:
         with recording(self.recorder, -1, "evaluate", message.sequence):
             for block in (*([self.encoder] if self.encoder is not None else []), *before):
                 message = block(message)
-            return last.predict(message) if last.span.last else last(message)
+            return last.predict(message) if last.span.last else last(message)  # the head is on the last stage alone

@@ -16,15 +16,17 @@ class PromptConfig:
     """The prompts."""
 
     form: Literal["ssam", "released"] = "ssam"
-    """`ssam`: the paper's, a matrix through SSAM; `released`: the released code's, one vector through attention."""
+    """`ssam`: as in the paper, a matrix that passes through SSAM; `released`: as in the released code, one vector that
+    passes through attention."""
     template: str = TEMPLATE
-    """Text around the prompt, which takes the place of `*`; `{artist}` is the artist's name."""
+    """Text around the prompt. The prompt replaces `*`, and the artist's name replaces `{artist}`."""
     tokens: int = 1
-    """Of `ssam`: vectors that take the place of `*`."""
+    """For `ssam`: number of vectors that replace `*`."""
     rows: int = 16
-    """Of `ssam`: rows of an artist's matrix."""
+    """For `ssam`: rows of an artist's matrix."""
     bank: str = ""
-    """File of prompts to go on from: artists that learn start from what it has of them, the others stay as they are."""
+    """File of prompts to continue from. Artists that are trained start from their prompts in it, if it has any; all
+    other prompts in it stay as they are."""
 
 
 @dataclass

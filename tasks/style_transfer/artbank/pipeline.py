@@ -1,4 +1,4 @@
-"""Repaints pictures with a frozen Stable Diffusion and a bank of artists' prompts, as a pipeline of diffusers."""
+"""A diffusers pipeline that repaints pictures with a frozen Stable Diffusion and a bank of artists' prompts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tasks.style_transfer.diffusion.bank import PromptBank
 class ArtBankPipeline(ArtistPipeline, StableDiffusionImg2ImgPipeline):
     """ArtBank (arXiv 2312.06135).
 
-    What diffusers' pipelines do, it does: ``to``, ``enable_model_cpu_offload``, progress bars, callbacks. How it is
-    called: see ``ArtistPipeline.__call__``.
+    It supports what all pipelines of diffusers support: ``to``, ``enable_model_cpu_offload``, progress bars and
+    callbacks. ``ArtistPipeline.__call__`` describes how to call it.
 
     Example::
 

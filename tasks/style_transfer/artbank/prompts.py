@@ -1,4 +1,4 @@
-"""The Implicit Style Prompt Bank's prompts: a matrix an artist, and the attention that turns it into a prompt."""
+"""The prompts of the Implicit Style Prompt Bank: one matrix per artist, and attention that turns it into a prompt."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.nn import functional as F
 from tasks.style_transfer.diffusion.bank import Prompt
 
 TEMPLATE = "a painting by {artist} *"
-"""The coarse prompt; what is learnt replaces the embedding of ``*``."""
+"""The coarse prompt; what training learns replaces the embedding of ``*``."""
 FORMS = ("ssam", "released")
 
 
 class SSAM(nn.Module):
-    """The Spatial-Statistical self-Attention Module: attention that gives a mean and a deviation (arXiv 2312.06135).
+    """The Spatial-Statistical self-Attention Module: attention that yields a mean and a deviation (arXiv 2312.06135).
 
-    The paper names it and its place; the arithmetic, after its name and the attention statistics of AdaAttN (Liu et
-    al. 2021), is ours::
+    The paper gives its name and where it stands. The arithmetic is our choice, guided by that name and by the attention
+    statistics of AdaAttN (Liu et al. 2021)::
 
         A = softmax(Q K^T / sqrt(d)),  M = A V,  S = sqrt(relu(A (V * V) - M * M)),  output = S * Norm(I) + M
 
@@ -36,14 +36,14 @@ class SSAM(nn.Module):
     def forward(self, matrix: Tensor) -> Tensor:
         query, key, value = self.query(matrix), self.key(matrix), self.value(matrix)
         attention = (query @ key.T / math.sqrt(matrix.shape[1])).softmax(1)
-        mean = attention @ value
+        mean: Tensor = attention @ value
         variance = attention @ (value * value) - mean * mean
-        # A root has no slope at 0, where one row takes all attention.
+        # Where one row takes all the attention the variance is 0, and the square root has no finite slope at 0.
         return (F.relu(variance) + 1e-6).sqrt() * F.layer_norm(matrix, matrix.shape[1:]) + mean
 
 
 class SSAMPrompt(Prompt):
-    """A matrix of ``rows`` x width through SSAM, pooled to as many vectors as the template has placeholders."""
+    """A matrix (rows, width) that passes through SSAM and is pooled to one vector per placeholder of the template."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
@@ -52,16 +52,17 @@ class SSAMPrompt(Prompt):
         self.ssam = SSAM(width)
 
     def forward(self) -> Tensor:
-        rows = self.ssam(self.matrix)
+        rows: Tensor = self.ssam(self.matrix)
         groups = rows.view(self.settings["tokens"], -1, rows.shape[1])
-        return (groups.mean(1) * self.settings["scale"])[None, None]
+        scale: float = self.settings["scale"]
+        return (groups.mean(1) * scale)[None, None]
 
 
 class ReleasedPrompt(Prompt):
-    """The authors' released form: a single vector, plain cross-attention of it to itself in SSAM's place.
+    """The form of the released code: a single vector, with plain attention to itself in place of SSAM.
 
-    Of one vector attention is no choice: it is two linear maps. (The released code has one checkpoint an artist; here
-    the bank holds it as any other.)
+    A single vector leaves attention nothing to choose between, so it amounts to two linear maps. (The released code
+    keeps one checkpoint per artist; here the bank holds this prompt like any other.)
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -73,7 +74,8 @@ class ReleasedPrompt(Prompt):
 
     def forward(self) -> Tensor:
         vector: Tensor = self.attention(self.matrix, encoder_hidden_states=self.matrix)
-        return (vector * self.settings["scale"])[None]
+        scale: float = self.settings["scale"]
+        return (vector * scale)[None]
 
 
 def new_prompt(
@@ -86,17 +88,17 @@ def new_prompt(
     scale: float = 1.0,
     base: str = "",
 ) -> Prompt:
-    """An artist's prompt, untrained, drawn from torch's random state.
+    """An untrained prompt for one artist, drawn from torch's random state.
 
     Args:
-        form: ``ssam``, the paper's, or ``released``.
-        width: of the text model.
-        tokens: placeholders that it fills; ``released`` fills one.
-        rows: of ``ssam``'s matrix.
-        scale: deviation of the text model's own token embeddings.
+        form: ``ssam``, as in the paper, or ``released``.
+        width: width of the text model.
+        tokens: number of placeholders that the prompt fills; ``released`` fills one.
+        rows: rows of the matrix of ``ssam``.
+        scale: standard deviation of the text model's own token embeddings.
 
     Raises:
-        ValueError: an unknown form, or numbers that do not go together.
+        ValueError: the form is unknown, or the numbers do not fit together.
     """
     if form not in FORMS:
         raise ValueError(f"prompt.form: {form!r} is none of {', '.join(FORMS)}")

@@ -14,7 +14,7 @@ from tasks.style_transfer.diffusion.prompt_task import PromptTask
 
 
 class ArtBankTask(PromptTask):
-    """Noise in an artist's works to the artist's prompt."""
+    """Learn an artist's prompt from the noise in the artist's works."""
 
     name, method = "style_transfer/artbank", "artbank"
     config: ArtBankConfig

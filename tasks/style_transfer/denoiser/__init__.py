@@ -1,4 +1,4 @@
-"""The denoiser itself: a Stable Diffusion UNet trained whole or by LoRA."""
+"""The denoiser itself: a Stable Diffusion UNet, trained in full or by LoRA."""
 
 from tasks import TaskEntry
 from tasks.style_transfer.denoiser.config import DenoiserConfig

@@ -11,24 +11,26 @@ from tasks.style_transfer.diffusion.config import DataConfig, DiffusionConfig, M
 
 @dataclass
 class DenoiserModelConfig(ModelConfig):
-    """The Stable Diffusion checkpoint, and what of its denoiser learns."""
+    """The Stable Diffusion checkpoint, and which weights of its denoiser learn."""
 
     trains: Literal["full", "lora"] = "full"
-    """All weights, or LoRA's matrices beside the attention's. (Prompts alone: the tasks artbank and lsast.)"""
+    """`full` trains all weights; `lora` trains LoRA's matrices in the attention layers. (The tasks artbank and lsast
+    train only prompts.)"""
     time: Literal["learns", "frozen"] = "learns"
-    """Of `full`: the embedding of the time, which every block reads. Frozen, blocks can be stages on several ranks."""
+    """For `full`: whether the timestep embedding, which every block reads, learns. If it is frozen, blocks can be
+    placed on several ranks."""
     lora_rank: int = 8
-    """Of `lora`: inner width of its matrices; their scale is 1."""
+    """For `lora`: inner width of the matrices; their scale is 1."""
 
 
 @dataclass
 class DenoiserDataConfig(DataConfig):
-    """Collections of pictures; a collection's name is the text that its pictures are conditioned on."""
+    """Collections of pictures; the name of a collection is the text that its pictures are conditioned on."""
 
     describe: bool = True
-    """Add words for each picture's light, colour, contrast and texture to its text, as measured on it."""
+    """Add words for the light, colour, contrast and texture measured on each picture to its text."""
     drop_text: float = 0.1
-    """Share of the samples that get the empty text, which guidance needs."""
+    """Share of the samples that get the empty text, on which guidance depends."""
 
 
 @dataclass
@@ -36,11 +38,12 @@ class SamplesConfig:
     """The samples that an evaluation makes from noise."""
 
     count: int = 4
-    """Samples of each collection's name, at most; 0: none."""
+    """Number of samples for the name of each collection; 0 makes none."""
     guidance: float = 3.0
-    """How far predictions go from those without a text; 1: no further than with it."""
+    """Guidance scale: how far predictions are moved away from those without a text; 1 uses the text's prediction as it
+    is."""
     steps: int = 50
-    """Of DDIM."""
+    """Number of DDIM steps."""
 
 
 @dataclass

@@ -36,12 +36,12 @@ FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 class DenoiserTask(DiffusionTask):
-    """Noise in latents of pictures with texts to the noise: what Stable Diffusion learns."""
+    """Predict the noise in latents of pictures from their texts, as in Stable Diffusion's own training."""
 
     name = "style_transfer/denoiser"
     smoke = {
         "glcan, fp16": ("--local.precision", "fp16", "--model.time", "frozen"),
-        # On a CPU minutes of C++ for each of its layers; tests/tasks/style_transfer/denoiser traces them.
+        # On a CPU, compiling takes minutes of C++ per layer; tests/tasks/style_transfer/denoiser only trace the layers.
         "glcan, compiled": None,
         "LoRA": ("--model.trains", "lora"),
     }
@@ -98,12 +98,12 @@ class DenoiserTask(DiffusionTask):
 
     @functools.cached_property
     def text_encoder(self) -> CLIPTextModel:
-        """In main memory: every text is encoded once."""
+        """The text encoder, kept in main memory, since every text is encoded only once."""
         return self.base.text_encoder()
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> Tensor:
-        """(texts, tokens, width), each encoded once."""
+        """Encoded texts (texts, tokens, width); each text is encoded once and then remembered."""
         missing = list(dict.fromkeys(text for text in texts if text not in self._encoded))
         if missing:
             encoded = encode(self.text_encoder, tokens(self.base.tokenizer, missing))
@@ -121,7 +121,7 @@ class DenoiserTask(DiffusionTask):
 
     @torch.no_grad()
     def _sample(self, folder: Path) -> dict[str, float]:
-        """Write samples.png: held-out works down the left, beside them samples of their collection's name."""
+        """Write samples.png: a held-out work of each collection, and beside it samples of the collection's name."""
         if not whole_here(self.model):
             console.print("the denoiser is on several ranks: tools/evaluate.py makes the pictures")
             return {}
@@ -148,16 +148,16 @@ class DenoiserTask(DiffusionTask):
         folder.mkdir(parents=True, exist_ok=True)
         works = [next(path for path, number in self.works(test=True) if number == row) for row in range(len(names))]
         shown = [read_resized(path, self.config.data.size) for path in works]
-        headings = [torch.ones(3, 8, 8)] * settings.count  # no painting heads a column
+        headings = [torch.ones(3, 8, 8)] * settings.count  # white squares: no painting heads a column
         write_image(folder / "samples.png", contact_sheet(shown, headings, rows))
         return {"seconds_a_picture": seconds}
 
     def pipeline(self) -> StableDiffusionPipeline:
-        """diffusers' own with this denoiser, quiet."""
+        """The pipeline of diffusers with this denoiser, without a progress bar."""
         with quiet():
             made = StableDiffusionPipeline(
                 vae=self.vae.to(self.unet.device),
-                text_encoder=None,  # texts are given encoded
+                text_encoder=None,  # texts are passed encoded
                 tokenizer=self.base.tokenizer,
                 unet=self.unet,
                 scheduler=self.base.sampler(),
@@ -169,10 +169,10 @@ class DenoiserTask(DiffusionTask):
         return made
 
     def write_export(self, target: Path) -> str:
-        """Write what diffusers loads: a folder with the whole checkpoint, or LoRA's file; says what it wrote.
+        """Write what diffusers loads, a folder with the whole checkpoint or a file of LoRA; return what was written.
 
         Raises:
-            ValueError: a file for a whole checkpoint, or a folder for LoRA's matrices.
+            ValueError: ``target`` is a file for a whole checkpoint, or not a safetensors file for LoRA's matrices.
         """
         if self.config.model.trains == "full":
             if target.suffix in FILES:
@@ -182,8 +182,8 @@ class DenoiserTask(DiffusionTask):
                 )
             if target.exists():
                 raise ValueError(f"--out: {target} is there already; choose another folder, or remove it")
-            with made_once(target) as room, quiet():
-                self.base.save(room, self.unet.cpu(), self.vae.cpu())
+            with made_once(target) as folder, quiet():
+                self.base.save(folder, self.unet.cpu(), self.vae.cpu())
             return f"a checkpoint in diffusers' layout in {target}"
         if target.suffix != ".safetensors":
             raise ValueError(f"--out: {target} must end in .safetensors, as diffusers' load_lora_weights reads it")

@@ -1,1 +1,1 @@
-"""What the diffusion methods share: a Stable Diffusion checkpoint, its UNet as a chain, latents, prompts, pictures."""
+"""Code common to the diffusion methods: the checkpoint, its UNet as a chain, latents, prompts and pictures."""

@@ -1,4 +1,4 @@
-"""What the pipelines of ArtBank and LSAST share: a bank of artists in diffusers' image-to-image pipelines."""
+"""Code common to the pipelines of ArtBank and LSAST: image-to-image pipelines of diffusers with a bank of artists."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from engine.config import at_least
+from engine.utilities.text import one_line
 from tasks.style_transfer.diffusion.bank import Prompt, PromptBank, load_bank
 from tasks.style_transfer.diffusion.base import Base
 from tasks.style_transfer.diffusion.batch import batch_of
@@ -21,21 +22,22 @@ from tasks.style_transfer.diffusion.inversion import StochasticInversion
 from tasks.style_transfer.diffusion.text import encode, tokens
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-"""Of ``from_pretrained``, those that say how the hub is asked."""
+"""Options of ``from_pretrained`` that configure access to the hub."""
 PROMPTS = "prompts.safetensors"
-"""The bank's file in a saved pipeline's folder."""
+"""Name of the bank's file in the folder of a saved pipeline."""
 
 
 class ArtistPipeline(StochasticInversion):
-    """Goes before one of diffusers' image-to-image pipelines, which paints with an artist's prompt in a text's stead.
+    """A mixin for image-to-image pipelines of diffusers, which then paint with an artist's prompt instead of a text.
 
-    Subclasses say which ``method`` their prompts are of and how one is made (``new_prompt``), and set ``bank``.
+    It comes before the pipeline's class among the bases. Subclasses define the ``method`` of their prompts and how to
+    make a prompt (``new_prompt``), and set ``bank``.
     """
 
     method: str
     new_prompt: Callable[..., Prompt]
     bank: PromptBank
-    # Of diffusers' pipeline.
+    # Attributes of diffusers' pipeline.
     unet: Any
     text_encoder: Any
     tokenizer: Any
@@ -44,7 +46,7 @@ class ArtistPipeline(StochasticInversion):
     get_timesteps: Any
     maybe_free_model_hooks: Any
     _execution_device: Any
-    # Of the call that is running: prompts (times, tokens, width).
+    # State of the call that is running: prompts (times, tokens, width).
     _prompts: Tensor | None = None
 
     @classmethod
@@ -56,19 +58,20 @@ class ArtistPipeline(StochasticInversion):
         Args:
             pretrained_model_name_or_path: a folder in diffusers' layout or a checkpoint's name on the hub, of Stable
                 Diffusion 1.x or 2.x.
-            prompts: a bank's file; else the folder's own, as ``save_pretrained`` writes it, if it has one.
-            kwargs: as ``DiffusionPipeline.from_pretrained`` takes them. There is no safety checker unless one is given,
-                and the scheduler becomes DDIM.
+            prompts: the file of a bank; by default the one that ``save_pretrained`` wrote to the folder, if any.
+            kwargs: as for ``DiffusionPipeline.from_pretrained``. Without a ``safety_checker`` there is none, and
+                without a ``scheduler`` it becomes DDIM.
 
         Raises:
-            ValueError: the checkpoint is not there, damaged or of another architecture, or the prompts do not fit it.
+            ValueError: the checkpoint does not exist, is damaged or has another architecture, or the prompts do not
+            fit.
         """
         name = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         base = Base(name, key="pretrained_model_name_or_path", hub=hub)
         if base.made:
             raise ValueError(f"{name!r} names networks that are made for training; give a folder or a name on the hub")
-        base.scheduler  # noqa: B018 (raises where it is none of Stable Diffusion 1.x or 2.x)
+        base.scheduler  # noqa: B018 (raises unless it is Stable Diffusion 1.x or 2.x)
         if kwargs.get("safety_checker") is None:
             kwargs |= {"safety_checker": None, "requires_safety_checker": False}
             kwargs.setdefault("feature_extractor", None)
@@ -76,9 +79,9 @@ class ArtistPipeline(StochasticInversion):
         try:
             pipeline = above.from_pretrained(name, **kwargs)
         except ValueError as error:
-            raise ValueError(f"{name}: {_one_line(error)}") from error
+            raise ValueError(f"{name}: {one_line(error, 300)}") from error
         except Exception as error:
-            raise ValueError(f"{name}: cannot be read: {type(error).__name__}: {_one_line(error)}") from error
+            raise ValueError(f"{name}: cannot be read: {type(error).__name__}: {one_line(error, 300)}") from error
         if "scheduler" not in kwargs:
             own = pipeline.scheduler.config
             changes = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
@@ -89,23 +92,23 @@ class ArtistPipeline(StochasticInversion):
         return pipeline
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As any pipeline's, and the bank beside the networks.
+        """Save the pipeline as diffusers does, and the bank beside the networks.
 
         Raises:
-            ValueError: the folder's name is a file's.
+            ValueError: the folder is a file.
         """
         above: Any = super()
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{folder} is a file; give a folder")
-        self.bank.save(folder / PROMPTS)  # first, since the other may upload the folder
+        self.bank.save(folder / PROMPTS)  # first, since diffusers may upload the folder
         above.save_pretrained(save_directory, *args, **kwargs)
 
     def load_prompts(self, path: str | Path) -> None:
-        """Add all artists of a bank's file; those there are of the same name are replaced.
+        """Add all artists in a bank's file, replacing artists of the same name.
 
         Raises:
-            ValueError: it is no bank of this method, or was learnt with a text model of another width.
+            ValueError: it is not a bank of this method, or its text model had another width.
         """
         loaded = load_bank(Path(path), type(self).new_prompt, self.method, self.text_encoder.config.hidden_size)
         for artist, prompt in loaded.items():
@@ -117,7 +120,7 @@ class ArtistPipeline(StochasticInversion):
 
     @property
     def multiple(self) -> int:
-        """What the sides of a picture must be multiples of: the autoencoder's reduction times the denoiser's."""
+        """The sides of a picture must be multiples of this: the autoencoder's reduction times the denoiser's."""
         return int(self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @torch.no_grad()
@@ -140,19 +143,20 @@ class ArtistPipeline(StochasticInversion):
         """Pictures in an artist's style.
 
         Args:
-            image: one picture or several of one size, see ``batch.batch_of``.
-            artist: a name of ``artists``.
-            strength: from 0, the picture as the autoencoder reconstructs it, to 1, where next to nothing of it is left.
-                The part of ``num_inference_steps`` that is done.
-            guidance_scale: how far to go from ``negative_prompt`` towards the artist's; 1: the artist's prompt alone.
-            inversion: where denoising starts from, ``stochastic`` (see ``inversion``) or ``none``: plain noise.
-            generator: torch's, or a list of one a picture.
-            callback_on_step_end: as diffusers calls it. Of ``prompt_embeds`` it gets what the next step will read.
+            image: one picture, or several of the same size; see ``batch.batch_of``.
+            artist: a name in ``artists``.
+            strength: from 0, which returns the picture as the autoencoder reconstructs it, to 1, which leaves next to
+                nothing of it. It is the share of ``num_inference_steps`` that is run.
+            guidance_scale: how far to move from ``negative_prompt`` towards the artist's prompt; 1 uses only the
+            latter.
+            inversion: the noise to start from, ``stochastic`` (see ``inversion``) or ``none`` for plain noise.
+            generator: a generator of torch, or a list with one per picture.
+            callback_on_step_end: called as diffusers does; as ``prompt_embeds`` it gets what the next step will read.
 
-        The other arguments, and what is returned, are diffusers' own.
+        The other arguments and the return value are those of diffusers.
 
         Raises:
-            ValueError: something does not go together; before anything is computed.
+            ValueError: the arguments do not fit together; raised before anything is computed.
         """
         pictures = batch_of("image", image)
         if not isinstance(artist, str):
@@ -205,11 +209,11 @@ class ArtistPipeline(StochasticInversion):
             self.inversion, self._prompts = "none", None
 
     def prepare(self, pictures: Tensor, prompt: Prompt) -> dict[str, Any]:
-        """More arguments for diffusers' pipeline, to paint ``pictures`` (N, 3, H, W) with ``prompt``."""
+        """More arguments with which diffusers' pipeline paints ``pictures`` (N, 3, H, W) by ``prompt``."""
         return {}
 
     def prompt_at(self, t: Tensor, count: int) -> Tensor:
-        """What the denoiser reads at time ``t`` of the course: (count, tokens, width)."""
+        """What the denoiser reads at timestep ``t``: (count, tokens, width)."""
         assert self._prompts is not None, "outside of a call"
         part = int(t) * len(self._prompts) // self.scheduler.config.num_train_timesteps
         return self._prompts[part].expand(count, -1, -1)
@@ -225,10 +229,10 @@ class ArtistPipeline(StochasticInversion):
         return {}
 
     def _encoded(self, artist: str, negative_prompt: str) -> tuple[Tensor, Tensor]:
-        """The artist's prompts (times, tokens, width), and a text's (1, tokens, width)."""
+        """The artist's encoded prompts (times, tokens, width) and the encoded negative prompt (1, tokens, width)."""
         device, prompt = self._execution_device, self.bank[artist]
         training = prompt.training
-        # Layers of torch compute with other kernels when they train, which differ in the last bits.
+        # In training mode torch's layers use other kernels, whose results differ in the last bits.
         vectors = prompt.to(device).eval()()
         prompt.train(training)
         tables = prompt_tokens(self.tokenizer, artist, prompt)
@@ -237,7 +241,7 @@ class ArtistPipeline(StochasticInversion):
         return encode_layers(self.text_encoder, ids, mask, vectors), nothing.repeat(1, vectors.shape[1], 1)
 
     def _turning(self, timesteps: Tensor, nothing: Tensor, callback: Any) -> Any:
-        """A callback that hands the denoiser the prompt of its next step, and calls another one."""
+        """A callback that gives the denoiser the prompt of its next step, and then calls ``callback``, if any."""
 
         def end_of_step(pipeline: Any, step: int, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
             found = {}
@@ -262,7 +266,3 @@ class ArtistPipeline(StochasticInversion):
             found = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return StableDiffusionPipelineOutput(images=found, nsfw_content_detected=None) if return_dict else (found, None)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

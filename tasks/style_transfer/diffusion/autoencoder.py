@@ -1,4 +1,4 @@
-"""The autoencoder of small models: TAESD from a file, or one that is trained on the pictures for a minute."""
+"""The autoencoder of small models: TAESD from a file, or an autoencoder trained on the pictures for a minute."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ def tiny_autoencoder(file: str, pictures: Callable[[], Sequence[Tensor]], cache:
     """The Tiny AutoEncoder of Stable Diffusion (TAESD, Bohan 2023), in evaluation mode.
 
     Args:
-        file: with its weights; empty: ``TAESD`` if it is there, else one is trained on ``pictures`` for a minute, once.
-        pictures: (3, H, W) from 0 to 1; asked for where one is to be trained, and none if nothing is to be.
-        cache: folder for what was trained: one a seed, whatever the pictures.
+        file: file with the weights. If empty, ``TAESD`` is used if it exists; otherwise an autoencoder is trained on
+            ``pictures`` for a minute, once.
+        pictures: returns pictures (3, H, W) from 0 to 1. It is called only to train, and returns none where training is
+            not allowed.
+        cache: folder for trained autoencoders; there is one for each seed, whatever the pictures.
 
     Raises:
-        ValueError: the file is not there or holds something else, or there is none and there are no pictures.
+        ValueError: the file does not exist or holds something else, or there is neither a file nor any picture.
     """
     if file or TAESD.is_file():
         vae = AutoencoderTiny()
@@ -54,18 +56,20 @@ def _trained(pictures: list[Tensor], folder: Path, seed: int) -> AutoencoderTiny
             f"model.autoencoder: there is no {TAESD}; training an autoencoder on {len(pictures)} pictures for "
             f"{SECONDS:.0f} s, which blurs more than TAESD does; {folder} will have it"
         )
-        with made_once(folder) as room, seeded(seed, "autoencoder"):
+        with made_once(folder) as made, seeded(seed, "autoencoder"):
             train_autoencoder(vae, pictures, SECONDS)
-            save_file(vae.state_dict(), room / "vae.safetensors")
+            save_file(vae.state_dict(), made / "vae.safetensors")
     vae.load_state_dict(load_file(folder / "vae.safetensors"))
     return vae.eval()
 
 
 def train_autoencoder(vae: Any, pictures: Sequence[Tensor], seconds: float, side: int = 64, batch: int = 4) -> float:
-    """Adam on the mean absolute error of squares of ``pictures``, and on keeping latents near unit size.
+    """Train with Adam on the mean absolute error of squares cropped from ``pictures``; return the mean of the last
+    errors.
 
-    (Squared error alone leaves a small network in one colour for long.) How many steps there are depends on the
-    machine, so the result does; it is kept in a file for that. Returns the last steps' mean error.
+    A second term keeps latents near unit size. (With the squared error alone, a small network paints everything in one
+    colour for a long time.) The number of steps depends on the machine, and so does the result; that is why the result
+    is kept in a file.
     """
     optimizer = torch.optim.Adam(vae.parameters(), 2e-3)
     start, errors = time.monotonic(), list[float]()

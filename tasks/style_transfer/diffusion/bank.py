@@ -1,8 +1,7 @@
-"""A bank of prompts: several artists in one file, added and removed one at a time, chosen by name."""
+"""A bank of prompts: several artists in one file, which can be added, removed and chosen by name."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -14,18 +13,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.utilities.files import flush
+from engine.utilities.files import replaced
+from engine.utilities.text import did_you_mean, one_line
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]*")
 
 
 class Prompt(nn.Module, ABC):
-    """What is learnt of one artist.
+    """What training has learnt about one artist.
 
     Args:
-        settings: all it takes to make another of its kind, as JSON holds it. At least ``method``, ``form``,
-            ``template``, ``width`` (of the text model), ``tokens`` (placeholders), ``scale`` (of the text model's token
-            embeddings) and ``base`` (the checkpoint it was learnt with, for people).
+        settings: everything that it takes to make another prompt of this kind, in values that JSON can hold: at least
+            ``method``, ``form``, ``template``, ``width`` (of the text model), ``tokens`` (number of placeholders),
+            ``scale`` (of the text model's token embeddings) and ``base`` (the checkpoint that it was learnt with, as
+            information for people).
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -36,13 +37,13 @@ class Prompt(nn.Module, ABC):
     def forward(self) -> Tensor:
         """Vectors for the placeholders: (times, layers, tokens, width).
 
-        ``times`` are equal parts of the noise's course, from the last to be denoised; ``layers`` what different layers
-        of the denoiser read. Either may be 1.
+        ``times`` counts equal parts of the timesteps, starting with the part that is denoised last. ``layers`` counts
+        the prompts that different layers of the denoiser read. Either may be 1.
         """
 
 
 class PromptBank(Mapping[str, Prompt]):
-    """Prompts by artist's name, all of one method.
+    """Prompts by the name of the artist, all for the same method.
 
     Example:
         >>> from tasks.style_transfer.artbank.prompts import new_prompt
@@ -57,13 +58,10 @@ class PromptBank(Mapping[str, Prompt]):
         self._prompts: dict[str, Prompt] = {}
 
     def __getitem__(self, artist: str) -> Prompt:
-        """Raises ValueError where there is none of that name; lists those there are."""
+        """Raises ValueError if no artist has that name; the message lists the known ones."""
         if artist not in self._prompts:
-            close = difflib.get_close_matches(artist, self._prompts, n=1)
-            hint = f", did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"artist: {artist!r} is unknown{hint}; known: {', '.join(sorted(self._prompts)) or 'none'}"
-            )
+            hint, known = did_you_mean(artist, self._prompts), ", ".join(sorted(self._prompts))
+            raise ValueError(f"artist: {artist!r} is unknown{hint}; known: {known or 'none'}")
         return self._prompts[artist]
 
     def __repr__(self) -> str:
@@ -79,14 +77,14 @@ class PromptBank(Mapping[str, Prompt]):
         return artist in self._prompts
 
     def get(self, artist: str, default: Any = None) -> Any:
-        """``default`` where there is none of that name."""
+        """The artist's prompt, or ``default`` if no artist has that name."""
         return self._prompts.get(artist, default)
 
     def add(self, artist: str, prompt: Prompt) -> None:
-        """Add an artist, or replace what there is of one.
+        """Add an artist, or replace an artist's prompt.
 
         Raises:
-            ValueError: a name that files and texts cannot hold, a prompt of another method, or one of another width.
+            ValueError: the name cannot stand in files and texts, or the prompt has another method or another width.
         """
         check_artist(artist)
         if prompt.settings["method"] != self.method:
@@ -102,10 +100,10 @@ class PromptBank(Mapping[str, Prompt]):
         self._prompts[artist] = prompt
 
     def remove(self, artist: str) -> Prompt:
-        """Take an artist out; the others stay as they are.
+        """Remove an artist and return the prompt; the others stay as they are.
 
         Raises:
-            ValueError: there is none of that name; lists those there are.
+            ValueError: no artist has that name; the message lists the known ones.
         """
         self[artist]
         return self._prompts.pop(artist)
@@ -119,14 +117,12 @@ class PromptBank(Mapping[str, Prompt]):
         }
         settings = {artist: prompt.settings for artist, prompt in self._prompts.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        room = path.with_name(f".{path.name}.writing")
-        save_file(tensors, room, {"method": self.method, "artists": json.dumps(settings)})
-        flush(room)
-        room.replace(path)
+        with replaced(path) as partial:
+            save_file(tensors, partial, {"method": self.method, "artists": json.dumps(settings)})
 
 
 def check_artist(artist: str) -> None:
-    """See that a name can stand in files and texts.
+    """Check that a name can stand in files and texts.
 
     Raises:
         ValueError: it cannot.
@@ -139,12 +135,12 @@ def load_bank(path: Path, make: Any, method: str, width: int = 0) -> PromptBank:
     """The bank in a file.
 
     Args:
-        make: makes a prompt of its settings: ``new_prompt`` of a method.
-        method: that it must be of.
-        width: of the text model that its prompts are for; 0: any.
+        make: makes a prompt from its settings; ``new_prompt`` of a method.
+        method: the method that the bank must have.
+        width: the width that the text model of its prompts must have; 0 accepts any.
 
     Raises:
-        ValueError: there is no such file, it is no bank or one of another method, or its prompts have another width.
+        ValueError: there is no such file, it is not a bank of this method, or its prompts have another width.
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file of prompts")
@@ -154,7 +150,7 @@ def load_bank(path: Path, make: Any, method: str, width: int = 0) -> PromptBank:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         found, artists = metadata.get("method"), json.loads(metadata.get("artists", "null"))
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{path}: cannot be read: {one_line(error, 200)}") from error
     if not found or not isinstance(artists, dict) or not all(isinstance(each, dict) for each in artists.values()):
         raise ValueError(f"{path}: holds no prompts: a bank's metadata have `method` and `artists`")
     if found != method:
@@ -172,6 +168,5 @@ def load_bank(path: Path, make: Any, method: str, width: int = 0) -> PromptBank:
             prompt.load_state_dict(own)
             bank.add(artist, prompt)
         except Exception as error:
-            cause = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path}: the prompt of {artist!r} cannot be made: {cause}") from error
+            raise ValueError(f"{path}: the prompt of {artist!r} cannot be made: {one_line(error, 200)}") from error
     return bank

@@ -1,4 +1,4 @@
-"""The Stable Diffusion checkpoint that everything stands on: loaded, or made on the spot, and checked."""
+"""The Stable Diffusion checkpoint that everything builds on: loaded or newly made, and checked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tasks.style_transfer.diffusion.tokenizer import LENGTH, tiny_tokenizer
 from tasks.style_transfer.measures import first_sentence
 
 SCALE = 8
-"""Pixels of a picture along a side, for each of its latents: of every autoencoder of Stable Diffusion 1.x and 2.x."""
+"""Pixels per latent along a side, for every autoencoder of Stable Diffusion 1.x and 2.x."""
 TRAINING_TIMES = 1000
 
 _SCHEDULE: dict[str, Any] = {
@@ -93,7 +93,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "vae": _SD_VAE,
     },
 }
-"""Of untrained networks by name; what is not said is diffusers' and transformers' default."""
+"""Configs of untrained networks by name; all other settings are the defaults of diffusers and transformers."""
 HUB = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
     "runwayml/stable-diffusion-v1-5": "sd1",
@@ -101,21 +101,21 @@ HUB = {
     "stabilityai/stable-diffusion-2-base": "sd2",
     "stabilityai/stable-diffusion-2-1-base": "sd2",
 }
-"""Sizes of checkpoints on the hub, so that an estimate downloads nothing."""
+"""The size of checkpoints on the hub, so that an estimate downloads nothing."""
 
 
 @dataclass
 class Base:
-    """A Stable Diffusion 1.x or 2.x checkpoint, by its parts; each is read when first asked for.
+    """The parts of a Stable Diffusion 1.x or 2.x checkpoint; each part is read when it is first asked for.
 
     Args:
-        name: a folder in diffusers' layout, a checkpoint's name on the hub, or one of ``SIZES``: untrained networks.
-        seed: of untrained ones.
-        key: what names it in errors.
-        hub: how the hub is asked: ``revision``, ``token``, ``cache_dir``, ... as diffusers takes them.
+        name: a folder in diffusers' layout, a checkpoint's name on the hub, or a name in ``SIZES`` for untrained
+        networks.
+        seed: seed of untrained networks.
+        key: config key or argument that gives the name, for error messages.
+        hub: options for access to the hub (``revision``, ``token``, ``cache_dir``, ...), as diffusers takes them.
 
-    Every part raises ValueError, in one line, where the checkpoint is not there or is none of Stable Diffusion 1.x or
-    2.x.
+    Every part raises a ValueError of one line if the checkpoint does not exist or is not Stable Diffusion 1.x or 2.x.
     """
 
     name: str
@@ -125,17 +125,17 @@ class Base:
 
     @property
     def made(self) -> bool:
-        """Whether the networks are untrained ones, made on the spot."""
+        """Whether the networks are newly made and untrained."""
         return self.name in SIZES
 
     def unet(self, *, weights: bool = True) -> UNet2DConditionModel:
-        """The denoiser; without ``weights`` its parameters are all alike, for their shapes."""
+        """The denoiser; without ``weights`` all its parameters hold the same value, and only their shapes matter."""
         return self._part("unet", UNet2DConditionModel, UNet2DConditionModel, weights)
 
     def text_encoder(self, *, weights: bool = True) -> CLIPTextModel:
         """Maps tokens to what the denoiser's cross-attention reads; in evaluation mode."""
         if self.name in SIZES and weights:
-            # Transformers draws embeddings so small that the texts of an untrained model are hardly told apart.
+            # transformers draws embeddings so small that an untrained model hardly tells texts apart.
             encoder = self._part("text_encoder", CLIPTextModel, _new_text, True)
             with seeded(self.seed, "tokens"):
                 nn.init.normal_(encoder.get_input_embeddings().weight)
@@ -143,7 +143,7 @@ class Base:
         return self._part("text_encoder", CLIPTextModel, _new_text, weights).eval()
 
     def vae(self) -> AutoencoderKL | AutoencoderTiny:
-        """The autoencoder; of ``tiny`` an untrained one, which wants weights."""
+        """The autoencoder; for ``tiny`` an untrained one, whose weights must still be loaded."""
         kind = AutoencoderTiny if self.name == "tiny" else AutoencoderKL
         if not self.made and "Tiny" in str(self._config("vae").get("_class_name")):
             kind = AutoencoderTiny
@@ -151,7 +151,7 @@ class Base:
 
     @functools.cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        """Of ``sd1`` and ``sd2``, whose vocabulary is not here, that of ``tiny``."""
+        """The tokenizer; ``sd1`` and ``sd2``, whose vocabulary would have to be downloaded, use that of ``tiny``."""
         if self.made:
             tokenizer = tiny_tokenizer()
             tokenizer.model_max_length = LENGTH if self.name == "tiny" else 77
@@ -161,20 +161,20 @@ class Base:
         )
 
     def tokenizer_like(self, *, weights: bool) -> CLIPTokenizer:
-        """The tokenizer; without ``weights``, for shapes, another one of its length will do and is not asked for."""
+        """The tokenizer; without ``weights`` only its length matters, so another of that length saves a download."""
         if weights or self.made or self.name not in HUB:
             return self.tokenizer
         return Base(HUB[self.name]).tokenizer
 
     def text_shape(self) -> tuple[int, int]:
-        """Tokens and width of an encoded text."""
+        """Number of tokens and width of an encoded text."""
         known = self.name if self.made else HUB.get(self.name)
         config = SIZES[known]["text_encoder"] if known else self._config("text_encoder")
         return config.get("max_position_embeddings", 77), config["hidden_size"]
 
     @functools.cached_property
     def scheduler(self) -> DDPMScheduler:
-        """Noise by time, and what the denoiser predicts (``prediction_type``)."""
+        """The amount of noise at each timestep, and what the denoiser predicts (``prediction_type``)."""
         if self.made:
             return DDPMScheduler(**{key: value for key, value in _SCHEDULE.items() if key != "set_alpha_to_one"})
         return self._loaded(
@@ -182,12 +182,12 @@ class Base:
         )
 
     def sampler(self) -> DDIMScheduler:
-        """DDIM on the same noise."""
+        """A DDIM sampler with the same noise schedule."""
         config = _SCHEDULE if self.made else self.scheduler.config
         return DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
     def save(self, folder: Path, unet: UNet2DConditionModel, vae: nn.Module) -> None:
-        """Write a checkpoint with another ``unet`` (and the ``vae`` in use) in diffusers' layout."""
+        """Write the checkpoint in diffusers' layout, with ``unet`` and ``vae`` instead of its own."""
         from diffusers import StableDiffusionPipeline
 
         StableDiffusionPipeline(
@@ -214,7 +214,7 @@ class Base:
             if part == "text_encoder":
                 return _for_shapes(lambda: CLIPTextModel(CLIPTextConfig.from_dict(config)))
             return _for_shapes(lambda: kind.from_config(config))
-        # Whatever the file's precision: what learns and what it is compared with want fp32.
+        # fp32, whatever precision the file has: weights that learn need it, and so do the weights they work with.
         return self._loaded(part, lambda: kind.from_pretrained(self._checked, subfolder=part, **self.hub)).float()
 
     def _config(self, part: str) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class Base:
 
     @functools.cached_property
     def _checked(self) -> str:
-        """The name, once the checkpoint is known to be of the right kind."""
+        """The name of the checkpoint, after a check that it is of the right kind."""
         folder = Path(self.name)
         if not folder.is_dir():
             if self.name.count("/") != 1 or self.name.startswith((".", "/", "runs/")):
@@ -240,7 +240,7 @@ class Base:
             raise ValueError(f"{self.key}: {_KIND}, {self.name} is not: {why}; {_HINT}")
         try:
             with quiet(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of the hub's own library
+                warnings.simplefilter("ignore", UserWarning)  # from the hub's own library
                 config = UNet2DConditionModel.load_config(self.name, subfolder="unet", **self.hub)
         except Exception as error:
             where = "" if folder.is_dir() else "it is no folder here, and the hub does not give it: "
@@ -267,10 +267,10 @@ _HINT = (
 
 
 def check_unet(config: Any, trouble: str) -> None:
-    """See that a UNet, by its config, is one of Stable Diffusion 1.x or 2.x, or a smaller one of the kind.
+    """Check by its config that a UNet is that of Stable Diffusion 1.x or 2.x, or a smaller one of the same kind.
 
     Raises:
-        ValueError: ``trouble``, and the first key that differs.
+        ValueError: the message is ``trouble`` and the first key that differs.
     """
     plain = (
         *("center_input_sample", "class_embed_type", "addition_embed_type", "num_class_embeds", "encoder_hid_dim_type"),
@@ -299,7 +299,7 @@ def _new_text(**config: Any) -> CLIPTextModel:
 
 
 def _for_shapes(make: Callable[[], Any]) -> Any:
-    """What ``make`` makes, without drawing its random weights, which takes seconds at real sizes."""
+    """What ``make`` makes, but without drawing random weights, which takes seconds at real sizes."""
 
     def keep(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
         return tensor
@@ -316,13 +316,13 @@ def _for_shapes(make: Callable[[], Any]) -> Any:
             setattr(nn.init, name, function)
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.fill_(0.01)  # else it is whatever was in memory
+            parameter.fill_(0.01)  # otherwise it would hold whatever was in memory
     return made
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' remarks on what they load: errors are ours to tell."""
+    """Silence what the libraries log while loading; errors are still raised, and reported by us."""
     loggers = [logging.getLogger("transformers"), logging.getLogger("diffusers")]
     levels = [logger.level for logger in loggers]
     bars = [library for library in (diffusers, transformers) if library.utils.logging.is_progress_bar_enabled()]
@@ -340,13 +340,13 @@ def quiet() -> Iterator[None]:
 
 
 def freeze(*modules: nn.Module) -> None:
-    """No parameter of them learns."""
+    """Exclude all parameters of ``modules`` from training."""
     for module in modules:
         module.requires_grad_(False)
 
 
 def to_latents(vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Mean and deviation of the latents of ``pictures`` (N, 3, H, W) from 0 to 1; a TAESD has no deviation."""
+    """Mean and deviation of the latents of ``pictures`` (N, 3, H, W) from 0 to 1; TAESD has no deviation."""
     encoded = vae.encode(pictures * 2 - 1)
     scale = vae.config.scaling_factor
     if hasattr(encoded, "latent_dist"):

@@ -1,4 +1,4 @@
-"""Pictures as a pipeline takes them: Pillow's, arrays, tensors, or several of these."""
+"""The pictures that a pipeline accepts, as one batch: Pillow images, arrays, tensors, or lists of these."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tasks.style_transfer.images import as_tensor
 
 
 def batch_of(key: str, image: Any) -> Tensor:
-    """(N, 3, H, W), float32 RGB from 0 to 1.
+    """Pictures as one tensor (N, 3, H, W), float32 RGB from 0 to 1.
 
     Args:
-        key: the argument that holds it.
-        image: Pillow's image, an array (H, W, 3) or (N, H, W, 3) of uint8 or from 0 to 1, a tensor (3, H, W) or
-            (N, 3, H, W) from 0 to 1; or a list of these.
+        key: name of the argument, for error messages.
+        image: a Pillow image, an array (H, W, 3) or (N, H, W, 3) of uint8 or from 0 to 1, a tensor (3, H, W) or
+            (N, 3, H, W) from 0 to 1, or a list of these.
 
     Raises:
-        ValueError: anything else, or pictures of several sizes.
+        ValueError: it is anything else, or the pictures differ in size.
     """
     if isinstance(image, list | tuple):
         parts = [batch_of(key, each) for each in image]

@@ -1,4 +1,4 @@
-"""Stable Diffusion's UNet as a chain: a unit is a layer of a level, the stack of skips is in the message."""
+"""Stable Diffusion's UNet as a chain: a unit is one layer of a level, and the message carries the stack of skips."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from engine.network.message import Message
 
 
 class Layer(nn.Module):
-    """A residual block, the transformer after it, and the change of resolution before them, as far as there are any.
+    """An optional change of resolution, a residual block, and an optional transformer.
 
-    What diffusers has at the end of a level, its downsampler or upsampler, is here at the start of the next, so that a
-    level's first unit has the stride, as GLCAN wants it.
+    The downsampler or upsampler, which diffusers keeps at the end of a level, is here at the start of the next level.
+    So the first unit of a level has the stride, which GLCAN relies on.
     """
 
     def __init__(self, sampler: nn.Module | None, resnet: ResnetBlock2D, attention: Transformer2DModel | None) -> None:
@@ -31,7 +31,7 @@ class Layer(nn.Module):
         self.sampler, self.resnet, self.attention = sampler, resnet, attention
 
     def thinned(self, width: float) -> Layer:
-        """A new layer of the same kind with ``width`` times the channels, of a level on the way down or the middle."""
+        """A new layer of this kind with ``width`` times the channels; for layers on the way down or in the middle."""
         before, after = (_scaled(channels, width) for channels in (self.resnet.in_channels, self.resnet.out_channels))
         sampler = None
         if self.sampler is not None:
@@ -43,7 +43,7 @@ class Layer(nn.Module):
         return Layer(sampler, resnet, _thin_transformer(self.attention, width) if self.attention is not None else None)
 
     def attend(self, x: Tensor, message: Message) -> Tensor:
-        """The residual block and the transformer."""
+        """Apply the residual block and the transformer."""
         x = self.resnet(x, message.features["time"])
         if self.attention is None:
             return x
@@ -52,7 +52,7 @@ class Layer(nn.Module):
 
 
 def residual_block(before: int, after: int, time: int | None, groups: int) -> ResnetBlock2D:
-    """diffusers' own, with as many groups of its normalisations as divide the channels."""
+    """A residual block of diffusers whose normalisations have as many groups as divide the channels."""
     return ResnetBlock2D(
         in_channels=before,
         out_channels=after,
@@ -75,7 +75,7 @@ def _thin_transformer(attention: Transformer2DModel, width: float) -> Transforme
         attention_head_dim=channels // heads,
         norm_num_groups=math.gcd(attention.config.norm_num_groups, channels),
     )
-    # What reads a prompt of its own layer goes on doing so.
+    # Layers that read a prompt of their own (LSAST) go on doing so.
     for new, old in zip(thin.transformer_blocks, attention.transformer_blocks, strict=True):
         new.attn2.set_processor(old.attn2.processor)
     result: Transformer2DModel = thin
@@ -87,7 +87,7 @@ def _scaled(channels: int, width: float) -> int:
 
 
 class TimeEmbedding(nn.Module):
-    """The UNet's embedding of the time, read by every residual block."""
+    """The UNet's timestep embedding, which every residual block reads."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class TimeEmbedding(nn.Module):
 
 
 class First(nn.Module):
-    """``conv_in``, and the embedding of the time if it is not made before."""
+    """``conv_in``, and the timestep embedding unless a shared encoder computes it."""
 
     def __init__(self, unet: UNet2DConditionModel, time: TimeEmbedding | None) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class First(nn.Module):
 
 
 class End(nn.Module):
-    """The UNet's normalisation and convolution that end in a prediction."""
+    """The UNet's last normalisation and convolution, which make the prediction."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -121,12 +121,13 @@ class End(nn.Module):
 def unet_units(unet: UNet2DConditionModel, *, shared_time: bool, shared_prompt: bool) -> tuple[list[Unit], Unit]:
     """Units and head: ``conv_in``, ``down0.0``, ..., ``mid.0``, ..., ``up0.0``, ..., and ``conv_out``.
 
-    Beside ``x`` travel ``time`` (its embedding), ``prompt`` (N, tokens, width), ``skips`` (what the way up still wants)
-    and, from whoever sends the first message, a ControlNet's ``control`` (one for each skip) and ``control_mid``.
+    Besides ``x``, messages carry ``time`` (the timestep embedding), ``prompt`` (N, tokens, width) and ``skips`` (those
+    that the way up has yet to read). The first message may also carry the output of a ControlNet, ``control`` (one
+    tensor per skip) and ``control_mid``.
 
     Args:
-        shared_time: whether ``time`` is in the message from the start: a shared encoder's.
-        shared_prompt: whether the prompts learn, so that frozen layers that read them have something to train.
+        shared_time: whether a shared encoder puts ``time`` into the message before the first unit.
+        shared_prompt: whether the prompts learn, so that even frozen layers that read them have something to train.
     """
     first = First(unet, None if shared_time else TimeEmbedding(unet))
     units, sampler = [Unit("conv_in", first, _enter)], None
@@ -139,7 +140,8 @@ def unet_units(unet: UNet2DConditionModel, *, shared_time: bool, shared_prompt: 
         (sampler,) = down.downsamplers or (None,)
     middle = unet.mid_block
     for n, resnet in enumerate(middle.resnets):
-        # diffusers has the first residual block before all transformers; every other one follows its own.
+        # In diffusers the middle is a residual block, then pairs of a transformer and a residual block. So each unit
+        # but the last is a residual block with the transformer after it.
         attention = middle.attentions[n] if n < len(middle.attentions) else None
         forward = _middle_last if n == len(middle.resnets) - 1 else _middle
         conditioned = shared_prompt and attention is not None
@@ -154,7 +156,7 @@ def unet_units(unet: UNet2DConditionModel, *, shared_time: bool, shared_prompt: 
     return units, Unit("conv_out", End(unet))
 
 
-def _enter(first: nn.Module, message: Message) -> Message:
+def _enter(first: Any, message: Message) -> Message:
     features = dict(message.features)
     x = message.x
     if first.time is not None:
@@ -163,7 +165,7 @@ def _enter(first: nn.Module, message: Message) -> Message:
     return _pushed(replace(message, features={**features, "skips": []}), x)
 
 
-def _down(layer: nn.Module, message: Message) -> Message:
+def _down(layer: Any, message: Message) -> Message:
     x = message.x
     if layer.sampler is not None:
         x = layer.sampler(x)
@@ -172,7 +174,7 @@ def _down(layer: nn.Module, message: Message) -> Message:
 
 
 def _pushed(message: Message, x: Tensor) -> Message:
-    """``x`` goes on, and is a skip, to which what a ControlNet has for it is added."""
+    """A message with ``x`` as features and as one more skip, to which a ControlNet's tensor for it is added."""
     features = {**message.features, "x": x}
     skip, control = x, features.get("control")
     if control:
@@ -181,11 +183,11 @@ def _pushed(message: Message, x: Tensor) -> Message:
     return replace(message, features=features)
 
 
-def _middle(layer: nn.Module, message: Message) -> Message:
+def _middle(layer: Any, message: Message) -> Message:
     return message.with_x(layer.attend(message.x, message))
 
 
-def _middle_last(layer: nn.Module, message: Message) -> Message:
+def _middle_last(layer: Any, message: Message) -> Message:
     features = dict(message.features)
     x = layer.attend(message.x, message)
     if "control_mid" in features:
@@ -194,11 +196,11 @@ def _middle_last(layer: nn.Module, message: Message) -> Message:
     return replace(message, features={**features, "x": x})
 
 
-def _up(layer: nn.Module, message: Message) -> Message:
+def _up(layer: Any, message: Message) -> Message:
     *skips, skip = message.features["skips"]
     x = message.x
     if layer.sampler is not None:
-        # As diffusers does where a side is no multiple of what the levels divide it by.
+        # As in diffusers: a side that does not divide evenly is brought to that of the skip.
         x = layer.sampler(
             x, None if 2 * x.shape[-1] == skip.shape[-1] and 2 * x.shape[-2] == skip.shape[-2] else skip.shape[2:]
         )
@@ -206,19 +208,19 @@ def _up(layer: nn.Module, message: Message) -> Message:
     return replace(message, features={**message.features, "x": x, "skips": skips})
 
 
-class LightEnd(nn.Module):
-    """Ends an auxiliary network in a prediction: up through the resolutions with the skips that there are.
+class LightDenoiserEnd(nn.Module):
+    """The end of an auxiliary network: up through the resolutions with the available skips, to a prediction.
 
-    GLCAN's global part: the message's skips, the features of earlier blocks that the backbone itself concatenates on
-    its way up; of every resolution the last. One thin residual block of the time a resolution. Without skips (greedy),
-    one convolution and a pixel shuffle.
+    GLCAN's global part is the message's skips, that is the features of earlier blocks which the backbone itself
+    concatenates on its way up; of every resolution the last skip is used. Each resolution has one thin residual block,
+    which reads the timestep embedding. Without skips (greedy), the end is one convolution and a pixel shuffle.
 
     Args:
-        channels: of the features.
-        skips: place in the message's list and channels of the skips to take, from the smallest resolution up.
+        channels: channels of the features.
+        skips: index in the message's list and number of channels of each skip to use, from the smallest resolution up.
         width: channels of the residual blocks.
-        time: width of the embedding of the time; None: it is not read.
-        larger: how many times larger than what the residual blocks end in the prediction is.
+        time: width of the timestep embedding; None if it is not read.
+        larger: how many times larger the prediction is than the output of the residual blocks.
     """
 
     def __init__(
@@ -241,8 +243,8 @@ class LightEnd(nn.Module):
         return F.pixel_shuffle(self.prediction(F.silu(self.norm(x))), self.larger)
 
 
-def light_end(chain: Chain, features: Message, unet: UNet2DConditionModel) -> LightEnd:
-    """The end for features like those of ``features``, which were made of the chain's example."""
+def light_end(chain: Chain, features: Message, unet: UNet2DConditionModel) -> LightDenoiserEnd:
+    """The end for features like ``features``, which were made from the chain's example."""
     last: dict[int, tuple[int, int]] = {}
     least = side = features.x.shape[-1]
     for place, skip in enumerate(features.features.get("skips", ())):
@@ -252,7 +254,7 @@ def light_end(chain: Chain, features: Message, unet: UNet2DConditionModel) -> Li
         side = max(last)
     time = features.features.get("time")
     width = max(unet.config.norm_num_groups, unet.config.block_out_channels[0] // 2)
-    return LightEnd(
+    return LightDenoiserEnd(
         features.x.shape[1],
         [last[size] for size in sorted(last)],
         width,
@@ -263,7 +265,7 @@ def light_end(chain: Chain, features: Message, unet: UNet2DConditionModel) -> Li
 
 
 def example(unet: UNet2DConditionModel, side: int, tokens: int, **features: Any) -> Message:
-    """What the first unit gets, for shapes: two latents of ``side``, noise and prompts of ``tokens`` tokens."""
+    """A message for the first unit, to infer shapes: two latents of ``side``, and prompts of ``tokens`` tokens."""
     made = {
         "x": torch.zeros(2, unet.config.in_channels, side, side),
         "t": torch.zeros(2, dtype=torch.long),

@@ -1,4 +1,4 @@
-"""From artist and time to what the denoiser's cross-attention reads: learnt vectors through the frozen text model."""
+"""Encode artists' prompts for the denoiser's cross-attention: learnt vectors pass through the frozen text model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tasks.style_transfer.diffusion.text import encode, placeholders, template_t
 
 
 class Conditioner(nn.Module):
-    """Prompts of some artists, encoded.
+    """Encodes the prompts of some artists.
 
-    Rows 0, 1, ... are the artists, in the order given; then comes one without any prompt, the empty text that guidance
-    goes away from. Which row each sample has is a tensor, so that shapes hang on nothing but shapes.
+    Rows 0, 1, ... are the artists, in the order given. The last row is without a prompt: the empty text, from which
+    guidance moves away. The row of each sample is a tensor, so that no shape depends on a value.
 
     Args:
-        prompts: by artist; of one form.
-        times: that the noise's course has.
+        prompts: prompts by artist, all of one form.
+        times: number of timesteps.
     """
 
     def __init__(
@@ -32,7 +32,9 @@ class Conditioner(nn.Module):
         self.prompts = nn.ModuleDict({f"artist_{artist}": prompt for artist, prompt in prompts.items()})
         ids, masks = zip(*(prompt_tokens(tokenizer, artist, prompt) for artist, prompt in prompts.items()), strict=True)
         nothing = tokens(tokenizer, [""])
+        self.ids: Tensor
         self.register_buffer("ids", torch.cat([*ids, nothing]), persistent=False)
+        self.mask: Tensor
         self.register_buffer("mask", torch.cat([*masks, torch.zeros_like(nothing, dtype=torch.bool)]), persistent=False)
 
     @property
@@ -41,13 +43,14 @@ class Conditioner(nn.Module):
         return len(self.prompts)
 
     def forward(self, rows: Tensor, t: Tensor, present: Collection[int]) -> Tensor:
-        """(N, layers * length, width) of rows (N) and times (N); each layer's part in turn.
+        """Encoded prompts (N, layers * length, width) for rows (N) at timesteps ``t`` (N), one layer's part after
+        another.
 
-        Where there are several layers, each of the denoiser's takes its part (see ``lsast.routing``).
+        If there are several parts, each cross-attention layer of the denoiser reads its own (see ``lsast.routing``).
 
         Args:
-            present: which rows there are among ``rows``: the others' prompts are not made, so that an optimizer leaves
-                them as they are, whoever else learns.
+            present: the rows that occur in ``rows``. Prompts of other rows are not computed, so they get no gradient
+                and the optimizer leaves them as they are.
         """
         made = {row: prompt() for row, prompt in enumerate(self.prompts.values()) if row in present}
         nothing = torch.zeros_like(next(iter(made.values()))) if made else self._nothing()
@@ -64,7 +67,7 @@ def prompt_tokens(tokenizer: CLIPTokenizer, artist: str, prompt: Prompt) -> tupl
     """Tokens (1, length) of an artist's template, and which of them are placeholders.
 
     Raises:
-        ValueError: it is too long for the text model.
+        ValueError: the text is too long for the text model.
     """
     count = prompt.settings["tokens"]
     ids = tokens(tokenizer, [template_text(prompt.settings["template"], artist, count)])
@@ -72,12 +75,12 @@ def prompt_tokens(tokenizer: CLIPTokenizer, artist: str, prompt: Prompt) -> tupl
 
 
 def encode_layers(encoder: CLIPTextModel, ids: Tensor, mask: Tensor, vectors: Tensor) -> Tensor:
-    """What each layer of the denoiser reads of each text, one after another: (N, layers * length, width).
+    """What the layers of the denoiser read for each text, one layer after another: (N, layers * length, width).
 
     Args:
         ids: tokens (N, length).
-        mask: which of them are placeholders (N, length).
-        vectors: in their stead, (N, layers, placeholders, width).
+        mask: which tokens are placeholders (N, length).
+        vectors: what replaces the placeholders (N, layers, placeholders, width).
     """
     layers = vectors.shape[1]
     ids, mask = (table.repeat_interleave(layers, 0) for table in (ids, mask))

@@ -14,39 +14,41 @@ class ModelConfig:
 
     pretrained: str = "tiny"
     """A Stable Diffusion 1.x or 2.x checkpoint in diffusers' layout: a folder, or a name on the hub. `tiny`, `sd1` and
-    `sd2` are untrained ones of that size, made on the spot."""
+    `sd2` make untrained networks of that size."""
     autoencoder: str = ""
-    """Of `tiny`: file with TAESD's weights; empty: ../shared/weights/taesd_fp16.safetensors if it is there, else one is
-    trained on the pictures for a minute."""
+    """For `tiny`: file with TAESD's weights. If empty, ../shared/weights/taesd_fp16.safetensors is used if it exists;
+    otherwise an autoencoder is trained on the pictures for a minute."""
 
 
 @dataclass
 class DataConfig:
-    """Collections of pictures, and how latents are cut out of them."""
+    """Collections of pictures, and how latents are cropped from them."""
 
     collections: dict[str, list[str]] = field(default_factory=dict)
-    """Folders by name. `scikit-image:photographs` and `scikit-image:textures` are pictures that come with it."""
+    """Folders by name. `scikit-image:photographs` and `scikit-image:textures` are pictures that come with scikit-
+    image."""
     hold_out: int = 6
-    """Of so many works of a collection one is kept for testing; 0 keeps none, and tests on what was trained on."""
+    """One work in this many of a collection is held out for testing; 0 holds out none and tests on the training
+    works."""
     size: int = 512
-    """Side in pixels of the squares that training sees."""
+    """Side in pixels of the squares that the denoiser is trained on."""
     resize: int = 512
-    """Pixels that the shorter side of every picture is brought to, before a square is cut out of its latents."""
+    """The shorter side of every picture is scaled to this many pixels before squares are cropped from its latents."""
     batch: int = 1
     """Squares per optimizer step."""
     repeat: int = 1
-    """Times that an epoch takes every work."""
+    """How often an epoch uses every work."""
     cache: str = "data"
-    """Folder in which latents are kept, which are made once."""
+    """Folder that keeps latents, which are computed once."""
     tests: int = 8
-    """Held-out works of a collection that are tested with, at most."""
+    """At most this many held-out works of each collection are tested."""
     noises: int = 5
-    """Seeds of the noise that each is tested with, at ten times each."""
+    """Number of noise seeds that each work is tested with, each at ten timesteps."""
 
 
 @dataclass
 class DiffusionConfig(Config):
-    """What every diffusion task's config has; a task adds what it learns."""
+    """The config that all diffusion tasks have in common; a task adds the settings of what it trains."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,4 +1,4 @@
-"""Works of some collections as noisy latents, the same bits whatever loads them."""
+"""The works of collections as noisy latents, with the same bits whatever loads them."""
 
 from __future__ import annotations
 
@@ -18,25 +18,23 @@ from torch.utils.data import Dataset
 from engine.utilities.console import console, progress_bar
 from engine.utilities.files import made_once
 from engine.utilities.seed import derive
+from tasks import scikit_image
+from tasks.images import divided
 from tasks.style_transfer.diffusion.base import SCALE, to_latents
 from tasks.style_transfer.diffusion.describe import describe
 from tasks.style_transfer.images import as_tensor, find_images, read_image, resized
 
 FORMAT = 1
-"""Of the files that hold latents: another one has another name."""
+"""Version of the files that hold latents; it is part of their name."""
 SCIKIT_IMAGE = "scikit-image:"
-PICTURES = {
-    "photographs": ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "chelsea.png", "coffee.png"),
-    "textures": ("brick.png", "gravel.png", "hubble_deep_field.jpg", "grass.png", "ihc.png"),
-}
-"""Those of scikit-image that come with it."""
+"""Prefix of folders that stand for all of scikit-image's pictures of one kind."""
 TIMES = 10
-"""Times that a work is tested at, in the middle of equal parts of the noise's course."""
+"""Number of timesteps that a work is tested at, in the middle of equal parts of all timesteps."""
 
 
 @dataclass(frozen=True)
 class Collection:
-    """A collection's files to train and to test with."""
+    """The files of a collection for training and for testing."""
 
     name: str
     train: list[Path]
@@ -44,7 +42,7 @@ class Collection:
 
 
 def pictures_in(key: str, folders: Sequence[str]) -> list[Path]:
-    """All image files of ``folders``, each once; some may be scikit-image's (``scikit-image:photographs``).
+    """All image files in ``folders``, each once; a folder may be scikit-image's (``scikit-image:photographs``).
 
     Raises:
         ValueError: a folder is missing or has no image.
@@ -55,11 +53,10 @@ def pictures_in(key: str, folders: Sequence[str]) -> list[Path]:
             found += find_images(key, [Path(folder)])
             continue
         name = folder.removeprefix(SCIKIT_IMAGE)
-        if name not in PICTURES:
-            raise ValueError(f"{key}: scikit-image has no {name!r} here; known: {', '.join(PICTURES)}")
-        import skimage
-
-        found += [Path(skimage.__file__).parent / "data" / file for file in PICTURES[name]]
+        kinds = scikit_image.PICTURES
+        if name not in kinds:
+            raise ValueError(f"{key}: scikit-image has no {name!r} here; known: {', '.join(kinds)}")
+        found += scikit_image.pictures(*kinds[name]["train"], *kinds[name]["test"])
     once = dict[Path, Path]()
     for path in found:
         once.setdefault(path.resolve(), path)
@@ -67,9 +64,9 @@ def pictures_in(key: str, folders: Sequence[str]) -> list[Path]:
 
 
 def collections(folders: Mapping[str, Sequence[str]], hold_out: int) -> list[Collection]:
-    """The collections; of each of their folders every ``hold_out``-th work, from the first on, is to test with.
+    """The collections; in each of their folders every ``hold_out``-th work, from the first on, is held out for testing.
 
-    So a folder is divided alike in whatever collection it is.
+    A folder is divided by itself, and therefore in the same way in every collection that it belongs to.
 
     Raises:
         ValueError: a folder is missing or has no image, or a collection has too few works to hold one out.
@@ -79,8 +76,8 @@ def collections(folders: Mapping[str, Sequence[str]], hold_out: int) -> list[Col
         works = pictures_in("data.collections", places)
         train = test = works
         if hold_out:
-            each = (pictures_in("data.collections", [place])[::hold_out] for place in places)
-            held = {path.resolve() for paths in each for path in paths}
+            each = (divided(pictures_in("data.collections", [place]), hold_out) for place in places)
+            held = {path.resolve() for _, paths in each for path in paths}
             test = [work for work in works if work.resolve() in held]
             train = [work for work in works if work.resolve() not in held]
         if not train:
@@ -93,21 +90,21 @@ def collections(folders: Mapping[str, Sequence[str]], hold_out: int) -> list[Col
 
 
 def read_resized(path: Path, shorter: int) -> Tensor:
-    """The picture (3, H, W) from 0 to 1, its shorter side ``shorter`` px, sides cut to multiples of ``SCALE``."""
+    """A picture (3, H, W) from 0 to 1, its shorter side ``shorter`` px, cropped to multiples of ``SCALE``."""
     picture = resized(as_tensor(read_image(path)), shorter)
     height, width = (side // SCALE * SCALE for side in picture.shape[1:])
     return picture[:, :height, :width]
 
 
 class Latents:
-    """Latents of whole pictures, as they are and mirrored, made once and kept in a file.
+    """Latents of whole pictures, plain and mirrored, computed once and kept in a file.
 
-    Squares are cut out of latents, not out of pictures: every epoch sees other squares, and the autoencoder works once.
-    (What lies around a square takes a little part in its latents then; that is our choice.)
+    Squares are cropped from latents instead of pictures: every epoch sees other squares, and the autoencoder runs only
+    once. (It is our choice to accept that the surroundings of a square influence its latents a little.)
 
     Args:
-        vae: the autoencoder, in evaluation mode, on the device that is to work.
-        shorter: side of the pictures in pixels.
+        vae: the autoencoder, in evaluation mode, on the device that computes.
+        shorter: length of the pictures' shorter side in pixels.
     """
 
     def __init__(self, paths: Sequence[Path], vae: Any, shorter: int, cache: Path) -> None:
@@ -119,19 +116,20 @@ class Latents:
         folder = cache / f"latents_{digest.hexdigest()[:16]}"
         if not folder.is_dir():
             console.print(f"encoding {len(paths)} pictures, once: {folder} will have their latents")
-            with made_once(folder) as room:
-                save_file(_encoded(paths, vae, shorter), room / "latents.safetensors")
+            with made_once(folder) as made:
+                save_file(_encoded(paths, vae, shorter), made / "latents.safetensors")
         self._tensors = load_file(folder / "latents.safetensors")
 
     def draw(self, number: int, side: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Any square of picture ``number``, maybe mirrored.
+        """A random square of picture ``number``, mirrored half of the time.
 
-        Its latents (4, side, side), and the square itself as small (3, side, side), from 0 to 1.
+        Returns its latents (4, side, side), and the square of the picture at the same size (3, side, side), from 0 to
+        1.
         """
         mirrored = bool(torch.randint(2, (), generator=chance))
         mean = self._tensors[f"{number}.{int(mirrored)}.mean"]
-        rooms = [length - side + 1 for length in mean.shape[1:]]
-        top, left = (int(torch.randint(room, (), generator=chance)) for room in rooms)
+        starts = [length - side + 1 for length in mean.shape[1:]]
+        top, left = (int(torch.randint(count, (), generator=chance)) for count in starts)
         place = slice(None), slice(top, top + side), slice(left, left + side)
         small = self._tensors[f"{number}.{int(mirrored)}.small"][place]
         deviation = self._tensors.get(f"{number}.{int(mirrored)}.deviation")
@@ -156,9 +154,9 @@ def _encoded(paths: Sequence[Path], vae: Any, shorter: int) -> dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Noisy:
-    """A square of latents with noise: ``x`` (4, s, s) at time ``t``, and what the denoiser is to predict of it.
+    """A square of latents with noise, ``x`` (4, s, s) at timestep ``t``, and the ``target`` of the denoiser.
 
-    ``words`` are those of ``describe`` for it.
+    ``words`` are what ``describe`` says about the square.
     """
 
     x: Tensor
@@ -168,7 +166,7 @@ class Noisy:
 
 
 def noisy(square: tuple[Tensor, Tensor], t: Tensor, noise: Tensor, scheduler: DDPMScheduler) -> Noisy:
-    """A square of ``Latents.draw`` with ``noise`` (4, s, s) at time ``t`` (a number).
+    """A square from ``Latents.draw`` with ``noise`` (4, s, s) at timestep ``t`` (a scalar).
 
     Raises:
         ValueError: the checkpoint predicts something unknown.
@@ -187,7 +185,8 @@ def noisy(square: tuple[Tensor, Tensor], t: Tensor, noise: Tensor, scheduler: DD
 class Works(Dataset[tuple[Tensor, Tensor, Tensor, int, str, Tensor]]):
     """Noisy squares of works, asked for as (epoch, index): ``x``, ``t``, target, number of the work, words, luck.
 
-    Works take turns by index. Square, noise, time and luck (0 to 1) depend on (seed, epoch, index) alone.
+    Works take turns by index. The square, the noise, the timestep and the luck (a random number from 0 to 1) depend
+    only on (seed, epoch, index).
     """
 
     def __init__(
@@ -213,7 +212,7 @@ class Works(Dataset[tuple[Tensor, Tensor, Tensor, int, str, Tensor]]):
 def held_out_squares(
     latents: Latents, numbers: Sequence[int], noises: int, side: int, scheduler: DDPMScheduler, seed: int
 ) -> Iterator[tuple[int, int, Noisy]]:
-    """Squares of the works ``numbers``, one for each noise: (work, number of the noise, noisy square) at ``TIMES``."""
+    """Squares of the works ``numbers``, one per noise, at ``TIMES`` timesteps each: (work, noise's number, square)."""
     steps = scheduler.config.num_train_timesteps
     for number in numbers:
         for each in range(noises):

@@ -1,4 +1,4 @@
-"""Words for what a picture looks like, measured on it, so that a denoiser learns what words mean."""
+"""Words for how a picture looks, measured on it, from which a denoiser learns what the words mean."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tasks.style_transfer.colour import luminance
 
 HUES = ("red", "orange", "yellow", "green", "cyan", "blue", "violet", "pink")
 _HUE_ENDS = (0.04, 0.11, 0.19, 0.42, 0.52, 0.69, 0.80, 0.94)
-"""Where, on the circle from 0 to 1, each hue ends; beyond the last is red again."""
+"""Where each hue ends on the circle from 0 to 1; after the last comes red again."""
 
 
 def describe(picture: Tensor) -> str:
-    """Light, colour, contrast and texture of a small ``picture`` (3, H, W) from 0 to 1, a word for what stands out.
+    """One word each for light, colour, contrast and texture of a small ``picture`` (3, H, W), if they stand out.
 
     Example:
         >>> describe(torch.tensor([0.1, 0.1, 0.9]).view(3, 1, 1).expand(3, 8, 8))

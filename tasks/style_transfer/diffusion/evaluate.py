@@ -1,4 +1,4 @@
-"""How well noise is predicted, under which condition."""
+"""How well the noise is predicted under each condition."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.task import Metrics
+
 PictureMaker = Callable[[Path], dict[str, float]]
 
 
-class NoiseMetrics:
-    """Mean squared errors of the predictions for held-out works, averaged over works, noises and times.
+class NoiseMetrics(Metrics):
+    """Mean squared errors of the predictions for held-out works, averaged over works, noises and timesteps.
 
-    - ``noise_mse``: under a work's own condition; ``noise_mse_KIND`` under others, with the very same noise.
-    - ``zero_mse``: of predicting zero.
-    - ``own_is_best``, where there are other kinds: the share of noises for which every collection's own condition
-      gives the smallest error of all, over its works and all times.
-    - ``COLLECTION_KIND`` and ``COLLECTION_own_is_best``: the same of each collection, where there are several.
-    - what the picture maker measures.
+    - ``noise_mse``: under a work's own condition; ``noise_mse_KIND``: under another one, with the same noise.
+    - ``zero_mse``: the error of predicting zero.
+    - ``own_is_best``, if there are other kinds: the share of noises for which every collection's own condition gives
+      the smallest error, over its works and all timesteps.
+    - ``COLLECTION_KIND`` and ``COLLECTION_own_is_best``: the same for each collection, if there are several.
+    - the figures of the picture maker.
 
     Args:
-        kinds: of conditions, a work's own first.
-        collections: names.
+        kinds: kinds of conditions, a work's own first.
+        collections: names of the collections.
     """
 
     def __init__(self, kinds: Sequence[str], collections: Sequence[str], make_pictures: PictureMaker | None) -> None:
@@ -40,7 +42,7 @@ class NoiseMetrics:
         """Add predictions (n, 4, s, s).
 
         Args:
-            targets: ``target`` (n, 4, s, s); ``kind``, ``noise`` and ``collection`` (n), numbers.
+            targets: ``target`` (n, 4, s, s), and the numbers ``kind``, ``noise`` and ``collection`` (n).
         """
         target = targets["target"].to(prediction.device)
         errors = (prediction.float() - target).square().mean((1, 2, 3)).tolist()
@@ -50,7 +52,7 @@ class NoiseMetrics:
         self._zero += target.square().mean((1, 2, 3)).tolist()
 
     def mean(self, kind: int, collection: int | None = None, noise: int | None = None) -> float:
-        """Over all works of a collection (or of all) and all noises (or one)."""
+        """The mean error over the works of one collection or all, and over one noise or all."""
         found = [
             error
             for (k, c, n), errors in self._errors.items()
@@ -85,7 +87,7 @@ class NoiseMetrics:
 
 
 def whole_here(model: Any) -> bool:
-    """Whether all of ``model`` is in this process, so that it can make pictures."""
+    """Whether the whole ``model`` is in this process, so that this process can make pictures."""
     from torch.distributed.tensor import DTensor
 
     return not any(tensor.is_meta or isinstance(tensor, DTensor) or not tensor.numel() for tensor in model.parameters())

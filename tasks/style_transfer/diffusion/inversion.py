@@ -1,4 +1,4 @@
-"""ArtBank's stochastic inversion: the noise to start from is what the denoiser takes for noise in the content."""
+"""ArtBank's stochastic inversion: start from the noise that the denoiser predicts in the content."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ INVERSIONS = ("stochastic", "none")
 
 
 class StochasticInversion:
-    """Goes before one of diffusers' image-to-image pipelines and replaces how it makes the latents to start from.
+    """A mixin for image-to-image pipelines of diffusers, which replaces how they make the latents to start from.
 
-    ArtBank (arXiv 2312.06135, section 3.4): noise the content's latents with random noise, predict the noise in them
-    once, and noise the content's latents with *that*. ::
+    ArtBank (arXiv 2312.06135, section 3.4): add random noise to the content's latents, predict the noise in them once,
+    and add the *predicted* noise to the content's latents::
 
         x_t = sqrt(a_t) z + sqrt(1 - a_t) noise,  found = denoiser(x_t, t),  start = sqrt(a_t) z + sqrt(1 - a_t) found
 
-    The pipeline sets ``inversion`` for a call; until it does, latents are made as diffusers makes them.
+    The pipeline sets ``inversion`` during a call; otherwise latents are made as in diffusers.
     """
 
     inversion: str = "none"
@@ -28,7 +28,7 @@ class StochasticInversion:
     vae: Any
 
     def predict(self, latents: Tensor, t: Tensor) -> Tensor:
-        """What the denoiser makes of ``latents`` (N, 4, h, w) at times ``t`` (N), without guidance."""
+        """The denoiser's prediction for ``latents`` (N, 4, h, w) at timesteps ``t`` (N), without guidance."""
         raise NotImplementedError
 
     def prepare_latents(
@@ -41,18 +41,19 @@ class StochasticInversion:
         device: torch.device,
         generator: Any = None,
     ) -> Tensor:
-        """As the pipeline's own; called by its ``__call__``."""
+        """Replaces the pipeline's method of this name, which its ``__call__`` calls."""
         rest = batch_size, num_images_per_prompt, dtype, device, generator
         base: Any = super()
         if self.inversion == "none":
             plain: Tensor = base.prepare_latents(image, timestep, *rest)
             return plain
         latents = self.content_latents(image, dtype, device, generator)
-        # Given latents instead of a picture, the pipeline's own adds noise and does no more.
+        # Given latents instead of a picture, the pipeline's own method only adds noise.
         noised = base.prepare_latents(latents, timestep, *rest)
         found = self.predict(self.scheduler.scale_model_input(noised, timestep[0]), timestep)
         if self.scheduler.config.prediction_type == "v_prediction":
-            # v = sqrt(a) noise - sqrt(1 - a) z, so that noise = sqrt(a) v + sqrt(1 - a) x_t, as if x_t were v's noise.
+            # v = sqrt(a) noise - sqrt(1 - a) z, hence noise = sqrt(a) v + sqrt(1 - a) x_t: add_noise computes this sum
+            # with v as latents and x_t as noise.
             found = self.scheduler.add_noise(found, noised, timestep)
         start: Tensor = self.scheduler.add_noise(latents, found, timestep)
         return start
@@ -63,8 +64,8 @@ class StochasticInversion:
         """Latents (N, 4, h, w) of ``image`` (N, 3, H, W), whose values are from -1 to 1.
 
         Args:
-            generator: one, or a list of one a picture.
-            mode: ``sample`` draws them, as diffusers does; ``argmax`` gives the likeliest.
+            generator: a generator, or a list with one per picture.
+            mode: ``sample`` draws the latents, as diffusers does; ``argmax`` returns the most likely ones.
         """
         image = image.to(device=device, dtype=dtype)
         if isinstance(generator, list):
@@ -76,10 +77,10 @@ class StochasticInversion:
         return found * scale
 
     def check_inversion(self, inversion: str) -> None:
-        """See that an inversion is known, and that it knows the scheduler.
+        """Check that an inversion exists and works with the scheduler.
 
         Raises:
-            ValueError: it is not, or does not.
+            ValueError: it does not exist, or does not work with the scheduler.
         """
         if inversion not in INVERSIONS:
             raise ValueError(f"inversion: {inversion!r} is none of {', '.join(INVERSIONS)}")

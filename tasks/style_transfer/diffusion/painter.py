@@ -1,4 +1,4 @@
-"""Repaints pictures for tools/stylize.py with a pipeline that knows artists."""
+"""Repaints pictures for tools/stylize.py with a pipeline that has learnt artists' styles."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tasks.style_transfer.images import Pixels, read_image
 
 @dataclass
 class ArtistPainter:
-    """A painter of artists for ``tasks.style_transfer.stylize``; its pipeline shows no progress bar of its own.
+    """A painter for ``tasks.style_transfer.stylize`` that paints in artists' styles, without a progress bar of its own.
 
     Args:
         pipeline: an ``ArtistPipeline``.
-        settings: how it paints; its strength is what is meant unless another is said.
-        works: a picture's file by artist, to show beside what is painted; may lack some.
+        settings: how it paints; their strength is the default strength.
+        works: file of a picture by artist, to show beside the results; some artists may be missing.
     """
 
     pipeline: Any
@@ -48,10 +48,10 @@ class ArtistPainter:
         """``content`` (1, 3, H, W) in the artist's style: (1, 3, H, W), RGB from 0 to 1.
 
         Args:
-            name: of the content; the noise depends on it, the artist and ``seed`` alone.
+            name: name of the content; the noise depends only on this name, the artist and ``seed``.
             alpha: strength, from 0 to 1.
         """
-        # On the CPU, whose numbers are the same on every machine.
+        # A generator on the CPU draws the same numbers on every machine.
         generator = torch.Generator().manual_seed(derive(seed, name, artist))
         painted: Tensor = self.pipeline(
             content,

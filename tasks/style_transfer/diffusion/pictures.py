@@ -1,4 +1,4 @@
-"""The pictures that an evaluation of prompts makes, and figures of them."""
+"""The pictures that an evaluation of prompts makes, and their figures."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from tasks.style_transfer.structure import edge_ssim
 
 
 class Repainting:
-    """Photographs repainted by each artist: a contact sheet, what is kept of their structure, how close the artist is.
+    """Repaints photographs in each artist's style: a contact sheet, and figures of structure and of likeness.
 
-    - ``edge_ssim``: SSIM of the edges of picture and photograph.
-    - ``lpips`` (Zhang et al. 2018), with ``pictures.lpips``: of picture to photograph; 0 for the photograph itself.
-    - ``fid`` (Heusel et al. 2017), with ``pictures.fid_weights``: of all pictures to the artists' works. It is biased,
-      the more the fewer there are.
-    - ``clip``, with ``pictures.clip``: cosine of a picture's CLIP embedding and the mean one of its artist's works.
-    - ``seconds_a_picture``.
+    - ``edge_ssim``: SSIM between the edges of the picture and those of the photograph.
+    - ``lpips`` (Zhang et al. 2018), with ``pictures.lpips``: between picture and photograph; 0 for the photograph
+    itself.
+    - ``fid`` (Heusel et al. 2017), with ``pictures.fid_weights``: between all pictures and the artists' works. Its bias
+      grows as the sets shrink.
+    - ``clip``, with ``pictures.clip``: cosine between a picture's CLIP embedding and the mean of its artist's works.
+    - ``seconds_a_picture``: mean time to paint a picture.
 
     Args:
         contents: photographs (3, H, W) from 0 to 1, all of one size.
-        works: of each artist, pictures likewise.
+        works: pictures by each artist, of the same form.
 
     Raises:
         ValueError: weights for LPIPS, FID or CLIP cannot be loaded.
@@ -49,12 +50,12 @@ class Repainting:
         if settings.fid_weights:
             every = sum(len(each) for each in works.values())
             if len(contents) * len(works) < 2:
-                raise ValueError("pictures.fid_weights: FID needs 2 pictures at least; see pictures.count")
+                raise ValueError("pictures.fid_weights: FID needs at least 2 pictures; see pictures.count")
             self._fid = load_fid(Path(settings.fid_weights), every, "pictures.fid_weights")
 
     @torch.no_grad()
     def __call__(self, pipeline: Any, folder: Path) -> dict[str, float]:
-        """Repaint by ``pipeline``, write ``folder/sheet.png``."""
+        """Repaint with ``pipeline``, write ``folder/sheet.png`` and return the figures."""
         made: dict[tuple[int, int], Tensor] = {}
         start = time.perf_counter()
         for column, artist in enumerate(self.works):
@@ -79,7 +80,7 @@ class Repainting:
         return found
 
     def _repaint(self, pipeline: Any, content: Tensor, artist: str, number: int) -> Tensor:
-        """The noise hangs on the seed, the artist and the photograph's number alone."""
+        """Repaint one photograph; its noise depends only on the seed, the artist and the photograph's number."""
         settings = self.settings
         (picture,) = pipeline(
             content[None],

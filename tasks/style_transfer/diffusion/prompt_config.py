@@ -1,4 +1,4 @@
-"""What the configs of the tasks that learn prompts have in common."""
+"""The part of the config that all tasks that learn prompts have in common."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from tasks.style_transfer.diffusion.config import DiffusionConfig
 
 @dataclass
 class PicturesConfig:
-    """The pictures that an evaluation makes, and how they are judged."""
+    """The pictures that an evaluation makes, and the measures that judge them."""
 
     contents: list[str] = field(default_factory=lambda: ["scikit-image:photographs"])
     """Folders of photographs to repaint."""
     count: int = 4
-    """Photographs that an evaluation repaints, at most; 0: none."""
+    """An evaluation repaints at most this many photographs; 0 repaints none."""
     strength: float = 0.7
-    """How much noise a photograph gets before it is denoised: from 0, none, to 1, nothing else."""
+    """How much noise is added to a photograph before it is denoised, from 0 for none to 1 for nothing but noise."""
     guidance: float = 10.0
-    """How far predictions go from those without a prompt; 1: no further than with it."""
+    """Guidance scale: how far predictions are moved away from those without a prompt; 1 uses the prompt's
+    prediction."""
     steps: int = 50
-    """Of DDIM, for a strength of 1."""
+    """Number of DDIM steps for a strength of 1."""
     inversion: Literal["stochastic", "none"] = "stochastic"
-    """What noise a photograph gets: what the denoiser predicts (ArtBank's), or plain noise."""
+    """The noise that is added: `stochastic`, the noise that the denoiser predicts (ArtBank's), or `none`, plain
+    noise."""
     lpips: Literal["", "alex", "vgg"] = ""
-    """Network for LPIPS, alex or vgg, whose weights torchvision downloads; empty leaves it out."""
+    """Network for LPIPS, `alex` or `vgg`, whose weights torchvision downloads; empty leaves LPIPS out."""
     fid_weights: str = ""
-    """File of torch-fidelity's Inception weights, for FID; empty leaves it out."""
+    """File of torch-fidelity's Inception weights, for FID; empty leaves FID out."""
     clip: str = ""
-    """Folder or hub name of a CLIP model in transformers' layout, for likeness to the artist's works; empty: none."""
+    """Folder or hub name of a CLIP model in transformers' layout, which measures the likeness to the artist's works;
+    empty leaves this figure out."""
 
 
 @dataclass
 class PromptTaskConfig(DiffusionConfig):
-    """Learn artists' prompts of a frozen denoiser; a collection's name is its artist's."""
+    """Learn artists' prompts for a frozen denoiser; a collection is named after its artist."""
 
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
 

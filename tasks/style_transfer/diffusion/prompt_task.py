@@ -1,4 +1,4 @@
-"""What ArtBank and LSAST share as tasks: prompts of a frozen denoiser, learnt from the noise in an artist's works."""
+"""Code common to the tasks ArtBank and LSAST: prompts for a frozen denoiser, learnt from an artist's works."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OWN, NOTHING, RANDOM, OTHER = "own", "none", "random", "other"
 
 
 class Prompted(nn.Module):
-    """A frozen denoiser, and the prompts that learn with it."""
+    """A frozen denoiser and the prompts that are trained with it."""
 
     def __init__(self, unet: UNet2DConditionModel, conditioner: Conditioner) -> None:
         super().__init__()
@@ -41,18 +41,19 @@ class Prompted(nn.Module):
 
 
 class PromptTask(DiffusionTask):
-    """Learn the prompts of the artists whose collections there are; all else is frozen.
+    """Learn a prompt for each collection's artist; everything else is frozen.
 
-    The prompts are a shared encoder (``engine.learning.shared``): every block gets them as a leaf of its own, the leaves'
-    gradients are summed, and one backward pass goes through the text model and what makes the prompts. A block's own
-    weights never change; what gives it a gradient is its local loss, by an auxiliary network that does learn.
+    The prompts are a shared encoder (``engine.learning.shared``): every block gets them as a leaf of its own, the
+    leaves' gradients are summed, and one backward pass runs through the text model and the modules that make the
+    prompts. A block's own weights never change. Its gradient comes from its local loss, through an auxiliary network
+    that does learn.
     """
 
     method: str
     export_name = "bank.safetensors"
     smoke = {
-        "glcan, fp16": None,  # each block would scale its share of the prompts' gradient by a scale of its own
-        "glcan, compiled": None,  # as the denoiser's
+        "glcan, fp16": None,  # each block would scale its part of the prompts' gradient by its own loss scale
+        "glcan, compiled": None,  # too slow on a CPU, as for the denoiser
         "released": ("--prompt.form", "released"),
     }
     config: PromptTaskConfig
@@ -60,22 +61,22 @@ class PromptTask(DiffusionTask):
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Of new prompts, without what the checkpoint says: ``form``, ``template``, ..."""
+        """Settings of new prompts (``form``, ``template``, ...) other than those that the checkpoint determines."""
 
     @abstractmethod
     def new_prompt(self, **settings: Any) -> Prompt:
-        """An untrained prompt."""
+        """Make an untrained prompt."""
 
     @abstractmethod
     def make_pipeline(self, unet: UNet2DConditionModel, bank: PromptBank) -> Any:
         """The diffusers pipeline of the method."""
 
     def prepare(self, unet: UNet2DConditionModel) -> None:
-        """Make a denoiser's layers read their prompts, if that takes anything."""
+        """Have the layers of a denoiser read their prompts, if that takes any preparation."""
 
     @property
     def bank_file(self) -> str:
-        """Of a bank to go on from, or empty."""
+        """File of the bank to continue from, or empty."""
         return str(self.config.prompt.bank)  # type: ignore[attr-defined]
 
     def denoiser_of(self, model: nn.Module) -> UNet2DConditionModel:
@@ -89,7 +90,7 @@ class PromptTask(DiffusionTask):
 
     @property
     def artists(self) -> list[str]:
-        """Those that learn."""
+        """The artists whose prompts learn."""
         return list(self.config.data.collections)
 
     def make_chain(self, *, weights: bool) -> Chain:
@@ -98,7 +99,7 @@ class PromptTask(DiffusionTask):
         self.prepare(unet)
         if weights and self.base.made:
             console.print(
-                f"model.pretrained: {self.base.name} is untrained: prompts learn, but no style is in its reach"
+                f"model.pretrained: {self.base.name} is untrained: prompts learn, but it cannot paint any style"
             )
         conditioner = self._conditioner(text, weights)
         model = Prompted(unet, conditioner)
@@ -116,7 +117,7 @@ class PromptTask(DiffusionTask):
         )
 
     def _conditioner(self, text: Any, weights: bool) -> Conditioner:
-        """Of the artists that learn, and beside each a prompt that stays as random as his was at first."""
+        """Encodes a learning prompt for each artist, and for comparison one that stays as random as the other was."""
         width = text.config.hidden_size
         scale = float(text.get_input_embeddings().weight.std()) if weights else 1.0
         settings = {**self.settings, "width": width, "scale": scale, "base": self.base.name}
@@ -145,11 +146,12 @@ class PromptTask(DiffusionTask):
         return Conditioner({**learning, **random}, text, tokenizer, times)
 
     def bank(self) -> PromptBank:
-        """The learnt prompts, with those of the bank that the config names."""
+        """The learnt prompts, and the other prompts of the bank that the config names."""
         bank = PromptBank(self.method)
         if self.bank_file:
             bank = load_bank(Path(self.bank_file), self.new_prompt, self.method)
         for artist, prompt in zip(self.artists, self.conditioner.prompts.values(), strict=False):
+            assert isinstance(prompt, Prompt)
             bank.add(artist, prompt)
         return bank
 
@@ -173,7 +175,7 @@ class PromptTask(DiffusionTask):
         return {"row": chosen, "present": tuple(sorted(set(chosen.tolist())))}
 
     def test_kinds(self) -> list[str]:
-        """Of several artists, ``other`` is the one after a work's own."""
+        """With several artists, ``other`` is the artist after a work's own."""
         return [OWN, NOTHING, RANDOM, *([OTHER] if len(self.artists) > 1 else [])]
 
     def picture_maker(self) -> PictureMaker | None:
@@ -199,7 +201,7 @@ class PromptTask(DiffusionTask):
         return make
 
     def check_pictures(self) -> None:
-        """See, before training, that pictures can be made."""
+        """Check, before training, that pictures can be made."""
         kind = self.base.scheduler.config.prediction_type
         if self.config.pictures.inversion == "stochastic" and kind == "sample":
             raise ValueError(
@@ -208,7 +210,7 @@ class PromptTask(DiffusionTask):
             )
 
     def pipeline(self) -> Any:
-        """The method's pipeline with what has been learnt, quiet."""
+        """The method's pipeline with the learnt prompts, without a progress bar."""
         with quiet():
             self.vae.to(self.unet.device)
             made = self.make_pipeline(self.unet, self.bank())
@@ -219,17 +221,17 @@ class PromptTask(DiffusionTask):
         try:
             works = {each.name: each.test[0] for each in self.collections}
         except ValueError:
-            works = {}  # the works may be elsewhere: they are only shown
+            works = {}  # the works may not be on this machine, and are only shown
         return ArtistPainter(self.pipeline(), self.config.pictures, works)
 
     def write_export(self, target: Path) -> str:
-        """Write the bank with what has been learnt.
+        """Write the bank with the learnt prompts.
 
         Raises:
             ValueError: the file's name does not end in .safetensors.
         """
         if target.suffix != ".safetensors":
-            raise ValueError(f"--out: {target} must end in .safetensors: prompts are such a file")
+            raise ValueError(f"--out: {target} must end in .safetensors, the format of prompts")
         bank = self.bank()
         bank.save(target)
         return f"prompts of {', '.join(bank)} in {target}"

@@ -1,4 +1,4 @@
-"""What the denoiser's and the prompts' tasks share: latents as messages, the loss, auxiliary heads, the network."""
+"""Code common to the tasks of denoiser and prompts: latents as messages, the loss, auxiliary heads, the network."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from engine.utilities.device import device_at_hand
 from engine.utilities.seed import seeded
 from tasks.style_transfer.diffusion.autoencoder import tiny_autoencoder
 from tasks.style_transfer.diffusion.base import SCALE, Base
-from tasks.style_transfer.diffusion.chain import LightEnd, light_end
+from tasks.style_transfer.diffusion.chain import LightDenoiserEnd, light_end
 from tasks.style_transfer.diffusion.config import DiffusionConfig
 from tasks.style_transfer.diffusion.data import Collection, Latents, Works, collections, held_out_squares, read_resized
 from tasks.style_transfer.diffusion.evaluate import NoiseMetrics
 
 
 class DiffusionTask(Task, ABC):
-    """Predict the noise in latents (or what else the checkpoint predicts), by a UNet that is cut into blocks."""
+    """Predict the noise in latents, or whatever the checkpoint predicts, with a UNet that is cut into blocks."""
 
-    # Levels of the UNet have their strides in their first units; DGL ends in a flat vector.
+    # The first unit of each level has its stride. DGL ends in a flat vector, where a denoiser needs a map.
     auxiliary_options = {
         "glcan": {"depth": 1, "width": 0.5, "reduce": 1},
         "dgl": None,
@@ -44,7 +44,7 @@ class DiffusionTask(Task, ABC):
         super().__init__(config)
         self.base = Base(config.model.pretrained, config.train.seed)
         self.model: nn.Module | None = None
-        """The network that learns, or has learnt: evaluation makes pictures with it."""
+        """The network that is or was trained; evaluation makes pictures with it."""
         self._collections: list[Collection] | None = None
         self._vae: Any = None
         self._latents: dict[bool, Latents] = {}
@@ -52,20 +52,20 @@ class DiffusionTask(Task, ABC):
 
     @property
     def collections(self) -> list[Collection]:
-        """The files, looked for when first asked for."""
+        """The files of the collections, searched for when first needed."""
         if self._collections is None:
             self._collections = collections(self.config.data.collections, self.config.data.hold_out)
         return self._collections
 
     @property
     def device(self) -> torch.device:
-        """Of the network, once it is where it works; else of the training to come."""
+        """The device of the network once it has been moved there; before that, the device that training will use."""
         device = next(self.model.parameters()).device if self.model is not None else torch.device("cpu")
         return device_at_hand(self.config.train.device) if device.type in ("cpu", "meta") else device
 
     @property
     def vae(self) -> Any:
-        """The autoencoder, in main memory: it works before training, and on what training has made."""
+        """The autoencoder, kept in main memory: it is needed only before training and to decode results."""
         if self._vae is None:
             if self.base.name == "tiny":
                 size = self.config.data.resize
@@ -81,7 +81,7 @@ class DiffusionTask(Task, ABC):
         return self._vae
 
     def works(self, *, test: bool) -> list[tuple[Path, int]]:
-        """Files and the number of the collection of each."""
+        """The files, each with the number of its collection."""
         most = self.config.data.tests
         return [
             (path, number)
@@ -90,7 +90,7 @@ class DiffusionTask(Task, ABC):
         ]
 
     def latents(self, *, test: bool) -> Latents:
-        """Of all works, in the order of ``works``."""
+        """Latents of all works, in the order of ``works``."""
         if test not in self._latents:
             paths = [path for path, _ in self.works(test=test)]
             vae = self.vae.to(self.device)
@@ -100,7 +100,7 @@ class DiffusionTask(Task, ABC):
 
     @property
     def side(self) -> int:
-        """Latents along a side of a square."""
+        """Side of a square in latents."""
         return self.config.data.size // SCALE
 
     @property
@@ -111,17 +111,17 @@ class DiffusionTask(Task, ABC):
     def build_chain(self, initial: bool = True) -> Chain:
         with seeded(self.config.train.seed, "model"):
             chain = self.make_chain(weights=initial)
-        if initial:  # else it is there for shapes or times
+        if initial:  # otherwise the chain only serves to infer shapes or to measure times
             self.model = chain.model
         return chain
 
     @abstractmethod
     def make_chain(self, *, weights: bool) -> Chain:
-        """Build the network; without ``weights`` what is read from files is left out."""
+        """Build the network; without ``weights``, read nothing from files."""
 
     @abstractmethod
     def denoiser_of(self, model: nn.Module) -> UNet2DConditionModel:
-        """The denoiser in a chain's model."""
+        """The denoiser in the model of a chain."""
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -130,10 +130,10 @@ class DiffusionTask(Task, ABC):
         return self.denoiser_of(self.model)
 
     def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared error, in fp32 whatever predicts."""
+        """Mean squared error, in fp32 for every precision of the prediction."""
         return F.mse_loss(prediction.float(), targets)
 
-    def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> LightEnd:
+    def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> LightDenoiserEnd:
         return light_end(chain, message, self.denoiser_of(chain.model))
 
     def example(self) -> Message:
@@ -144,23 +144,23 @@ class DiffusionTask(Task, ABC):
 
     @abstractmethod
     def example_conditions(self, samples: int) -> dict[str, Any]:
-        """Made-up ``conditions``; no file is read."""
+        """Made-up ``conditions``, without reading a file."""
 
     @abstractmethod
     def conditions(
         self, works: Tensor, words: Sequence[str], luck: Tensor | None, kinds: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """What a message has beside latents and times.
+        """The features of a message besides latents and timesteps.
 
         Args:
-            works: numbers (N): of training's works, or with ``kinds`` of those held out.
-            words: for what each square looks like.
-            luck: (N) from 0 to 1, each sample's own, for what chance decides in training.
-            kinds: of ``test_kinds``, each sample's.
+            works: numbers (N) of training works, or with ``kinds`` of held-out works.
+            words: description of each square.
+            luck: a random number from 0 to 1 per sample (N), for what chance decides in training.
+            kinds: each sample's kind, from ``test_kinds``.
         """
 
     def steps_per_epoch(self) -> int:
-        # What takes long, and what may go wrong, is to come before training.
+        # Whatever takes long or may fail happens before training.
         self._trains = True
         self.metrics()
         for test in (False, True):
@@ -178,10 +178,10 @@ class DiffusionTask(Task, ABC):
 
     @abstractmethod
     def test_kinds(self) -> list[str]:
-        """The conditions that every test work is tested under; the first is its own."""
+        """The kinds of conditions that every test work is tested under; the first is its own."""
 
     def test_batches(self) -> Iterator[Message]:
-        """Every held-out work with every noise at every time, under every condition: equal noise for all of these."""
+        """Every held-out work with every noise at every timestep, under every condition with the same noise."""
         works, data = self.works(test=True), self.config.data
         squares = held_out_squares(
             self.latents(test=True),
@@ -214,4 +214,4 @@ class DiffusionTask(Task, ABC):
 
     @abstractmethod
     def picture_maker(self) -> Any:
-        """Makes an evaluation's pictures: called with their folder, returns figures of them; None makes none."""
+        """A function that makes pictures in a folder for an evaluation and returns their figures; None makes none."""

@@ -1,4 +1,4 @@
-"""Texts as the denoiser's cross-attention reads them, with learnt vectors in a placeholder's stead."""
+"""Encode texts for the denoiser's cross-attention, with learnt vectors in place of placeholders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLACEHOLDER = "*"
 
 
 def tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Numbers of tokens (texts, length), padded; what is too long for the text model is cut off."""
+    """Token ids (texts, length), padded; texts that are too long for the text model are cut."""
     length = tokenizer.model_max_length
     found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
     return torch.tensor(found.input_ids)
@@ -30,10 +30,10 @@ def template_text(template: str, artist: str, count: int) -> str:
 
 
 def check_template(key: str, template: str) -> None:
-    """See that a template has one placeholder.
+    """Check that a template has exactly one placeholder.
 
     Raises:
-        ValueError: none or several.
+        ValueError: it has none or several.
     """
     if template.split().count(PLACEHOLDER) != 1 or template.count(PLACEHOLDER) != 1:
         raise ValueError(
@@ -45,10 +45,10 @@ def placeholders(tokenizer: CLIPTokenizer, ids: Tensor, count: int) -> Tensor:
     """Which of the tokens ``ids`` (texts, length) are placeholders.
 
     Raises:
-        ValueError: a text has not ``count`` of them, since it is too long for the text model.
+        ValueError: a text does not have ``count`` placeholders, since it is too long for the text model.
     """
     (number,) = tokenizer(PLACEHOLDER, add_special_tokens=False).input_ids
-    mask = ids == number
+    mask: Tensor = ids == number
     if not bool((mask.sum(1) == count).all()):
         raise ValueError(
             f"prompt.template: with the artist's name and {count} placeholders it has more than the "
@@ -58,12 +58,12 @@ def placeholders(tokenizer: CLIPTokenizer, ids: Tensor, count: int) -> Tensor:
 
 
 def encode(encoder: CLIPTextModel, ids: Tensor, mask: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
-    """What cross-attention reads of each text: (texts, length, width).
+    """What cross-attention reads for each text: (texts, length, width).
 
     Args:
         ids: tokens (texts, length).
-        mask: which of them are placeholders (texts, length), from left to right those of ``vectors``.
-        vectors: (texts, placeholders, width) in their stead, of the size of the text model's own token embeddings.
+        mask: which tokens are placeholders (texts, length); ``vectors`` replace them from left to right.
+        vectors: what replaces the placeholders (texts, placeholders, width), scaled like token embeddings.
     """
     if vectors is None or mask is None:
         result: Tensor = encoder(ids).last_hidden_state

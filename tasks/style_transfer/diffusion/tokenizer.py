@@ -1,4 +1,4 @@
-"""A CLIP tokenizer that needs no download, for models made on the spot."""
+"""A CLIP tokenizer that needs no download, for untrained models."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ WORDS = (
     *("red", "orange", "yellow", "green", "cyan", "blue", "violet", "pink", "brown"),
     *("van", "gogh", "monet", "vincent", "claude", "vangogh", "artist"),
 )
-"""Tokens of their own; any other word is taken letter by letter."""
+"""Words with a token of their own; any other word is split into letters."""
 LENGTH = 32
-"""Tokens of a text, start and end included."""
+"""Number of tokens in a text, start and end included."""
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair encoding with ``WORDS`` for its merges.
+    """CLIP's byte-pair encoding with merges for ``WORDS``.
 
     Example:
         >>> tiny_tokenizer().tokenize("a painting by zoe *")
@@ -33,21 +33,21 @@ def tiny_tokenizer() -> CLIPTokenizer:
     letters = list(bytes_to_unicode().values())
     merges: dict[tuple[str, str], int] = {}
     for word in WORDS:
-        # Each rule is added last, so that words before go on being one token.
+        # New rules come last, so that earlier words remain single tokens.
         while len(pieces := _merged(word, merges)) > 1:
             merges[pieces[0], pieces[1]] = len(merges)
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     numbers = dict(zip(dict.fromkeys(tokens), itertools.count(), strict=False))
-    with tempfile.TemporaryDirectory() as room:
-        vocabulary, rules = Path(room, "vocab.json"), Path(room, "merges.txt")
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, rules = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         vocabulary.write_text(json.dumps(numbers))
         rules.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
         return CLIPTokenizer(str(vocabulary), str(rules), model_max_length=LENGTH)
 
 
 def _merged(word: str, merges: Mapping[tuple[str, str], int]) -> list[str]:
-    """What byte-pair encoding makes of a word: of the pairs side by side the first of ``merges`` goes first."""
+    """The pieces of a word after byte-pair encoding, which always merges the adjacent pair first in ``merges``."""
     pieces = [*word[:-1], f"{word[-1]}</w>"]
     while known := [pair for pair in itertools.pairwise(pieces) if pair in merges]:
         best, rest, pieces = min(known, key=merges.__getitem__), pieces, []

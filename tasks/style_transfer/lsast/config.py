@@ -16,14 +16,15 @@ class PromptConfig:
     """The prompts."""
 
     form: Literal["paper", "released"] = "paper"
-    """`paper`: layers read prompts by resolution; `released`: the released code's routing, by encoder, middle and
-    decoder, which leaves most prompts unread."""
+    """`paper`: each layer reads the prompt for its resolution; `released`: the routing of the released code by encoder,
+    middle and decoder, which leaves most prompts unread."""
     template: str = TEMPLATE
-    """Text around the prompt, which takes the place of `*`; `{artist}` is the artist's name."""
+    """Text around the prompt. The prompt replaces `*`, and the artist's name replaces `{artist}`."""
     stages: int = 10
-    """Equal parts of the noise's course, each with three prompts of its own."""
+    """Number of equal parts that the timesteps are divided into; each part has three prompts of its own."""
     bank: str = ""
-    """File of prompts to go on from: artists that learn start from what it has of them, the others stay as they are."""
+    """File of prompts to continue from. Artists that are trained start from their prompts in it, if it has any; all
+    other prompts in it stay as they are."""
 
 
 @dataclass
@@ -32,7 +33,7 @@ class LSASTConfig(PromptTaskConfig):
 
     prompt: PromptConfig = field(default_factory=PromptConfig)
     controlnet: str = ""
-    """Folder or hub name of a ControlNet for canny edges, which holds a photograph's structure; empty: none."""
+    """Folder or hub name of a ControlNet for Canny edges, which preserves a photograph's structure; empty uses none."""
 
     def check(self) -> None:
         super().check()

@@ -1,4 +1,4 @@
-"""The ControlNet of LSAST's pipeline: read, checked against the denoiser, or none."""
+"""The ControlNet of LSAST's pipeline: load one and check it against the denoiser, or stand in for a missing one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 from diffusers import ControlNetModel, UNet2DConditionModel
 
+from engine.utilities.text import one_line
+
 
 class NoControl(ControlNetModel):
-    """Stands where a pipeline wants a ControlNet and there is none: adds nothing, computes nothing.
+    """Stands in where a pipeline requires a ControlNet and there is none: it computes nothing and adds nothing.
 
-    The picture is bit for bit that of a fresh ``ControlNetModel.from_unet``, whose last convolutions are zero.
+    Pictures are bit-identical to those with a fresh ``ControlNetModel.from_unet``, whose last convolutions are zero.
     """
 
     def __init__(self) -> None:
@@ -24,7 +26,7 @@ class NoControl(ControlNetModel):
             conditioning_embedding_out_channels=(1,),
         )
 
-    def forward(self, *_: Any, **__: Any) -> tuple[None, None]:  # type: ignore[override]
+    def forward(self, *_: Any, **__: Any) -> tuple[None, None]:
         return None, None
 
 
@@ -32,20 +34,20 @@ def load_controlnet(name: str | Path) -> ControlNetModel:
     """The ControlNet of a folder in diffusers' layout, or of a name on the hub.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: it does not exist, or it is damaged.
     """
     try:
         return ControlNetModel.from_pretrained(str(name))
     except Exception as error:
-        cause = " ".join(str(error).split())[:200]
-        raise ValueError(f"controlnet: {name} cannot be read: {type(error).__name__}: {cause}") from error
+        cause = f"{type(error).__name__}: {one_line(error, 200)}"
+        raise ValueError(f"controlnet: {name} cannot be read: {cause}") from error
 
 
 def check_controlnet(controlnet: Any, unet: UNet2DConditionModel) -> None:
-    """See that a ControlNet goes with a denoiser.
+    """Check that a ControlNet fits a denoiser.
 
     Raises:
-        ValueError: it is no ControlNet, or has other widths.
+        ValueError: it is not a ControlNet, or its widths differ from the denoiser's.
     """
     if not isinstance(controlnet, ControlNetModel):
         raise ValueError(f"controlnet: {type(controlnet).__name__} is no ControlNetModel; give a single one")

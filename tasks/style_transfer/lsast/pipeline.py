@@ -1,4 +1,4 @@
-"""Repaints pictures with a frozen Stable Diffusion, prompts by stage and layer, and a ControlNet, in diffusers' way."""
+"""A diffusers pipeline that repaints with a frozen Stable Diffusion, prompts by stage and layer, and a ControlNet."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
     """LSAST (arXiv 2404.11474).
 
-    At each step the denoiser reads the prompts of its stage, each of its layers its own; the edges of the content go
-    through a ControlNet, if there is one. The ControlNet reads the same prompts, layer by layer; so do both for the
-    prediction that the stochastic inversion starts with: these are ours.
+    At each step the denoiser reads the prompts of the current stage, each layer the prompt for that layer. If there is
+    a ControlNet, it sees the edges of the content. Two choices are ours: the ControlNet reads the same prompts, layer
+    by layer, and both networks do so for the first prediction of the stochastic inversion too.
 
-    A call routes the denoiser's and the ControlNet's attention (``lsast.routing``), and leaves them so.
+    A call sets the attention processors of the denoiser and of the ControlNet (``lsast.routing``) and leaves them set.
 
     Example::
 
@@ -50,7 +50,7 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
     method = "lsast"
     new_prompt = staticmethod(new_prompt)
     _optional_components = [*StableDiffusionControlNetImg2ImgPipeline._optional_components, "controlnet"]
-    # Of the call that is running: pictures (N, 3, H, W) for the ControlNet, and how much it adds.
+    # State of the call that is running: pictures (N, 3, H, W) for the ControlNet, and how much it adds.
     _control: Tensor | None = None
     _scale = 1.0
 
@@ -85,8 +85,8 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
             requires_safety_checker=requires_safety_checker,
         )
         if controlnet is None:
-            logger.warning("LSAST without a ControlNet (`controlnet`): nothing but the noise's start holds the content")
-            # Registered as none, so that it is neither saved nor looked for.
+            logger.warning("LSAST without a ControlNet (`controlnet`): only the initial noise preserves the content")
+            # diffusers has registered None as this component, so the stand-in is neither saved nor looked for.
             self.controlnet = NoControl()
         self.bank = PromptBank(self.method) if bank is None else bank
 
@@ -101,7 +101,7 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
         """As ``ArtistPipeline.from_pretrained``.
 
         Args:
-            controlnet: one, or a folder or a name on the hub; else the checkpoint's own, if it has one.
+            controlnet: a ControlNet, or its folder or name on the hub; by default the checkpoint's own, if it has one.
         """
         if isinstance(controlnet, str | Path):
             loaded = load_controlnet(controlnet)
@@ -129,8 +129,8 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
         """As ``ArtistPipeline.__call__``.
 
         Args:
-            control_image: what the ControlNet sees, of the same size as ``image``; else the edges of ``image``.
-            controlnet_conditioning_scale: how much it adds; 0: nothing.
+            control_image: what the ControlNet sees, of the size of ``image``; by default the edges of ``image``.
+            controlnet_conditioning_scale: how much the ControlNet adds; 0 adds nothing.
         """
         if control_image is not None:
             if not self.controlled:
@@ -148,7 +148,7 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
     def prepare(self, pictures: Tensor, prompt: Prompt) -> dict[str, Any]:
         route(_plain(self.unet), prompt.settings["form"])
         if not self.controlled:
-            self._control = pictures  # which NoControl does not look at
+            self._control = pictures  # anything will do: NoControl does not look at it
         else:
             route(_plain(self.controlnet), prompt.settings["form"])
             if self._control is None:
@@ -173,5 +173,5 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
 
 
 def _plain(network: Any) -> Any:
-    """Without the wrapper that torch.compile puts around it."""
+    """``network`` without the wrapper that torch.compile puts around it."""
     return getattr(network, "_orig_mod", network)

@@ -12,16 +12,16 @@ from tasks.style_transfer.diffusion.bank import Prompt
 
 TEMPLATE = "*"
 LAYERS = 3
-"""Prompts of a stage: innermost, middle and outermost layers'; or encoder's, middle's and decoder's."""
+"""Prompts per stage: for the innermost, middle and outermost layers, or for encoder, middle and decoder."""
 FORMS = ("paper", "released")
 
 
 class PromptSpace(Prompt):
     """A learnable matrix, three self-attention blocks, and ``stages`` groups of three prompts (arXiv 2404.11474).
 
-    Each prompt is the embedding of a placeholder, so the frozen text model reads it. That, the blocks' size and that
-    they come one after another are ours. ``released`` is the routing of the authors' code: a stage has the rows from
-    its own number on, ``rows[s : s + 3]``, so that of 10 stages' 30 rows the last 18 are never read.
+    Each prompt is the embedding of a placeholder, which the frozen text model reads. This choice, the size of the
+    attention blocks and that they follow one another are ours. ``released`` is the routing of the authors' code: stage
+    s reads ``rows[s : s + 3]``, so that with 10 stages and 30 rows the last 18 rows are never read.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -35,14 +35,16 @@ class PromptSpace(Prompt):
         )
         stage = torch.arange(stages)[:, None]
         step = LAYERS if settings["form"] == "paper" else 1
+        self.rows: Tensor
         self.register_buffer("rows", stage * step + torch.arange(LAYERS), persistent=False)
 
     def all_rows(self) -> Tensor:
-        """What the blocks make of the matrix: (3 * stages, width)."""
-        x = self.matrix[None]
+        """The output (3 * stages, width) of the attention blocks for the matrix."""
+        x: Tensor = self.matrix[None]
         for block in self.blocks:
             x = block(x)
-        return x[0] * self.settings["scale"]
+        scale: float = self.settings["scale"]
+        return x[0] * scale
 
     def forward(self) -> Tensor:
         return self.all_rows()[self.rows][:, :, None]
@@ -58,17 +60,17 @@ def new_prompt(
     scale: float = 1.0,
     base: str = "",
 ) -> Prompt:
-    """An artist's prompt space, untrained, drawn from torch's random state.
+    """An untrained prompt space for one artist, drawn from torch's random state.
 
     Args:
-        form: ``paper``, or ``released``: the released code's routing.
-        width: of the text model.
-        stages: equal parts of the noise's course.
-        tokens: placeholders; 1.
-        scale: deviation of the text model's own token embeddings.
+        form: ``paper``, or ``released`` for the routing of the released code.
+        width: width of the text model.
+        stages: number of equal parts that the timesteps are divided into.
+        tokens: number of placeholders; must be 1.
+        scale: standard deviation of the text model's own token embeddings.
 
     Raises:
-        ValueError: an unknown form, or a number that will not do.
+        ValueError: the form is unknown, or a number is out of range.
     """
     if form not in FORMS:
         raise ValueError(f"prompt.form: {form!r} is none of {', '.join(FORMS)}")

@@ -1,4 +1,4 @@
-"""Which prompt each of the denoiser's cross-attention layers reads: attention processors, no forked UNet."""
+"""Which prompt each cross-attention layer of the denoiser reads; attention processors spare us a forked UNet."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tasks.style_transfer.lsast.prompts import LAYERS
 
 
 class PartOfPrompt:
-    """An attention processor that hands another one its part of the prompts: tokens ``part`` * n to (``part`` + 1) * n.
+    """An attention processor that passes on one part of the prompts: tokens ``part`` * n to (``part`` + 1) * n.
 
-    The prompts come one after another in ``encoder_hidden_states`` (N, 3 * n, width), as every layer gets them.
+    Every layer gets all three prompts, one after another, in ``encoder_hidden_states`` (N, 3 * n, width).
     """
 
     def __init__(self, processor: Any, part: int) -> None:
@@ -27,17 +27,18 @@ class PartOfPrompt:
 
 
 def route(network: nn.Module, form: str) -> None:
-    """Give every cross-attention layer of a UNet or a ControlNet its part of the prompts.
+    """Have every cross-attention layer of a UNet or a ControlNet read its part of the prompts.
 
-    In the paper's form by resolution, the same on the way down and up: the innermost layers (the middle's among them,
-    which is ours) read the first prompt, those between the second, the outermost the third. In the released routing the
-    encoder reads the first, the middle the second and the decoder the third. (The released code runs encoder and middle
-    without gradient, so that the decoder's prompts alone learn; here all that are read do.)
+    In the paper's form the part depends on the resolution, in the same way on the way down and up: the innermost layers
+    (our choice is to count the middle among them) read the first prompt, the layers between read the second and the
+    outermost layers the third. In the released routing the encoder reads the first prompt, the middle the second and
+    the decoder the third. (The released code runs encoder and middle without gradient, so that only the decoder's
+    prompts learn; here every prompt that is read learns.)
 
-    A network that has been routed is routed anew.
+    A network may be routed again; the earlier routing is replaced.
 
     Raises:
-        ValueError: fewer than three resolutions with cross-attention, so that a prompt would have no layer.
+        ValueError: fewer than three resolutions have cross-attention, so that no layer would read some prompt.
     """
     depths = _depths(network)
     levels = sorted({depth for depth in depths.values() if depth >= 0}, reverse=True)  # from the innermost
@@ -60,8 +61,8 @@ def route(network: nn.Module, form: str) -> None:
         module.set_processor(PartOfPrompt(plain, part))
 
 
-def _depths(network: nn.Module) -> dict[str, int]:
-    """Of each cross-attention layer how often the picture was halved before it; -1 in the middle."""
+def _depths(network: Any) -> dict[str, int]:
+    """How often the picture is halved before each cross-attention layer, by the layer's name; -1 in the middle."""
     levels, found = len(network.down_blocks), dict[str, int]()
     for name, _ in network.named_modules():
         if name.endswith("attn2"):

@@ -17,7 +17,7 @@ from tasks.style_transfer.lsast.routing import route
 
 
 class LSASTTask(PromptTask):
-    """Noise in an artist's works to the artist's prompts, each read at its stage by its layers."""
+    """Learn an artist's prompts, each read by some layers in one stage, from the noise in the artist's works."""
 
     name, method = "style_transfer/lsast", "lsast"
     config: LSASTConfig
@@ -35,7 +35,7 @@ class LSASTTask(PromptTask):
 
     @functools.cached_property
     def controlnet(self) -> ControlNetModel | None:
-        """The one that the config names."""
+        """The ControlNet that the config names, if any."""
         return load_controlnet(self.config.controlnet) if self.config.controlnet else None
 
     def check_pictures(self) -> None:

@@ -1,4 +1,4 @@
-"""Cross-attention: every place of the content takes what fits it of the painting."""
+"""Cross-attention: every position of the content takes from the painting what fits it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HEADS = 4
 
 
 class CrossAttention(nn.Module):
-    """Content features, and beside them what they find in the painting's.
+    """Normalised content features plus what they attend to in the painting's features.
 
-    The paper (arXiv 2404.13584) says cross-attention between both; ours is its form: queries of the normalised
-    content, keys of the normalised and values of the plain style features at two scales, 256 wide, 4 heads, added to
-    the content.
+    The paper (arXiv 2404.13584) says that content and style meet by cross-attention. Its form is our choice: queries
+    from the normalised content features, keys from the normalised and values from the plain style features at two
+    scales, 256 channels, 4 heads, and the result added to the content.
 
     Args:
-        channels: of the content's features.
+        channels: channels of the content features.
     """
 
     def __init__(self, channels: int, width: int = 256) -> None:
@@ -36,11 +36,11 @@ class CrossAttention(nn.Module):
         self.output = nn.Conv2d(width, channels, 1)
 
     def forward(self, x: Tensor, features: Mapping[str, Any]) -> Tensor:
-        """Of content features (N, C, H, W) and a message's style features; (N, C, H, W)."""
+        """Map content features (N, C, H, W) and a message's style features to (N, C, H, W)."""
         maps = [features["style_near"], features["style_far"]]
-        normal = self.norm(x)
+        normal: Tensor = self.norm(x)
         query = self.query(normal)
-        if "mix" in features:  # each painting is asked
+        if "mix" in features:  # several paintings: the same queries go to each of them
             query = query.repeat(len(features["mix"]), 1, 1, 1)
         keys = [key(self.style_norm(each)) for key, each in zip(self.keys, maps, strict=True)]
         values = [value(each) for value, each in zip(self.values, maps, strict=True)]
@@ -50,6 +50,7 @@ class CrossAttention(nn.Module):
 
 
 def _heads(maps: list[Tensor]) -> Tensor:
-    """Maps (N, C, H, W) as tokens of all of them: (N, heads, tokens, C / heads)."""
+    """The positions of all maps (N, C, H, W) as one sequence of tokens (N, heads, tokens, C / heads)."""
     tokens = torch.cat([each.flatten(2) for each in maps], dim=2).transpose(1, 2)
-    return tokens.unflatten(2, (HEADS, -1)).transpose(1, 2)
+    result: Tensor = tokens.unflatten(2, (HEADS, -1)).transpose(1, 2)
+    return result

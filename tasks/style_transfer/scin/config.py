@@ -11,96 +11,98 @@ from tasks.style_transfer.vgg import VGGConfig
 
 @dataclass
 class ModelConfig:
-    """The network; its defaults are SCIN's, the others its ablations and AdaIN's network."""
+    """The network. The defaults are SCIN; other values give its ablations and AdaIN's network."""
 
     vgg: VGGConfig = field(default_factory=VGGConfig)
     transfer: Literal["attention", "adain"] = "attention"
-    """How content features meet style features: cross-attention, or AdaIN."""
+    """How content features and style features are combined: by cross-attention, or by AdaIN."""
     normalisation: Literal["scin", "adain", "none"] = "scin"
-    """Of the decoder's four stages: SCIN; AdaIN with VGG's statistics of the painting; none."""
+    """Normalisation in the decoder's four stages: SCIN, AdaIN with VGG's statistics of the painting, or none."""
     style_encoder: Literal["pe", "vgg"] = "pe"
-    """What makes style features: the Perception Encoder, which learns, or the frozen VGG."""
+    """What computes the style features: `pe`, the Perception Encoder, which learns, or `vgg`, the frozen VGG."""
     scin_width: int = 128
     """Width of SCIN's transformers."""
     scin_depth: int = 2
-    """Layers of each of SCIN's transformers."""
+    """Number of layers in each of SCIN's transformers."""
 
     @property
     def reads_style_features(self) -> bool:
-        """Whether anything reads what the style encoder makes: attention and SCIN do."""
+        """Whether anything reads the output of the style encoder; attention and SCIN do."""
         return self.transfer == "attention" or self.normalisation == "scin"
 
 
 @dataclass
 class LossConfig:
-    """Weights of the losses (0 leaves one out) and what they look at."""
+    """Weights of the losses (0 switches a loss off) and what they look at."""
 
     style: float = 1.0
-    """Mean and deviation of VGG's features, as the painting has them."""
+    """VGG's features should have the mean and deviation that they have for the painting."""
     content: float = 1.0
-    """VGG's features, each channel normalised, as the content has them."""
+    """VGG's features, each channel normalised, should be those of the content."""
     identity: float = 50.0
-    """A picture in its own style is itself: its pixels."""
+    """A picture repainted in its own style should stay itself, compared by pixels."""
     identity_features: float = 1.0
-    """The same for VGG's features."""
+    """The same, compared by VGG's features."""
     adversarial: float = 5.0
-    """Discriminators at several scales tell pictures from paintings (LSGAN); they learn beside the network."""
+    """Discriminators at several scales tell pictures from paintings (LSGAN); they are trained with the network."""
     contrastive: float = 0.3
-    """ICL: pictures that share content or painting lie nearer than others."""
+    """ICL: pictures that share their content or their painting should lie closer together than others."""
     temperature: float = 0.2
-    """Of the contrastive loss."""
+    """Temperature of the contrastive loss."""
     identity_pairs: int = 0
-    """Pairs of a micro-batch (of each replica's part) that the identity losses take: each is two more pictures; 0: all.
-    """
+    """How many pairs of a micro-batch (of each replica's part) the identity losses use; each adds two pictures; 0 uses
+    all."""
     style_layers: list[str] = field(default_factory=lambda: ["relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"])
-    """Layers of VGG whose statistics are style."""
+    """Layers of VGG whose statistics stand for style."""
     content_layers: list[str] = field(default_factory=lambda: ["relu4_1", "relu5_1"])
-    """Layers of VGG whose features are content."""
+    """Layers of VGG whose features stand for content."""
     parts: int = 1
-    """Parts of the pictures that VGG works on one after another, each computed again in backward; more parts: less
-    memory, one more forward pass of VGG. `local.recompute` makes at least 4."""
+    """VGG processes the pictures in this many parts, one after another, and recomputes each in backward. More parts
+    take less memory; any number above 1 costs one more forward pass of VGG. `local.recompute` makes it at least 4."""
     clip: str = ""
-    """Folder or hub name of a CLIP model in the layout of transformers, for ICL; empty: the frozen VGG's features."""
+    """Folder or hub name of a CLIP model in transformers' layout, for ICL; empty uses the frozen VGG's features."""
 
 
 @dataclass
 class DataConfig:
-    """Photographs and paintings: any folders of images, searched with all their subfolders.
+    """Photographs and paintings, from any folders of images and all their subfolders.
 
-    MS-COCO's train2017 and WikiArt's folder with a folder a style are such folders.
+    MS-COCO's train2017 is such a folder, and so is WikiArt with its one folder per style.
     """
 
     name: Literal["photographs", "folders"] = "photographs"
-    """`photographs`: scikit-image's photographs as contents, its textures as styles; `folders`: those named below."""
+    """`photographs`: scikit-image's photographs as contents and its textures as styles; `folders`: the folders
+    below."""
     contents: list[str] = field(default_factory=list)
     """Folders of photographs."""
     styles: list[str] = field(default_factory=list)
     """Folders of paintings."""
     test_contents: list[str] = field(default_factory=list)
-    """Folders of photographs to test with; empty: every `hold_out`-th of `contents`, which training then leaves out."""
+    """Folders of test photographs; empty holds out every `hold_out`-th photograph of `contents` for testing."""
     test_styles: list[str] = field(default_factory=list)
-    """Folders of paintings to test with; empty: likewise."""
+    """Folders of test paintings; empty holds out every `hold_out`-th painting of `styles` for testing."""
     hold_out: int = 10
-    """Of so many images one is kept for testing, where no folders for that are given."""
+    """One image in this many is held out for testing where no test folders are given."""
     resize: int = 512
-    """Pixels that the shorter side of every image is brought to before a square is cut out."""
+    """The shorter side of every image is scaled to this many pixels before a square is cropped."""
     crop: int = 256
-    """Side in pixels of these squares, at random in training, from the middle in testing."""
+    """Side in pixels of the squares, which are cropped at random for training and from the middle for testing."""
     batch: int = 6
-    """Pairs of a photograph and a painting per optimizer step. Every painting is used for two photographs, its own and
-    the next pair's, so that there are twice as many pictures."""
+    """Pairs of a photograph and a painting per optimizer step. Every painting is used for two photographs, that of its
+    own pair and that of the next, which makes twice as many pictures."""
     repeat: int = 1
-    """Times that an epoch takes every photograph."""
+    """How often an epoch uses every photograph."""
     workers: int = 0
     """Processes that load images; 0 loads in the training process. Any number gives the same bits."""
     tests: int = 8
-    """Test photographs and test paintings, at most so many of each; every photograph is tested with every painting."""
+    """At most this many photographs and this many paintings are tested, each photograph with each painting."""
     sheet: int = 5
-    """Photographs and paintings on the contact sheet of an evaluation, at most so many of each."""
+    """An evaluation's contact sheet shows at most this many photographs and this many paintings."""
     lpips: Literal["", "alex", "vgg"] = ""
-    """Network for LPIPS, alex or vgg, whose weights torchvision downloads; empty leaves it out."""
+    """Network for LPIPS, `alex` or `vgg`, whose weights torchvision downloads; empty leaves LPIPS out."""
     fid_weights: str = ""
-    """File of torch-fidelity's Inception weights, for FID and ArtFID (which needs `lpips` too); empty: left out."""
+    """File of torch-fidelity's Inception weights, for FID and for ArtFID, which needs `lpips` too; empty leaves them
+    out."""
 
 
 @dataclass
@@ -135,7 +137,7 @@ class SCINConfig(Config):
         if not loss.style_layers or not loss.content_layers:
             raise ValueError("loss.style_layers, loss.content_layers: name at least one layer each, as relu4_1")
         if model.style_encoder == "pe" and not model.reads_style_features:
-            raise ValueError("model.style_encoder: neither attention nor SCIN is there to read pe; set it to vgg")
+            raise ValueError("model.style_encoder: without attention and SCIN nothing reads pe; set it to vgg")
         micro_batch = data.batch // self.train.accumulate
         if micro_batch % self.placement.replicas:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Photographs and paintings: which train and which test, and pairs of them, the same bits whatever loads them."""
+"""Photographs and paintings, split for training and testing, and paired with the same bits whatever loads them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from engine.utilities.seed import derive
+from tasks import scikit_image
+from tasks.images import divided
 from tasks.style_transfer.images import (
     Pixels,
     as_pixels,
@@ -26,20 +28,20 @@ from tasks.style_transfer.images import (
 from tasks.style_transfer.scin.config import DataConfig
 
 KEPT = 256 * 2**20
-"""Bytes of decoded photographs, and as many of paintings, that are kept in memory; others are read every time."""
+"""Bytes of decoded photographs, and of decoded paintings, kept in memory; all others are read again every time."""
 
 PHOTOGRAPHS = {
-    "contents": ("astronaut.png", "rocket.jpg", "motorcycle_left.png"),
-    "styles": ("brick.png", "gravel.png", "hubble_deep_field.jpg"),
-    "test_contents": ("chelsea.png", "coffee.png"),
-    "test_styles": ("grass.png", "ihc.png"),
+    "contents": scikit_image.PICTURES["photographs"]["train"],
+    "styles": scikit_image.PICTURES["textures"]["train"],
+    "test_contents": scikit_image.PICTURES["photographs"]["test"],
+    "test_styles": scikit_image.PICTURES["textures"]["test"],
 }
-"""Those of scikit-image that come with it; its textures are the paintings."""
+"""Names of scikit-image's pictures by what they serve for; its textures stand in for paintings."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Image files to train and to test with; none is among both."""
+    """Image files for training and for testing; no file is in both."""
 
     contents: list[Path]
     styles: list[Path]
@@ -48,30 +50,27 @@ class Split:
 
 
 def image_files(config: DataConfig) -> Split:
-    """The files that the config names. Without folders to test with, every ``hold_out``-th image, from the first on.
+    """The files that the config names; without test folders, every ``hold_out``-th image is held out, from the first
+    on.
 
     Raises:
-        ValueError: a folder is missing or has no image, has too few to hold one out, or an image is to train and to
-            test.
+        ValueError: a folder is missing, or has no image or too few to hold one out, or an image is in both training and
+            testing.
     """
     if config.name == "photographs":
-        import skimage
-
-        folder = Path(skimage.__file__).parent / "data"
-        return Split(**{key: [folder / name for name in names] for key, names in PHOTOGRAPHS.items()})
+        return Split(**{key: scikit_image.pictures(*names) for key, names in PHOTOGRAPHS.items()})
     contents, test_contents = _divided("contents", config.contents, config.test_contents, config.hold_out)
     styles, test_styles = _divided("styles", config.styles, config.test_styles, config.hold_out)
     return Split(contents, styles, test_contents, test_styles)
 
 
 def _divided(key: str, folders: list[str], test_folders: list[str], hold_out: int) -> tuple[list[Path], list[Path]]:
-    """Files to train and to test with."""
+    """Files for training and for testing."""
     images = find_images(f"data.{key}", [Path(folder) for folder in folders])
     if test_folders:
         held = find_images(f"data.test_{key}", [Path(folder) for folder in test_folders])
     else:
-        held = images[::hold_out]
-        del images[::hold_out]
+        images, held = divided(images, hold_out)
         if not images:
             raise ValueError(
                 f"data.{key}: 1 image ({held[0]}), which testing takes, so that none is left to train on; add images, "
@@ -80,15 +79,17 @@ def _divided(key: str, folders: list[str], test_folders: list[str], hold_out: in
     trained = {path.resolve(): path for path in images}
     for path in held:
         if path.resolve() in trained:
-            raise ValueError(f"data.{key}: {trained[path.resolve()]} is to train and, as {path}, to test; drop one")
+            raise ValueError(
+                f"data.{key}: {trained[path.resolve()]} is for training and, as {path}, for testing; drop one"
+            )
     return images, held
 
 
 class Images:
-    """Images by number, the shorter side brought to ``shorter`` pixels.
+    """Images by number, with their shorter side scaled to ``shorter`` pixels.
 
     Raises:
-        ValueError: a file is no image, by its header, or cannot be brought to that size; names it.
+        ValueError: a file is not an image, by its header, or cannot be scaled to that size; the message names it.
     """
 
     def __init__(self, paths: Sequence[Path], shorter: int) -> None:
@@ -109,7 +110,7 @@ class Images:
         """(H, W, 3) RGB uint8.
 
         Raises:
-            ValueError: the file cannot be read; names it.
+            ValueError: the file cannot be read; the message names it.
         """
         if number in self._kept:
             return self._kept[number]
@@ -121,15 +122,15 @@ class Images:
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """A photograph and a painting, ``data.repeat`` pairs of each photograph.
+    """Pairs of a photograph and a painting for training, ``data.repeat`` of them for each photograph.
 
-    Items are asked for as (epoch, index): squares of the two, (3, crop, crop) from 0 to 1, from anywhere in the images
-    and mirrored half of the time. Photographs take turns by index. So do paintings, in a new order every time that all
-    have been used, which depends on (seed, epoch) alone: in an epoch one is used once more often than another at most.
-    What is cut out depends on (seed, epoch, index) alone.
+    An item is asked for as (epoch, index). It consists of a random square of each of the two, (3, crop, crop) from 0 to
+    1, mirrored half of the time; the squares depend only on (seed, epoch, index). Photographs take turns by index.
+    Paintings take turns too, shuffled anew whenever all have been used; their order depends only on (seed, epoch).
+    Within an epoch, no painting is used more than once more often than another.
 
     Raises:
-        ValueError: a file is no image; names it.
+        ValueError: a file is not an image; the message names it.
     """
 
     def __init__(self, files: Split, config: DataConfig, seed: int) -> None:
@@ -161,12 +162,12 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
 class TestPairs(Dataset[tuple[Tensor, Tensor, int]]):
     """At most ``data.tests`` photographs and paintings, spread evenly over the test sets, each with each.
 
-    Items are asked for as (epoch, index), whatever the epoch: the middle squares of the two, (3, crop, crop) from 0 to
-    1, and the index. Unlike training's, whose images are larger than the squares by ``data.resize``, they show all of
-    the shorter side.
+    An item is asked for as (epoch, index), and is the same for every epoch: the middle squares of the two, (3, crop,
+    crop) from 0 to 1, and the index. For testing, images are scaled to the size of the squares, so that these show the
+    whole of the shorter side; for training they are larger, by ``data.resize``.
 
     Raises:
-        ValueError: a file is no image; names it.
+        ValueError: a file is not an image; the message names it.
     """
 
     def __init__(self, files: Split, config: DataConfig) -> None:
@@ -181,7 +182,7 @@ class TestPairs(Dataset[tuple[Tensor, Tensor, int]]):
         return len(self.contents) * len(self.styles)
 
     def place(self, index: int) -> tuple[int, int]:
-        """Numbers of the photograph and of the painting of a pair."""
+        """The numbers of a pair's photograph and painting."""
         return divmod(index, len(self.styles))
 
     def content(self, number: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Style features: two maps and a code, from the Perception Encoder or from VGG."""
+"""Style features, two maps and a code, from the Perception Encoder or from VGG."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from tasks.style_transfer.scin.instance import InstanceNorm, instance_statistics
 NEAR, FAR = 256, 512
 """Channels of the maps at 1/8 and at 1/16 of the painting's resolution."""
 CODE = 2 * (NEAR + FAR)
-"""Numbers in a style code: mean and deviation of each map's channels."""
+"""Length of a style code: the mean and deviation of each channel of both maps."""
 NAMES = ("style_near", "style_far", "style_code")
 
 
 def style_code(near: Tensor, far: Tensor) -> Tensor:
-    """(N, ``CODE``): where the painting's features lie and how far they spread."""
+    """The style code (N, ``CODE``): means and deviations of both maps' channels."""
     parts = [part.flatten(1) for features in (near, far) for part in instance_statistics(features)]
     return torch.cat(parts, dim=1)
 
 
 class PerceptionEncoder(nn.Module):
-    """The trainable style encoder of arXiv 2404.13584, which this project had to give a form.
+    """The trainable style encoder of arXiv 2404.13584, in a form of our own.
 
-    The paper names it and says that it learns with the network. Ours, after the same lab's AesUST: a trunk like a
-    discriminator's, four 4x4 convolutions of stride 2 with 64, 128, 256 and 512 channels, instance normalisation
-    but for the first, leaky ReLU. It gives the maps of the last two, and a code of their statistics, which are taken
-    before the normalisation that would remove them.
+    The paper only names it and says that it learns with the network. Our form follows the same laboratory's AesUST: a
+    trunk like a discriminator's, with four 4x4 convolutions of stride 2 and 64, 128, 256 and 512 channels, instance
+    normalisation after all but the first, and leaky ReLU. It returns the maps of the last two convolutions and a code
+    of their statistics, taken before the normalisation that would remove them.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class PerceptionEncoder(nn.Module):
         self.norm = InstanceNorm()
 
     def forward(self, style: Tensor) -> dict[str, Tensor]:
-        """Of paintings (N, 3, H, W): the maps (N, 256, H/8, W/8) and (N, 512, H/16, W/16), and the code."""
+        """Map paintings (N, 3, H, W) to maps (N, 256, H/8, W/8) and (N, 512, H/16, W/16) and the code."""
         x, raw = style * 2 - 1, []
         for number, convolution in enumerate(self.convolutions):
             x = convolution(x)
@@ -53,8 +53,8 @@ class PerceptionEncoder(nn.Module):
 
 
 def vgg_style(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same of VGG's ``relu3_1`` and ``relu4_1``, each at half its resolution."""
+    """The same features from VGG's ``relu3_1`` and ``relu4_1``, each at half its resolution."""
     near, far = (F.avg_pool2d(features[name], 2) for name in ("relu3_1", "relu4_1"))
-    # VGG's scale depends on its weights; a code of any scale would drown the rest.
+    # The scale of VGG's features depends on its weights. Unnormalised, the code could drown the patches beside it.
     code = style_code(features["relu3_1"], features["relu4_1"])
     return dict(zip(NAMES, (near, far, F.layer_norm(code, code.shape[1:])), strict=True))

@@ -1,4 +1,4 @@
-"""How good repainted photographs are, and a contact sheet of them."""
+"""Figures of repainted photographs, and a contact sheet of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.transforms.functional import rgb_to_grayscale
 
+from engine.task import Metrics
 from tasks.style_transfer.images import write_image
 from tasks.style_transfer.measures import as_bytes, load_fid, load_lpips
 from tasks.style_transfer.scin.config import DataConfig
@@ -18,22 +19,22 @@ from tasks.style_transfer.scin.data import TestPairs
 from tasks.style_transfer.sheet import contact_sheet
 
 Measure = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Of pictures, contents and styles, all (N, 3, H, W), each picture's style and content loss (N)."""
+"""Computes each picture's style and content loss (N) from pictures, contents and styles, all (N, 3, H, W)."""
 
 
-class StyleMetrics:
+class StyleMetrics(Metrics):
     """Style and content loss, SSIM, LPIPS, FID and ArtFID; the first four are averaged over all pairs.
 
-    - ``ssim`` (Wang et al. 2004): of the picture to its content, on luminance; 1 for the content itself.
-    - ``lpips`` (Zhang et al. 2018), with ``data.lpips``: of the picture to its content; 0 for the content itself.
-    - ``fid`` (Heusel et al. 2017), with ``data.fid_weights``: of all pictures to the test paintings, each counted once.
-      It is biased, the more the fewer there are: compare figures of one ``data.tests`` only.
+    - ``ssim`` (Wang et al. 2004): between the picture and its content, on luminance; 1 for the content itself.
+    - ``lpips`` (Zhang et al. 2018), with ``data.lpips``: between the picture and its content; 0 for the content itself.
+    - ``fid`` (Heusel et al. 2017), with ``data.fid_weights``: between all pictures and the test paintings, each counted
+      once. Its bias grows as the sets shrink, so compare only figures for the same ``data.tests``.
     - ``artfid`` (Wright and Ommer 2022): (1 + ``lpips``) (1 + ``fid``).
 
-    Pictures are cut off at 0 and 1 before; FID sees them with 8 bits, as if read from files.
+    Pictures are clamped to 0..1 beforehand; FID sees them as 8-bit values, as if read from files.
 
     Args:
-        measure: what makes ``style_loss`` and ``content_loss``.
+        measure: computes ``style_loss`` and ``content_loss``.
 
     Raises:
         ValueError: weights for LPIPS or FID cannot be loaded, or there are too few test paintings for FID.
@@ -51,7 +52,7 @@ class StyleMetrics:
         """Add pictures (n, 3, s, s).
 
         Args:
-            targets: ``content`` and ``style`` (n, 3, s, s), and ``pair`` (n), their numbers in the test set.
+            targets: ``content`` and ``style`` (n, 3, s, s), and ``pair`` (n), the pairs' numbers in the test set.
         """
         pictures = prediction.float().clamp(0, 1)
         contents, styles = (targets[key].to(pictures.device) for key in ("content", "style"))
@@ -64,7 +65,7 @@ class StyleMetrics:
         if self._fid is not None:
             fid = self._fid.to(pictures.device)
             fid.update(as_bytes(pictures), real=False)
-            new = torch.tensor([self.test.place(pair)[0] == 0 for pair in pairs])  # each painting comes once so
+            new = torch.tensor([self.test.place(pair)[0] == 0 for pair in pairs])  # counts each painting once
             if new.any():
                 fid.update(as_bytes(styles[new.to(styles.device)]), real=True)
         columns = {key: values.tolist() for key, values in found.items()}
@@ -84,7 +85,7 @@ class StyleMetrics:
         return found
 
     def save(self, folder: Path) -> None:
-        """Write sheet.png: the first ``data.sheet`` photographs by as many paintings; nothing if that is 0."""
+        """Write sheet.png with the first ``data.sheet`` photographs and paintings; nothing if ``data.sheet`` is 0."""
         if not self.sheet:
             return
         contents = [self.test.content(number) for number in range(min(self.sheet, len(self.test.contents)))]

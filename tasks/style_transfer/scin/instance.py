@@ -14,7 +14,7 @@ Statistics = tuple[Tensor, Tensor]
 
 
 def instance_statistics(x: Tensor) -> Statistics:
-    """Of ``x`` (N, C, H, W), in fp32; the deviation is that of all pixels (not of a sample), and never 0.
+    """Statistics of ``x`` (N, C, H, W) in fp32; the deviation is that of a population, not of a sample, and never 0.
 
     Example:
         >>> mean, deviation = instance_statistics(torch.tensor([[[[1.0, 3.0]]]]))
@@ -26,10 +26,11 @@ def instance_statistics(x: Tensor) -> Statistics:
 
 
 class InstanceNorm(nn.Module):
-    """scale (x - mean) / deviation + bias, mean and deviation per instance and channel; nothing is learnt.
+    """scale (x - mean) / deviation + bias, with mean and deviation per instance and channel; nothing is learnt.
 
-    A tile of a large picture is normalised by the whole picture's statistics (thumbnail instance normalisation,
-    Chen et al. 2022, arXiv 2103.11784): ``given``; those of the last call are noted in ``seen`` if ``notes``.
+    A tile of a large picture is normalised with the statistics of the whole picture (thumbnail instance normalisation,
+    Chen et al. 2022, arXiv 2103.11784), which ``given`` holds. If ``notes`` is set, ``seen`` keeps the statistics of
+    the last call.
     """
 
     def __init__(self) -> None:
@@ -39,10 +40,11 @@ class InstanceNorm(nn.Module):
         self.notes = False
 
     def forward(self, x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Of maps (N, C, H, W); ``scale`` and ``bias`` are (N, C, 1, 1)."""
+        """Normalise maps (N, C, H, W); ``scale`` and ``bias`` are (N, C, 1, 1)."""
         if self.notes:
             self.seen = instance_statistics(x) if self.given is None else self.given
-        # Batch normalisation of one sample of N C channels: fused, and it keeps nothing but its input for backward.
+        # Batch normalisation of one sample with N C channels does the same, but is fused and keeps only its input for
+        # backward.
         scale, bias = (None if each is None else each.flatten().float() for each in (scale, bias))
         mean, variance = (None, None) if self.given is None else self._given(x)
         every = x.reshape(1, -1, *x.shape[2:])
@@ -50,20 +52,20 @@ class InstanceNorm(nn.Module):
         return normal.view(x.shape)
 
     def _given(self, x: Tensor) -> Statistics:
-        """Mean and variance of every channel of every picture."""
+        """The mean and variance to use for every channel of every picture."""
         assert self.given is not None
         mean, deviation = (each.expand(*x.shape[:2], 1, 1).flatten() for each in self.given)
         return mean, deviation.square() - EPSILON
 
 
 def look(network: nn.Module) -> dict[str, Statistics]:
-    """What every ``InstanceNorm`` of ``network`` saw in its last call, by name."""
+    """The statistics that every ``InstanceNorm`` in ``network`` saw in its last call, by name."""
     norms = {name: module for name, module in network.named_modules() if isinstance(module, InstanceNorm)}
     return {name: norm.seen for name, norm in norms.items() if norm.seen is not None}
 
 
 def give(network: nn.Module, statistics: Mapping[str, Statistics] | None, notes: bool = False) -> None:
-    """Have every ``InstanceNorm`` of ``network`` take ``statistics`` (None: its input's own), and note what it saw."""
+    """Have every ``InstanceNorm`` in ``network`` use ``statistics`` (None: its input's); with ``notes``, keep them."""
     for name, module in network.named_modules():
         if isinstance(module, InstanceNorm):
             module.given = None if statistics is None else statistics.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,23 +22,24 @@ from tasks.style_transfer.scin.instance import instance_statistics
 from tasks.style_transfer.vgg import VGG
 
 Styles = list[tuple[Tensor, Tensor]]
-"""By layer mean and deviation, each (N, C, 1, 1)."""
+"""Mean and deviation for each layer, both (N, C, 1, 1)."""
 Contents = list[Tensor]
-"""By layer the normalised maps (N, C, H, W)."""
+"""Normalised maps (N, C, H, W) for each layer."""
 TINY = 1e-8
 SCALES = 3
-"""Discriminators, each on half the resolution of the one before."""
+"""Number of discriminators, each at half the resolution of the one before."""
 EMBEDDING = 128
 PARTS = 4
-"""Where a block recomputes its activations, VGG works on at least so many parts of the pictures."""
+"""Where a block recomputes its activations, VGG processes the pictures in at least this many parts."""
 
 
 class Perception(nn.Module):
-    """How far pictures are from contents and styles, by a frozen VGG.
+    """How far pictures are from contents and styles, measured by a frozen VGG.
 
-    Style is mean and deviation of every channel, content the normalised features (Huang and Belongie 2017). Ours:
-    each layer's distance is divided by the mean square of what the painting, or the content, has there, so that no
-    VGG's scale and no layer outweighs the others; a picture of no style and no content has a loss of about 1 a layer.
+    Style is the mean and deviation of every channel, content the normalised features (Huang and Belongie 2017). Our
+    choice: each layer's distance is divided by the mean square of what the painting, or the content, has there. So
+    neither the scale of VGG's weights nor a single layer dominates, and a picture with no style and no content has a
+    loss of about 1 per layer.
     """
 
     def __init__(self, vgg: VGG, config: LossConfig) -> None:
@@ -48,21 +50,21 @@ class Perception(nn.Module):
 
     @torch.no_grad()
     def styles(self, paintings: Tensor) -> Styles:
-        """Of paintings (N, 3, H, W)."""
+        """Style of paintings (N, 3, H, W)."""
         features = self.vgg(paintings)
         return [instance_statistics(features[name]) for name in self.style_layers]
 
     @torch.no_grad()
     def contents(self, photographs: Tensor) -> Contents:
-        """Of photographs (N, 3, H, W)."""
+        """Content of photographs (N, 3, H, W)."""
         features = self.vgg(photographs)
         return [_normal(features[name]) for name in self.content_layers]
 
     def compare(self, pictures: Tensor, styles: Styles, contents: Contents) -> tuple[Tensor, Tensor, Tensor]:
-        """Style loss (N) and content loss (N) of pictures (N, 3, H, W), summed over layers, and their relu4_1 (if VGG
-        gives it: else empty).
+        """Style loss (N) and content loss (N) of pictures (N, 3, H, W), summed over layers, and the pictures' relu4_1,
+        which is empty if VGG does not compute it.
 
-        With ``loss.parts`` VGG's activations are alive for one part of the pictures at a time.
+        With ``loss.parts`` above 1, VGG's activations are alive for only one part of the pictures at a time.
         """
         style, content, deep = self._in_parts(self._compare, pictures, styles, contents)
         return style, content, deep
@@ -78,7 +80,7 @@ class Perception(nn.Module):
         return torch.stack(style).sum(0), torch.stack(content).sum(0), deep
 
     def identity(self, pictures: Tensor, images: Tensor) -> Tensor:
-        """(N): the distance of plain features, summed over layers."""
+        """Distance (N) between the plain features of pictures and images, summed over layers."""
         (distance,) = self._in_parts(self._identity, pictures, images)
         return distance
 
@@ -95,14 +97,13 @@ class Perception(nn.Module):
     def _in_parts(
         self, function: Callable[..., tuple[Tensor, ...]], pictures: Tensor, *others: Any
     ) -> tuple[Tensor, ...]:
-        """``function`` of pictures and what belongs to each."""
+        """Apply ``function`` to pictures and what belongs to each, part by part; backward recomputes each part."""
         parts = max(self.parts, PARTS if recomputes() else 1)
         if parts == 1 or not torch.is_grad_enabled():
             return function(pictures, *others)
         size, found = -(-len(pictures) // parts), []
         for start in range(0, len(pictures), size):
-            own = slice(start, start + size)
-            part = pytree.tree_map_only(Tensor, lambda tensor, own=own: tensor[own], (pictures, *others))
+            part = pytree.tree_map_only(Tensor, operator.itemgetter(slice(start, start + size)), (pictures, *others))
             found.append(checkpoint(function, *part, use_reentrant=False))
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
@@ -127,7 +128,7 @@ def _normal(x: Tensor) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Whether patches are of paintings: 4x4 convolutions of stride 2 (PatchGAN, Isola et al. 2017)."""
+    """Judges whether patches are from paintings, by 4x4 convolutions of stride 2 (PatchGAN, Isola et al. 2017)."""
 
     def __init__(self, channels: int = 64) -> None:
         super().__init__()
@@ -149,11 +150,11 @@ class Discriminator(nn.Module):
 
 
 class Adversary(nn.Module):
-    """Discriminators at several scales; least squares (LSGAN, Mao et al. 2017, arXiv 1611.04076).
+    """Discriminators at several scales with a least-squares loss (LSGAN, Mao et al. 2017, arXiv 1611.04076).
 
-    Both sides learn in one backward pass from one sum: the network's part goes through the discriminators with their
-    weights held, the discriminators' part sees detached pictures. So neither leaves a gradient in the other, and a
-    block's one optimizer serves both.
+    The network and the discriminators learn from one sum in one backward pass. The network's loss passes through the
+    discriminators with their weights frozen, and the discriminators' loss sees detached pictures. So neither leaves a
+    gradient in the other, and the block's single optimizer serves both.
     """
 
     def __init__(self) -> None:
@@ -161,7 +162,7 @@ class Adversary(nn.Module):
         self.discriminators = nn.ModuleList(Discriminator() for _ in range(SCALES))
 
     def for_network(self, pictures: Tensor) -> Tensor:
-        """How far the pictures are from being taken for paintings; the discriminators get no gradient."""
+        """How far pictures are from passing for paintings, the network's loss; discriminators get no gradient."""
         losses = []
         for number, discriminator in enumerate(self.discriminators):
             discriminator.requires_grad_(False)
@@ -171,7 +172,7 @@ class Adversary(nn.Module):
         return torch.stack(losses).mean()
 
     def for_itself(self, pictures: Tensor, paintings: Tensor) -> Tensor:
-        """How badly pictures and paintings are told apart; the network gets no gradient."""
+        """How badly pictures and paintings are told apart, the discriminators' loss; the network gets no gradient."""
         losses = []
         for number, discriminator in enumerate(self.discriminators):
             of_pictures = discriminator(_halved(pictures.detach(), number))
@@ -185,12 +186,12 @@ def _halved(images: Tensor, times: int) -> Tensor:
 
 
 class VGGFeatures(nn.Module):
-    """The frozen VGG's in CLIP's place (our choice): statistics and coarse layout of relu4_1."""
+    """Features of the frozen VGG instead of CLIP (our choice): statistics and coarse layout of relu4_1."""
 
     width = 6 * 512
 
     def forward(self, pictures: Tensor, deep: Tensor) -> Tensor:
-        """(N, width), of relu4_1, ``deep``."""
+        """Embeddings (N, width) computed from ``deep``, the pictures' relu4_1."""
         x = deep.float()
         parts = [*instance_statistics(x), F.adaptive_avg_pool2d(x, 2)]
         return torch.cat([part.flatten(1) for part in parts], dim=1)
@@ -199,12 +200,12 @@ class VGGFeatures(nn.Module):
 class Contrast(nn.Module):
     """Instance-based contrastive learning on stylised pictures (arXiv 2404.13584).
 
-    From the paper: a frozen image encoder, a trainable projection, InfoNCE; pictures that share the content or the
-    painting are positives, those that share neither negatives. Ours: the temperature, the projection's form, and what
-    stands in for CLIP.
+    From the paper: a frozen image encoder, a trainable projection and InfoNCE, where pictures that share their content
+    or their painting are positives, and pictures that share neither are negatives. Our choices: the temperature, the
+    form of the projection, and the features that stand in for CLIP.
 
     Args:
-        temperature: the smaller, the more the nearest negatives count.
+        temperature: the smaller it is, the more the nearest negatives count.
     """
 
     def __init__(self, encoder: nn.Module, width: int, temperature: float) -> None:
@@ -215,18 +216,18 @@ class Contrast(nn.Module):
         )
 
     def forward(self, pictures: Tensor, deep: Tensor, contents: Tensor, styles: Tensor) -> Tensor:
-        """Of pictures (N, 3, H, W), VGG's relu4_1 of them, and the numbers (N) of the content and the painting that
-        each was made of."""
+        """The loss for pictures (N, 3, H, W), their relu4_1 from VGG, and the numbers (N) of the content and of the
+        painting that each picture was made from."""
         embeddings = self.projection(self.encoder(pictures, deep))
         return info_nce(embeddings, contents, styles, self.temperature)
 
 
 def info_nce(embeddings: Tensor, contents: Tensor, styles: Tensor, temperature: float) -> Tensor:
-    """InfoNCE with several positives: for each pair of an anchor and a positive, against all the anchor's negatives.
+    """InfoNCE with several positives: each pair of an anchor and a positive against all negatives of the anchor.
 
     Args:
         embeddings: (N, d); only their directions count.
-        contents, styles: (N) numbers: two pictures that share one of them are positives, else negatives.
+        contents, styles: numbers (N); two pictures that share either number are positives, others are negatives.
 
     Example:
         >>> z = torch.eye(2).repeat(2, 1)  # pictures 0 and 2 alike, 1 and 3 alike
@@ -245,9 +246,9 @@ def info_nce(embeddings: Tensor, contents: Tensor, styles: Tensor, temperature: 
 
 
 class LocalLoss(nn.Module):
-    """Style and content of an auxiliary network's image, at that image's resolution; every block's but the last.
+    """The loss of every block but the last: style and content of the auxiliary network's image, at its resolution.
 
-    Called with the image (N, 3, h, w) and the targets of ``pictures_of``.
+    It is called with the image (N, 3, h, w) and the targets that ``pictures_of`` makes.
     """
 
     def __init__(self, perception: Perception, config: LossConfig) -> None:
@@ -255,7 +256,7 @@ class LocalLoss(nn.Module):
         self.perception, self.config = perception, config
 
     def forward(self, image: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
-        size = tuple(image.shape[2:])
+        size = image.shape[2], image.shape[3]
         content, style, identity = (_brought(targets[name], size) for name in ("content", "style", "identity"))
         contents, styles = self.perception.contents(content), self.perception.styles(style)
         contents, styles = shifted(contents), doubled(styles)
@@ -268,12 +269,12 @@ class LocalLoss(nn.Module):
 
 
 class NetworkLoss(nn.Module):
-    """All losses, of the network's own pictures.
+    """All losses of the network's own pictures.
 
-    L = l1 style + l2 content + l3 identity + l4 adversarial + l5 contrastive (arXiv 2404.13584, which does not tell the
-    weights: ours are numbers of the same laboratory's earlier work, of losses that were not scaled as ours are).
+    L = l1 style + l2 content + l3 identity + l4 adversarial + l5 contrastive (arXiv 2404.13584). The paper does not
+    give the weights. Ours are taken from the same laboratory's earlier work, whose losses were scaled in another way.
 
-    Called with the pictures (2 P + 2 I, 3, H, W) and the targets of ``pictures_of``.
+    It is called with the pictures (2 P + 2 I, 3, H, W) and the targets that ``pictures_of`` makes.
     """
 
     def __init__(self, perception: Perception, config: LossConfig) -> None:
@@ -288,7 +289,7 @@ class NetworkLoss(nn.Module):
 
     def forward(self, pictures: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
         parts = self.parts(pictures, targets)
-        if "discriminators" in parts:  # they learn, but their loss is none of the pictures': it counts as 0
+        if "discriminators" in parts:  # their loss says nothing about the pictures: keep its gradient, count it as 0
             parts["discriminators"] = parts["discriminators"] - parts["discriminators"].detach()
         return torch.stack(list(parts.values())).sum()
 
@@ -318,17 +319,17 @@ class NetworkLoss(nn.Module):
 
 @functools.cache
 def _say(features: str) -> None:
-    """Once, however many networks are built to estimate and to plan."""
+    """Print the features once, however many networks estimates and plans build."""
     if os.environ.get("RANK", "0") == "0":
         console.print(f"contrastive loss on features of {features}")
 
 
 def pictures_of(contents: Tensor, styles: Tensor, identities: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A message's features and targets, of P photographs and P paintings, both (P, 3, H, W).
+    """A message's features and targets for P photographs and P paintings, both (P, 3, H, W).
 
-    Every painting is used for its own photograph and for the next one (the last one's next is the first), so that every
-    photograph and every painting has two pictures; of ``identities`` pairs photograph and painting, each in its
-    own style, come last::
+    Every painting is used for its own photograph and for the next one (after the last comes the first), so that every
+    photograph and every painting has two pictures. At the end come the photographs and paintings of ``identities``
+    pairs, each in its own style::
 
         x:      c0 c1 ... c(P-1)   c1 c2 ... c0    c0 .. s0 ..
         style:  s0 s1 ... s(P-1)   s0 s1 ... s(P-1)    c0 .. s0 ..
@@ -342,12 +343,12 @@ def pictures_of(contents: Tensor, styles: Tensor, identities: int) -> tuple[dict
 
 
 def shifted(contents: Contents) -> Contents:
-    """Of all pictures: the photographs', then those of the next ones."""
+    """Contents of all pictures: those of the photographs, then those of the next photographs."""
     return [torch.cat([maps, maps.roll(-1, 0)]) for maps in contents]
 
 
 def doubled(styles: Styles) -> Styles:
-    """Of all pictures: each painting's twice."""
+    """Styles of all pictures: those of the paintings, twice."""
     return [_joined(each, each) for each in styles]
 
 
@@ -356,6 +357,6 @@ def _joined(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tupl
     return mean, deviation
 
 
-def _brought(images: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Images at ``size``, by averaging: it divides theirs."""
+def _brought(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images reduced to ``size``, which must divide theirs, by averaging."""
     return F.adaptive_avg_pool2d(images, size) if tuple(images.shape[2:]) != size and len(images) else images

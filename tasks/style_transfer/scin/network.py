@@ -22,30 +22,31 @@ from tasks.style_transfer.scin.scin import SCIN, AdaIN, Unchanged
 from tasks.style_transfer.vgg import VGG
 
 STRIDE = 8
-"""How many times smaller than the picture VGG's relu4_1 is."""
+"""How many times smaller VGG's relu4_1 is than the picture."""
 MULTIPLE = 16
 """The sides of pictures must be multiples of this."""
 SIDES = (16, 32, 64, 128)
-"""Pixels that the painting is brought to for each stage's SCIN."""
+"""Side in pixels to which the painting is scaled for each stage's SCIN."""
 LEVELS = ("relu4_1", "relu3_1", "relu2_1", "relu1_1")
-"""VGG's layers with the channels of each stage's input, at the resolution of its convolutions."""
+"""VGG's layers that have the channels of each stage's input and the resolution of its convolutions."""
 CHANNELS = (512, 256, 128, 64)
 EXAMPLE_SIDE = 64
 
 
 class Stage(nn.Module):
-    """A decoder stage: normalise in the painting's style, double the resolution (but in the first), convolve.
+    """A decoder stage: normalise in the painting's style, double the resolution (except in the first), convolve.
 
-    The convolutions are those of AdaIN's decoder, VGG mirrored; four stages with SCIN at 16, 32, 64 and 128 px are the
-    paper's. (That the last stage is at the output's 256 px and none at 16 px or 1/16 is ours: relu4_1 is at 1/8.)
+    The convolutions are those of AdaIN's decoder, a mirrored VGG. Four stages with SCIN at 16, 32, 64 and 128 px are
+    from the paper. (Our choice is that the last stage works at the output's 256 px and no stage at 16 px, that is 1/16,
+    since relu4_1 is at 1/8.)
 
     Args:
-        number: 0 to 3.
-        config: which normalisation, and SCIN's size.
-        width: factor on the channels, as in auxiliary networks.
+        number: the stage, from 0 to 3.
+        config: which normalisation to use, and the size of SCIN.
+        width: factor on the number of channels, below 1 in auxiliary networks.
 
     Raises:
-        ValueError: channels other than VGG's, which AdaIN's statistics have.
+        ValueError: AdaIN with another number of channels than VGG, whose statistics it uses.
     """
 
     def __init__(self, number: int, config: ModelConfig, width: float = 1.0) -> None:
@@ -61,19 +62,21 @@ class Stage(nn.Module):
             self.normalise = AdaIN(number)
         between = [before] if number in (1, 2) else []
         channels = [before, *between, after]
-        self.convolutions = nn.ModuleList(
+        convolutions = [
             nn.Conv2d(wide, narrow, 3, 1, 1, padding_mode="reflect") for wide, narrow in itertools.pairwise(channels)
-        )
-        for convolution in self.convolutions:
+        ]
+        for convolution in convolutions:
+            assert convolution.bias is not None
             nn.init.kaiming_normal_(convolution.weight)
             nn.init.zeros_(convolution.bias)
+        self.convolutions = nn.ModuleList(convolutions)
 
     def thinned(self, width: float) -> Stage:
         """A new stage of the same kind with ``width`` times the channels."""
         return Stage(self.number, self.config, width)
 
     def forward(self, x: Tensor, features: Mapping[str, Any]) -> Tensor:
-        # Enlarging by repetition changes neither statistics nor ReLU: what can be done on small maps is.
+        # Repeating pixels changes neither statistics nor ReLU, so both are computed on the small maps.
         x = F.relu(self.normalise(x, features))
         if self.number:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -84,14 +87,21 @@ class Stage(nn.Module):
         return F.relu_(x) if self.number == 3 else x
 
 
+def _to_colours(channels: int, colours: int) -> nn.Conv2d:
+    """A convolution whose output starts near middle grey, so that an untrained network already paints something."""
+    convolution = nn.Conv2d(channels, colours, 3, 1, 1, padding_mode="reflect")
+    assert convolution.bias is not None
+    nn.init.xavier_normal_(convolution.weight, 0.1)
+    nn.init.constant_(convolution.bias, 0.5)
+    return convolution
+
+
 class ToImage(nn.Module):
-    """The last convolution: an image, 0 to 1 or a little beyond."""
+    """The last convolution, which makes an image with values from 0 to 1 or slightly beyond."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(channels, 3, 3, 1, 1, padding_mode="reflect")
-        nn.init.xavier_normal_(self.convolution.weight, 0.1)
-        nn.init.constant_(self.convolution.bias, 0.5)
+        self.convolution = _to_colours(channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         image: Tensor = self.convolution(x).float()
@@ -99,7 +109,7 @@ class ToImage(nn.Module):
 
 
 class AdaINTransfer(nn.Module):
-    """AdaIN on VGG's relu4_1 in attention's place; nothing is learnt."""
+    """AdaIN on VGG's relu4_1 instead of attention; nothing is learnt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,16 +121,17 @@ class AdaINTransfer(nn.Module):
 
 
 class Network(nn.Module):
-    """From a photograph and a painting to the photograph in the painting's style.
+    """Repaints a photograph in the style of a painting.
 
-    After arXiv 2404.13584, whose authors have released no code: frozen VGG for the content, the Perception Encoder for
-    the style, cross-attention, a decoder of four SCIN stages. The parts' docstrings say what of them is ours.
+    It follows arXiv 2404.13584, whose authors have released no code: a frozen VGG for the content, the Perception
+    Encoder for the style, cross-attention, and a decoder of four SCIN stages. The docstrings of the parts say which
+    details are our choice.
 
     Args:
-        load: whether to load VGG's weights; else others are about to be loaded.
+        load: whether to load VGG's weights; if not, others are about to be loaded.
 
     Raises:
-        ValueError: VGG's weights cannot be had.
+        ValueError: VGG's weights are not available.
     """
 
     def __init__(self, config: ModelConfig, load: bool = True) -> None:
@@ -134,7 +145,7 @@ class Network(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The frozen VGG on the content, and on the painting for what is made of VGG's features there."""
+    """The frozen VGG, applied to the content, and to the painting if anything reads VGG's features of it."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -157,10 +168,10 @@ class Encoder(nn.Module):
 
 
 def network_chain(network: Network) -> Chain:
-    """The chain: ``encode`` (frozen), ``transfer``, ``stage0`` to ``stage3``; ``pe`` is shared by all that follow.
+    """The chain: ``encode`` (frozen), ``transfer``, ``stage0`` to ``stage3``; all units after ``encode`` share ``pe``.
 
-    Beside ``x`` travel ``style``, the painting, its features (``style_near``, ``style_far``, ``style_code``), and
-    ``content``, relu4_1 of the photograph, which auxiliary networks add where they end (GLCAN's global part).
+    Besides ``x``, messages carry the painting ``style``, its features (``style_near``, ``style_far``, ``style_code``)
+    and ``content``, the photograph's relu4_1, which auxiliary networks add at their ends (GLCAN's global part).
 
     Example:
         >>> from tasks.style_transfer.vgg import VGGConfig
@@ -168,7 +179,7 @@ def network_chain(network: Network) -> Chain:
         >>> [unit.name for unit in network_chain(network).units]
         ['encode', 'transfer', 'stage0', 'stage1', 'stage2', 'stage3']
     """
-    # What an encoder shares stays with the message, since every block gives its gradient.
+    # The features of a shared encoder stay in the message to the end, since every block contributes to their gradient.
     transfer = _transfer if network.pe is None else _with_features
     units = [Unit("encode", Encoder(network), _encode), Unit("transfer", network.transfer, transfer)]
     units += [Unit(f"stage{n}", stage, _with_features, f"stage{n}") for n, stage in enumerate(network.stages)]
@@ -194,21 +205,22 @@ def _with_features(module: nn.Module, message: Message) -> Message:
 
 
 def _transfer(module: nn.Module, message: Message) -> Message:
-    """The last to read the painting's maps; they go no further."""
+    """The last unit that reads the painting's maps, which are dropped from the message here."""
     features = {name: value for name, value in message.features.items() if name not in ("style_near", "style_far")}
     return replace(message, features={**features, "x": module(message.x, message.features)})
 
 
-class LightEnd(nn.Module):
-    """Ends an auxiliary network: content features added, then an image.
+class LightDecoderEnd(nn.Module):
+    """The end of an auxiliary network: it adds the content features and makes an image.
 
-    GLCAN's global part: ``content`` of the message, by a 1x1 convolution, at the features' resolution. Features far
-    below the picture's resolution (of auxiliary networks without a local part) are brought nearer by a pixel shuffle.
+    GLCAN's global part is the message's ``content``, added by a 1x1 convolution at the resolution of the features.
+    Features far below the picture's resolution, as in auxiliary networks without a local part, are enlarged by a pixel
+    shuffle.
 
     Args:
-        channels: of the features.
-        content: channels of the content features; 0: none.
-        larger: how many times larger than the features the image is.
+        channels: channels of the features.
+        content: channels of the content features; 0 if there are none.
+        larger: how many times larger the image is than the features.
     """
 
     def __init__(self, channels: int, content: int, larger: int) -> None:
@@ -217,9 +229,7 @@ class LightEnd(nn.Module):
         if self.content is not None:
             nn.init.kaiming_normal_(self.content.weight)
         self.larger = larger
-        self.image = nn.Conv2d(channels, 3 * larger**2, 3, 1, 1, padding_mode="reflect")
-        nn.init.xavier_normal_(self.image.weight, 0.1)
-        nn.init.constant_(self.image.bias, 0.5)
+        self.image = _to_colours(channels, 3 * larger**2)
 
     def forward(self, message: Message, bank: FeatureBank) -> Tensor:
         x = message.x
@@ -230,14 +240,14 @@ class LightEnd(nn.Module):
         return F.pixel_shuffle(self.image(F.relu(x)), self.larger).float()
 
 
-def light_end(chain: Chain, features: Message) -> LightEnd:
-    """The end for features like those of ``features``, which were made of the chain's example.
+def light_end(chain: Chain, features: Message) -> LightDecoderEnd:
+    """The end for features like ``features``, which were made from the chain's example.
 
-    Its image has at least a quarter of the picture's resolution: VGG has nothing to see in smaller ones.
+    Its image has at least a quarter of the picture's resolution, since VGG sees nothing in smaller images.
     """
     side, at = chain.example.x.shape[-1], features.x.shape[-1]
     larger = 1
     while at * larger < side // 4:
         larger *= 2
     content = features.features.get("content")
-    return LightEnd(features.x.shape[1], 0 if content is None else content.shape[1], larger)
+    return LightDecoderEnd(features.x.shape[1], 0 if content is None else content.shape[1], larger)

@@ -16,7 +16,7 @@ from tasks.style_transfer.scin.network import MULTIPLE, Network
 
 @dataclass(frozen=True)
 class Look:
-    """What a whole picture gives to its tiles: every normalisation's statistics, and itself as a style if wanted."""
+    """What the tiles of a picture share: the statistics of every normalisation, and the whole picture as a style."""
 
     statistics: Mapping[str, Statistics]
     style: Tensor
@@ -26,9 +26,9 @@ class SCINPainter:
     """A painter for ``tasks.style_transfer.stylize``.
 
     Args:
-        network: whose normalisations are told what to do.
-        predict: the network's prediction for a message.
-        style_size: pixels that a painting's shorter side is best brought to: those of training.
+        network: the network whose normalisations are given statistics.
+        predict: returns the network's prediction for a message.
+        style_size: best length of a painting's shorter side in pixels, which is that of training.
     """
 
     multiple = MULTIPLE
@@ -38,7 +38,7 @@ class SCINPainter:
         self.network, self.predict, self.style_size = network, predict, style_size
 
     def look(self, content: Tensor, style: Tensor, alpha: float) -> Look:
-        """Paint a small version (1, 3, H, W) of a large picture, and note what its tiles must have in common."""
+        """Paint a small version (1, 3, H, W) of a large picture and note what its tiles must share."""
         own = self._as_style(content) if alpha < 1 else style
         give(self.network, None, notes=True)
         try:
@@ -49,13 +49,14 @@ class SCINPainter:
         return Look(statistics, own)
 
     def paint(self, content: Tensor, style: Tensor, alpha: float, statistics: Look | None = None) -> Tensor:
-        """The content (1, 3, H, W) in the style (1, 3, h, w), 0 to 1.
+        """The content (1, 3, H, W) in the style (1, 3, h, w), both from 0 to 1.
 
-        ``alpha`` below 1 mixes in the content's own style: at every stage scale and bias, and what attention finds, are
-        averaged with those of the content as painting. 0 gives the content back as well as the network knows how to.
+        An ``alpha`` below 1 mixes in the content's own style: the scale and bias of every stage, and the output of
+        attention, are averaged with those for the content as the painting. 0 reconstructs the content as well as the
+        network can.
 
         Args:
-            statistics: of the picture that the content is a tile of.
+            statistics: what ``look`` returned for the picture that the content is a tile of.
         """
         if statistics is None:
             return self._predict(content, style, alpha, self._as_style(content) if alpha < 1 else style)
@@ -73,7 +74,7 @@ class SCINPainter:
     def _predict(self, content: Tensor, style: Tensor, alpha: float, own: Tensor) -> Tensor:
         features = {"x": content, "style": style}
         if alpha < 1:
-            # Both paintings as one batch: the second is brought to the first one's size.
+            # Both paintings form one batch, so the second is scaled to the size of the first.
             same = torch.nn.functional.interpolate(own, style.shape[2:], mode="bilinear", antialias=True)
             features["style"] = torch.cat([style, same])
             features["mix"] = torch.tensor([alpha, 1 - alpha], device=content.device)
@@ -81,4 +82,4 @@ class SCINPainter:
 
 
 _OF_STYLE = ("pe.", "transfer.style_norm")
-"""Normalisations of the painting, which every tile sees whole."""
+"""Normalisations of the painting need no shared statistics: every tile sees the whole painting."""

@@ -1,4 +1,4 @@
-"""Style Consistency Instance Normalization, and AdaIN in its place."""
+"""Style Consistency Instance Normalization, and AdaIN as an alternative to it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from tasks.style_transfer.scin.encoder import CODE
 from tasks.style_transfer.scin.instance import InstanceNorm
 
 PATCHES = 8
-"""Patches along each side of the painting, whatever its resolution."""
+"""Number of patches along each side of the painting, at every resolution."""
 HEADS = 4
 
 
 def mixed(values: Tensor, features: Mapping[str, Any]) -> Tensor:
-    """(N, ...): several paintings' ``values`` (M N, ...) averaged by the weights ``mix`` (M), if there are any."""
+    """``values`` (M N, ...) of M paintings, averaged to (N, ...) with the weights ``mix`` (M) if there are any."""
     if "mix" not in features:
         return values
     weights = features["mix"]
     each = values.unflatten(0, (len(weights), -1))
-    return (each * weights.view(-1, *[1] * (each.dim() - 1))).sum(0).to(values.dtype)
+    result: Tensor = (each * weights.view(-1, *[1] * (each.dim() - 1))).sum(0).to(values.dtype)
+    return result
 
 
 class SCIN(nn.Module):
     """SCIN(x, s) = gamma(s) (x - mean(x)) / deviation(x) + beta(s), arXiv 2404.13584.
 
-    From the paper: a transformer reads patch embeddings of the painting and yields one scale and one bias a channel;
-    mean and deviation are per instance and channel. Ours: 8 x 8 patches at every resolution, a further token of the
-    style code, learnt positions, pre-norm layers, gamma and beta from the tokens' average, gamma counted from 1; both
-    start at plain instance normalisation.
+    From the paper: a transformer reads patch embeddings of the painting and yields one scale and one bias per channel;
+    mean and deviation are per instance and channel. Our choices: 8 x 8 patches at every resolution, one more token from
+    the style code, learnt positions, pre-norm layers, gamma and beta from the average of the tokens, and gamma as an
+    offset from 1, so that training starts at plain instance normalisation.
 
     Args:
-        channels: of ``x``.
-        side: pixels that the painting is brought to, each way (16, 32, 64, 128 in the four stages).
-        width, depth: of the transformer.
+        channels: channels of ``x``.
+        side: side in pixels to which the painting is scaled (16, 32, 64, 128 in the four stages).
+        width, depth: width and number of layers of the transformer.
     """
 
     def __init__(self, channels: int, side: int, width: int, depth: int) -> None:
@@ -49,7 +50,7 @@ class SCIN(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + PATCHES**2, width))
         layers = [
             nn.TransformerEncoderLayer(width, HEADS, 2 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
-            for _ in range(depth)  # nn.TransformerEncoder would make copies of one: alike at the start
+            for _ in range(depth)  # nn.TransformerEncoder would copy one layer, so that all start alike
         ]
         self.layers = nn.Sequential(*layers, nn.LayerNorm(width))
         self.affine = nn.Linear(width, 2 * channels)
@@ -57,7 +58,7 @@ class SCIN(nn.Module):
         nn.init.zeros_(self.affine.bias)
 
     def forward(self, x: Tensor, features: Mapping[str, Any]) -> Tensor:
-        """Of maps (N, C, H, W), and a message's features with ``style`` (N, 3, h, w) and ``style_code``."""
+        """Normalise maps (N, C, H, W) by a message's features ``style`` (N, 3, h, w) and ``style_code``."""
         small = F.interpolate(features["style"], (self.side, self.side), mode="bilinear", antialias=True)
         patches = self.embed(small * 2 - 1).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.code(features["style_code"])[:, None], patches], dim=1) + self.positions
@@ -71,7 +72,7 @@ class AdaIN(nn.Module):
     """Content features with the painting's statistics (Huang and Belongie 2017, arXiv 1703.06868).
 
     Args:
-        level: which of the message's ``style_statistics`` to take.
+        level: which of the message's ``style_statistics`` to use.
     """
 
     def __init__(self, level: int) -> None:

@@ -19,15 +19,15 @@ from tasks.style_transfer.scin.config import SCINConfig
 from tasks.style_transfer.scin.data import Pairs, TestPairs, image_files
 from tasks.style_transfer.scin.evaluate import StyleMetrics
 from tasks.style_transfer.scin.losses import LocalLoss, NetworkLoss, Perception, pictures_of
-from tasks.style_transfer.scin.network import LightEnd, Network, light_end, network_chain
+from tasks.style_transfer.scin.network import LightDecoderEnd, Network, light_end, network_chain
 from tasks.style_transfer.scin.painter import SCINPainter
 from tasks.style_transfer.vgg import VGG
 
 
 class SCINTransfer(Task):
-    """Photographs and paintings to photographs in the paintings' style."""
+    """Repaint photographs in the style of paintings."""
 
-    # The features are at 1/8 of the picture's resolution or more; DGL ends in a flat vector.
+    # The features are at 1/8 of the picture's resolution or more. DGL ends in a flat vector, which makes no image.
     auxiliary_options = {
         "glcan": {"depth": 1, "width": 0.5, "reduce": 2},
         "dgl": None,
@@ -36,7 +36,7 @@ class SCINTransfer(Task):
     metric = "style_loss"
     single_sample = True
     smoke = {
-        # Each block would scale its share of the Perception Encoder's gradient by a scale of its own.
+        # With fp16 each block would scale its part of the Perception Encoder's gradient by its own loss scale.
         "glcan, fp16": ("--local.precision", "fp16", "--model.style_encoder", "vgg"),
         "glcan, compiled": ("--local.compile", "true", "--local.cut", "[stage3]"),  # two blocks to compile, not four
         "AdaIN in SCIN's place": ("--model.normalisation", "adain", "--local.auxiliary.width", "1"),
@@ -61,12 +61,12 @@ class SCINTransfer(Task):
 
     @property
     def batching(self) -> Batches:
-        """How an epoch is divided; a last batch that is not full is left out, since ICL wants pairs to compare."""
+        """How an epoch is divided; an incomplete last batch is dropped, since ICL needs pairs to compare."""
         return Batches(len(self.data[0]), self.config.data.batch, self.config.train.accumulate, drop_last=True)
 
     @property
     def identities(self) -> int:
-        """Pairs of a micro-batch that the identity losses take; no more than there are."""
+        """The most pairs of a micro-batch that the identity losses use."""
         loss = self.config.loss
         if not (loss.identity or loss.identity_features):
             return 0
@@ -74,12 +74,12 @@ class SCINTransfer(Task):
 
     def build_chain(self, initial: bool = True) -> Chain:
         if initial:
-            self.data  # noqa: B018  a folder that is not there is to be told before weights are downloaded
+            self.data  # noqa: B018  report a missing folder before downloading weights
         with seeded(self.config.train.seed, "model"):
             return network_chain(Network(self.config.model, load=initial))
 
     def criteria(self, chain: Chain, spans: Sequence[Span]) -> Sequence[Any]:
-        """All losses at the network's end, style and content at the others; one frozen VGG serves them all."""
+        """All losses for the last block, style and content for the others; they share one frozen VGG."""
         assert isinstance(chain.model, Network)
         perception, loss = self._perception(chain.model.loaded), self.config.loss
         with seeded(self.config.train.seed, "loss"):
@@ -90,13 +90,13 @@ class SCINTransfer(Task):
         layers = {*loss.style_layers, *loss.content_layers}
         if loss.contrastive and not loss.clip:
             layers.add("relu4_1")
-        with seeded(self.config.train.seed, "vgg"):  # if it is untrained, then the same in training and evaluation
+        with seeded(self.config.train.seed, "vgg"):  # an untrained VGG must be the same in training and evaluation
             return Perception(VGG(self.config.model.vgg, sorted(layers), saved=False, load=load), loss)
 
     def loss(self, prediction: Tensor, targets: Any) -> Tensor:
         raise AssertionError("the losses of style transfer have networks of their own: see criteria")
 
-    def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> LightEnd:
+    def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> LightDecoderEnd:
         return light_end(chain, message)
 
     def example(self) -> Message:
@@ -110,7 +110,7 @@ class SCINTransfer(Task):
 
     def steps_per_epoch(self) -> int:
         if self.config.data.lpips:
-            self.metrics()  # weights that cannot be had are to be told before training
+            self.metrics()  # report missing weights before training
         if self.batching.steps == 0:
             raise ValueError(
                 f"data.batch: {self.config.data.batch} pairs, but there are {len(self.data[0])} photographs to train "

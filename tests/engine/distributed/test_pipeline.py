@@ -134,6 +134,7 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A network trained in one process."""
     room = tmp_path_factory.mktemp("alone")
     (part,) = values(run_ranks(1, fit, NETWORKS[request.param](room)))
+    assert part["summary"]["schedule"] == "sequential"
     return request.param, part["state"], losses(room), figures(room)
 
 
@@ -151,6 +152,14 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(alone: Any, ranks: in
     assert [rank["rank"] for rank in summary["ranks"]] == list(range(ranks))
     assert "<svg" not in (tmp_path / "run/timeline.json").read_text()
     assert "data:image/svg+xml" in (tmp_path / "run/pipeline.html").read_text()
+
+
+def test_streams_give_the_bits_of_one_block_after_another(alone: Any, tmp_path: Path) -> None:
+    name, state, curve, _ = alone
+    (part,) = values(run_ranks(1, fit, NETWORKS[name](tmp_path, local__schedule="streams")))
+    assert_equal(part["state"], state)
+    assert losses(tmp_path) == curve
+    assert part["summary"]["schedule"] == "streams"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd clipped": {"optimizer__lr": 0.05, "optimizer__clip_norm": 0.5},
     "adamw": {"optimizer__name": "adamw", "optimizer__lr": 0.01, "optimizer__weight_decay": 0.1},
     "adamw clipped, bf16": {"optimizer__name": "adamw", "optimizer__clip_norm": 0.5, "local__precision": "bf16"},
-    "checkpointed": {"local__checkpoint": True},
+    "recomputed": {"local__recompute": "units"},
     "offloaded": {"local__offload": True},
     "fp16": {"local__precision": "fp16"},
 }

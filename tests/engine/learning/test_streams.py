@@ -10,21 +10,9 @@ import torch
 
 from engine.learning.schedules import Streams
 from engine.run.trainer import Trainer
-from tests.engine.distributed.test_pipeline import NETWORKS, fit, joined, losses, task_of
+from tests.engine.distributed.test_pipeline import NETWORKS, fit, joined, task_of
 from tests.ranks import run_ranks, values
 from tests.toy import Toy, assert_equal, blocks_of, config, state, train
-
-
-@pytest.mark.parametrize("name", list(NETWORKS))
-def test_streams_give_the_bits_of_one_block_after_another(name: str, tmp_path: Path) -> None:
-    results = []
-    for schedule in ("sequential", "streams"):
-        (part,) = values(run_ranks(1, fit, NETWORKS[name](tmp_path / schedule, local__schedule=schedule)))
-        results.append((part, losses(tmp_path / schedule)))
-    (one, other), (curve, again) = zip(*results, strict=True)
-    assert_equal(one["state"], other["state"])
-    assert curve == again
-    assert (one["summary"]["schedule"], other["summary"]["schedule"]) == ("sequential", "streams")
 
 
 def test_ranks_whose_stages_run_on_streams(tmp_path: Path) -> None:

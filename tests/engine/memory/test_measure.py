@@ -159,7 +159,7 @@ def test_variants_of_a_config_with_options_and_a_cut() -> None:
     assert loaded["glcan K=3"].auxiliary == {"type": "glcan", "depth": 1}
     assert loaded["greedy K=3"].auxiliary == "greedy"
     assert (loaded["greedy K=3"].cut, loaded["greedy K=3"].blocks) == ([], 3)
-    assert loaded["glcan K=2 + recompute"].checkpoint
+    assert loaded["glcan K=2 + recompute"].recompute == "units"
     assert loaded["end-to-end + offload"].offload
     with pytest.raises(ValueError, match="end_to_end has no local rows"):
         many_variants(load([*argv, *END_TO_END.overrides])[0], [], [2])

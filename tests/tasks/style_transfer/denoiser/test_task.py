@@ -166,7 +166,7 @@ def test_a_block_gets_no_gradient_from_a_later_one(tmp_path: Path) -> None:
 
 
 def test_lora_changes_nothing_that_is_frozen_and_saves_nothing_of_it(tmp_path: Path) -> None:
-    state = fit(DENOISER, tmp_path, *small(tmp_path), *LORA, *NO_PICTURES)
+    state = fit(DENOISER, tmp_path, *small(), *LORA, *NO_PICTURES)
     model = {name for name in state if not name.startswith("auxiliary.") and ":" not in name}
     assert model
     assert all("lora_" in name for name in model)
@@ -181,7 +181,7 @@ def test_lora_changes_nothing_that_is_frozen_and_saves_nothing_of_it(tmp_path: P
 
 @pytest.mark.parametrize("trains", [LORA, ["--model.time", "frozen"]], ids=["lora", "frozen time"])
 def test_two_ranks_have_the_bits_of_one_process(tmp_path: Path, trains: list[str]) -> None:
-    overrides = [*small(tmp_path), *trains, *NO_PICTURES]
+    overrides = [*small(), *trains, *NO_PICTURES]
     alone = fit(DENOISER, tmp_path / "alone", *overrides)
     found = run_ranks(2, fit, DENOISER, tmp_path / "ranks", *overrides, "--placement.stages", "[0,0,1,1]")
     parts = [each.value for each in found]
@@ -193,18 +193,18 @@ def test_two_ranks_have_the_bits_of_one_process(tmp_path: Path, trains: list[str
 
 
 def test_several_stages_need_a_frozen_time(tmp_path: Path) -> None:
-    found = run_ranks(2, fit, DENOISER, tmp_path, *small(tmp_path), *NO_PICTURES)
+    found = run_ranks(2, fit, DENOISER, tmp_path, *small(), *NO_PICTURES)
     assert [each.code for each in found] == [2, 2]
     assert any("'time' learns from the gradients of all blocks" in each.said for each in found)
 
 
 def test_a_run_goes_on_is_evaluated_and_becomes_a_checkpoint_of_diffusers(tmp_path: Path) -> None:
-    argv = ["--config", DENOISER, "--output.root", str(tmp_path), "--output.name", "run", *small(tmp_path)]
+    argv = ["--config", DENOISER, "--output.root", str(tmp_path), "--output.name", "run", *small()]
     train.main([*argv, "--train.steps", "2"])
     train.main([*argv, "--train.resume", "auto"])
     run = tmp_path / "run"
     assert (run / "evaluation/step_3/samples.png").is_file()
-    evaluate.main(["--run", str(run), *small(tmp_path)])
+    evaluate.main(["--run", str(run), *small()])
     export.main(["--run", str(run), "--out", str(tmp_path / "folder")])
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "folder", subfolder="unet")
     for name, tensor in open_run(run).chain.model.state_dict().items():
@@ -215,7 +215,7 @@ def test_a_run_goes_on_is_evaluated_and_becomes_a_checkpoint_of_diffusers(tmp_pa
 
 
 def test_lora_is_exported_as_diffusers_reads_it(tmp_path: Path) -> None:
-    fit(DENOISER, tmp_path, *small(tmp_path), *LORA, *NO_PICTURES)
+    fit(DENOISER, tmp_path, *small(), *LORA, *NO_PICTURES)
     export.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "lora.safetensors")])
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         assert all(name.startswith("unet.") for name in file.keys())  # noqa: SIM118
@@ -278,7 +278,7 @@ def test_blocks_share_of_the_activations_at_stable_diffusions_size() -> None:
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        fit(DENOISER, tmp_path, *small(tmp_path), *overrides)
+        fit(DENOISER, tmp_path, *small(), *overrides)
     assert "\n" not in str(error.value)
 
 

@@ -45,7 +45,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
-    file = autoencoder_file(tmp_path)
+    file = autoencoder_file()
     made = tiny_autoencoder(file, not_asked, tmp_path / "cache", 0)
     assert not made.training
     for name, tensor in load_file(file).items():
@@ -62,7 +62,7 @@ def test_taesd_is_taken_where_it_is(nowhere: Path, tmp_path: Path) -> None:
     assert not made.training
     for name, tensor in load_file(autoencoder.TAESD).items():
         assert torch.equal(made.state_dict()[name], tensor.float()), name
-    assert not same(tiny_autoencoder(autoencoder_file(tmp_path), not_asked, nowhere, 0), made)
+    assert not same(tiny_autoencoder(autoencoder_file(), not_asked, nowhere, 0), made)
     assert not nowhere.exists()
 
 

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tasks.style_transfer.artbank.prompts import new_prompt as artbank_prompt
-from tasks.style_transfer.diffusion import bank as module
 from tasks.style_transfer.diffusion.bank import Prompt, PromptBank, check_artist, load_bank
 from tasks.style_transfer.lsast.prompts import new_prompt as lsast_prompt
 from tests.tasks.style_transfer import pipelines as p
@@ -174,7 +173,7 @@ def test_forms_and_settings_may_differ_within_a_bank(tmp_path: Path) -> None:
         assert_same(bank[artist], again[artist])
 
 
-@pytest.mark.parametrize("part", ["save_file", "flush"])
+@pytest.mark.parametrize("part", ["tasks.style_transfer.diffusion.bank.save_file", "engine.utilities.files.flush"])
 def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     path = tmp_path / "bank.safetensors"
     bank_of("monet").save(path)
@@ -185,7 +184,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch:
         room.write_bytes(b"half")
         raise OSError("no room left")
 
-    monkeypatch.setattr(module, part, fail)
+    monkeypatch.setattr(part, fail)
     with pytest.raises(OSError, match="no room left"):
         bank_of("monet", "cezanne").save(path)
     assert path.read_bytes() == before

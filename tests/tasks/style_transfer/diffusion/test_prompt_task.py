@@ -198,7 +198,7 @@ def test_each_block_asks_for_its_own_layers_prompts(tmp_path: Path, form: str, w
 @every_form
 def test_a_checkpoint_has_the_prompts_and_nothing_frozen(tmp_path: Path, form: str) -> None:
     config, own = FORMS[form]
-    state = fit(config, tmp_path, *small(tmp_path), *own, *NO_PICTURES)
+    state = fit(config, tmp_path, *small(), *own, *NO_PICTURES)
     names = {name for name in state if not name.startswith("auxiliary.") and ":" not in name}
     assert names
     known = tuple(f"conditioner.prompts.artist_{artist}." for artist in ("textures", "photographs"))
@@ -217,12 +217,12 @@ def test_a_checkpoint_has_the_prompts_and_nothing_frozen(tmp_path: Path, form: s
 def test_a_run_goes_on_is_evaluated_and_exported(tmp_path: Path, form: str) -> None:
     """The exported bank in a plain pipeline gives the run's own pictures, bit for bit."""
     config, own = FORMS[form]
-    argv = ["--config", config, "--output.root", str(tmp_path), "--output.name", "run", *small(tmp_path), *own]
+    argv = ["--config", config, "--output.root", str(tmp_path), "--output.name", "run", *small(), *own]
     train.main([*argv, "--train.steps", "2"])
     train.main([*argv, "--train.resume", "auto"])
     run = tmp_path / "run"
     assert (run / "evaluation/step_3/sheet.png").is_file()
-    evaluate.main(["--run", str(run), *small(tmp_path)])
+    evaluate.main(["--run", str(run), *small()])
     export.main(["--run", str(run), "--out", str(tmp_path / "bank.safetensors")])
     opened = open_run(run)
     opened.task.base.save(tmp_path / "base", Base("tiny").unet(), opened.task.vae)
@@ -235,7 +235,7 @@ def test_a_run_goes_on_is_evaluated_and_exported(tmp_path: Path, form: str) -> N
         generator = torch.Generator().manual_seed(0)
         pictures.append(each(content, "textures", num_inference_steps=3, generator=generator, output_type="pt").images)
     assert torch.equal(*pictures)
-    with pytest.raises(ValueError, match=r"^--out: \S+ must end in .safetensors: prompts are such a file$"):
+    with pytest.raises(ValueError, match=r"^--out: \S+ must end in .safetensors, the format of prompts$"):
         export.main(["--run", str(run), "--out", str(tmp_path / "model.pth")])
 
 
@@ -251,7 +251,7 @@ def test_a_bank_is_added_to_and_the_other_artists_stay_to_the_bit(tmp_path: Path
         torch.manual_seed(len(artist))
         bank.add(artist, make(**settings))
     bank.save(tmp_path / "old.safetensors")
-    argv = [*small(tmp_path), *own, *NO_PICTURES, "--prompt.bank", str(tmp_path / "old.safetensors")]
+    argv = [*small(), *own, *NO_PICTURES, "--prompt.bank", str(tmp_path / "old.safetensors")]
     _, task = made(form, tmp_path, "--prompt.bank", str(tmp_path / "old.safetensors"))
     task.build_chain()
     for name, tensor in bank["textures"].state_dict().items():
@@ -284,7 +284,7 @@ def reopened_base(room: Path) -> Path:
 def test_a_run_opened_again_is_the_one_that_learnt(tmp_path: Path, form: str) -> None:
     """Its figures are those of training's last evaluation, and the exported prompts have the text model's scale."""
     config, own = FORMS[form]
-    argv = [*small(tmp_path), *own, *NO_PICTURES, "--model.pretrained", str(reopened_base(tmp_path))]
+    argv = [*small(), *own, *NO_PICTURES, "--model.pretrained", str(reopened_base(tmp_path))]
     fit(config, tmp_path, *argv)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     evaluate.main(["--run", str(tmp_path / "run")])
@@ -303,13 +303,13 @@ def test_a_checkpoint_in_half_precision_is_trained_in_fp32(tmp_path: Path) -> No
     text, unet, vae = base.text_encoder().half(), base.unet().half(), AutoencoderTiny().half()
     base.text_encoder = lambda: text
     base.save(tmp_path / "base", unet, vae)
-    fit(ARTBANK, tmp_path, *small(tmp_path), *NO_PICTURES, "--model.pretrained", str(tmp_path / "base"))
+    fit(ARTBANK, tmp_path, *small(), *NO_PICTURES, "--model.pretrained", str(tmp_path / "base"))
     read = Base(str(tmp_path / "base"))
     assert {part().dtype for part in (read.unet, read.text_encoder, read.vae)} == {torch.float32}
 
 
 def test_artists_in_another_order_or_of_another_name_are_not_mistaken(tmp_path: Path) -> None:
-    state = fit(ARTBANK, tmp_path, *small(tmp_path), *NO_PICTURES)
+    state = fit(ARTBANK, tmp_path, *small(), *NO_PICTURES)
     other = ["--data.collections", '{photographs: ["scikit-image:photographs"], textures: ["scikit-image:textures"]}']
     run = open_run(tmp_path / "run", other)
     assert run.task.artists == ["photographs", "textures"]
@@ -343,7 +343,7 @@ def test_a_run_whose_data_are_gone_still_paints(tmp_path: Path) -> None:
     (tmp_path / "works").mkdir()
     for number in range(4):
         write_image(tmp_path / f"works/{number}.png", noise(64, 72, number))
-    argv = [*small(tmp_path), *NO_PICTURES, "--data.collections", f"{{someone: [{tmp_path}/works]}}"]
+    argv = [*small(), *NO_PICTURES, "--data.collections", f"{{someone: [{tmp_path}/works]}}"]
     fit(ARTBANK, tmp_path, *argv)
     shutil.rmtree(tmp_path / "works")
     painter = open_run(tmp_path / "run").task.painter(None)
@@ -354,7 +354,7 @@ def test_a_run_whose_data_are_gone_still_paints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["artbank ssam", "lsast paper"])
 def test_two_replicas_learn_what_one_process_learns(tmp_path: Path, form: str) -> None:
     config, own = FORMS[form]
-    overrides = [*small(tmp_path), *own, *NO_PICTURES, "--data.batch", "2"]
+    overrides = [*small(), *own, *NO_PICTURES, "--data.batch", "2"]
     alone = fit(config, tmp_path / "alone", *overrides)
     found = run_ranks(2, fit, config, tmp_path / "ranks", *overrides, "--placement.replicas", "2")
     for name, tensor in alone.items():
@@ -363,7 +363,7 @@ def test_two_replicas_learn_what_one_process_learns(tmp_path: Path, form: str) -
 
 
 def test_stages_on_several_ranks_are_refused(tmp_path: Path) -> None:
-    found = run_ranks(2, fit, ARTBANK, tmp_path, *small(tmp_path), *NO_PICTURES)
+    found = run_ranks(2, fit, ARTBANK, tmp_path, *small(), *NO_PICTURES)
     assert [each.code for each in found] == [2, 2]
     assert any("'prompts' learns from the gradients of all blocks" in each.said for each in found)
 
@@ -371,7 +371,7 @@ def test_stages_on_several_ranks_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [ARTBANK, LSAST])
 def test_isolated_blocks_without_a_loss_are_refused_with_the_reason(tmp_path: Path, config: str) -> None:
     with pytest.raises(ValueError, match=r"^local.auxiliary: none leaves isolated blocks without a loss, and a prompt"):
-        fit(config, tmp_path, *small(tmp_path), "--local.auxiliary", "none")
+        fit(config, tmp_path, *small(), "--local.auxiliary", "none")
     task_of(config, tmp_path, "--local.auxiliary", "none", *END_TO_END)
 
 
@@ -393,7 +393,7 @@ def test_isolated_blocks_without_a_loss_are_refused_with_the_reason(tmp_path: Pa
         (
             ARTBANK,
             ["--pictures.fid_weights", "x", "--data.collections", '{a: ["scikit-image:textures"]}'],
-            r"^pictures.fid_weights: FID needs 2 pictures at least; see pictures.count$",
+            r"^pictures.fid_weights: FID needs at least 2 pictures; see pictures.count$",
         ),
         (ARTBANK, ["--pictures.strength", "1.5"], r"^pictures.strength: 1.5 is not from 0 to 1$"),
         (ARTBANK, ["--pictures.contents", '["/nowhere"]'], r"^pictures.contents: there is no folder /nowhere$"),
@@ -407,7 +407,7 @@ def test_what_cannot_work_is_refused_before_training(
     tmp_path: Path, config: str, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        fit(config, tmp_path, *small(tmp_path), *overrides)
+        fit(config, tmp_path, *small(), *overrides)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -416,7 +416,7 @@ def test_a_bank_of_another_width_or_form_is_refused(tmp_path: Path) -> None:
     bank = PromptBank("artbank")
     bank.add("textures", artbank_prompt(form="ssam", template="*", width=32, base="another"))
     bank.save(tmp_path / "narrow.safetensors")
-    argv = [*small(tmp_path), "--prompt.bank", str(tmp_path / "narrow.safetensors")]
+    argv = [*small(), "--prompt.bank", str(tmp_path / "narrow.safetensors")]
     with pytest.raises(ValueError, match=r"has width 32, learnt with 'another'; the text model .* has width 64$"):
         fit(ARTBANK, tmp_path, *argv)
     bank = PromptBank("artbank")

@@ -198,7 +198,7 @@ def test_without_a_controlnet_it_is_one_that_adds_zero_to_the_bit(
         first = p.paint(made)
         p.paint(made)
     assert [record.message for record in caplog.records if "lsast" in record.name] == [
-        "LSAST without a ControlNet (`controlnet`): nothing but the noise's start holds the content"
+        "LSAST without a ControlNet (`controlnet`): only the initial noise preserves the content"
     ]
     assert isinstance(made.controlnet, NoControl)
     assert sum(each.numel() for each in made.controlnet.parameters()) < 1000

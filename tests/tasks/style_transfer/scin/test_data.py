@@ -96,13 +96,13 @@ def test_an_image_to_train_and_to_test_is_named(tmp_path: Path, key: str) -> Non
     settings = config(tmp_path)
     (tmp_path / "test_contents/again.png").symlink_to(tmp_path / key / "02.png")
     setattr(settings, f"test_{key}", [str(tmp_path / "test_contents")])
-    with pytest.raises(ValueError, match=rf"data.{key}: .*{key}/02.png is to train and, as .*again.png, to test"):
+    with pytest.raises(ValueError, match=rf"data.{key}: .*/02.png is for training and, as .*again.png, for testing"):
         image_files(settings)
     setattr(settings, f"test_{key}", [])
     getattr(settings, key).append(str(tmp_path / "test_contents"))
     (tmp_path / "test_contents/again.png").unlink()
     (tmp_path / key / "second.png").symlink_to(tmp_path / key / "00.png")  # the first is held out
-    with pytest.raises(ValueError, match=rf"data.{key}: .*second.png is to train and, as .*00.png, to test"):
+    with pytest.raises(ValueError, match=rf"data.{key}: .*second.png is for training and, as .*00.png, for testing"):
         image_files(settings)
 
 

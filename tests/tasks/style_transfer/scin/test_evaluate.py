@@ -257,7 +257,7 @@ def test_weights_for_fid_that_are_not_there(tmp_path: Path, toy_weights: Path) -
     with pytest.raises(ValueError, match=r"^data.fid_weights: there is no file .*nowhere.pth$"):
         StyleMetrics(open_tests(settings), settings, measure)
     settings = config(tmp_path, lpips="alex", fid_weights=str(toy_weights), tests=1)
-    with pytest.raises(ValueError, match=r"^data.fid_weights: FID needs 2 test paintings at least, there is 1"):
+    with pytest.raises(ValueError, match=r"^data.fid_weights: FID needs at least 2 test paintings, and there is 1"):
         StyleMetrics(open_tests(settings), settings, measure)
 
 

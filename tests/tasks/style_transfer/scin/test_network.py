@@ -11,7 +11,7 @@ from engine.learning.build import build_blocks
 from engine.network.message import Message
 from tasks.style_transfer.scin.instance import InstanceNorm
 from tasks.style_transfer.scin.losses import pictures_of
-from tasks.style_transfer.scin.network import CHANNELS, LEVELS, LightEnd, Network, Stage, network_chain
+from tasks.style_transfer.scin.network import CHANNELS, LEVELS, LightDecoderEnd, Network, Stage, network_chain
 from tasks.style_transfer.scin.task import SCINTransfer
 from tests.tasks.style_transfer.scin.networks import model, scin
 from tests.toy import blocks_of
@@ -127,7 +127,7 @@ def test_auxiliary_networks_without_a_local_part_still_have_an_image_to_show() -
     _, blocks, schedule = blocks_of(task, settings)
     ends = [block.auxiliary.head for block in blocks[:-1]]
     assert [end.larger for end in ends] == [2, 1]
-    assert all(isinstance(end, LightEnd) for end in ends)
+    assert all(isinstance(end, LightDecoderEnd) for end in ends)
     schedule.step(task.example())
 
 

@@ -197,7 +197,7 @@ def test_from_training_to_pictures(tmp_path: Path) -> None:
         (["--placement.replicas", "3"], r"^placement.replicas: 3 do not divide the 4 pairs of a micro-batch; choose"),
         (
             ["--model.transfer", "adain", "--model.normalisation", "none"],
-            r"^model.style_encoder: neither attention nor SCIN is there to read pe; set it to vgg$",
+            r"^model.style_encoder: without attention and SCIN nothing reads pe; set it to vgg$",
         ),
         (["--loss.clip", "/nowhere"], r"^loss.clip: no CLIP model can be loaded from '/nowhere'"),
     ],
