@@ -48,10 +48,11 @@ smoke: install-all  ## a few steps of every task's smoke.yaml, on a GPU where th
 	  said=$$($(BIN)/python -m tests.smoke --config $$0 2>&1); code=$$?; \
 	  printf "== %s\n%s\n" "$$0" "$$said"; exit $$code'
 
-lint: install-all  ## ruff and mypy
+lint: install-all  ## ruff, mypy, and that imports only point downwards
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:  ## remove the environment and caches; runs/ and data/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -30,8 +30,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         assert partial.suffix == ".pth", "writers that go by the suffix see the same one"
         partial.write_text("first")
         assert not target.exists()
-    with pytest.raises(RuntimeError, match="disk"), replaced(target) as partial:
-        partial.write_text("half")
-        raise RuntimeError("disk")
+
+    def half() -> None:
+        with replaced(target) as partial:
+            partial.write_text("half")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        half()
     assert target.read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
