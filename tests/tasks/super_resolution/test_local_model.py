@@ -119,7 +119,11 @@ def state(model: SRModel) -> Mapping[str, torch.Tensor]:
 def test_it_trains_by_blocks_and_saves_the_plain_network(tmp_path: Path) -> None:
     model = built(tmp_path)
     assert isinstance(model, LocalSRModel)
-    assert model.cut == [["stem", "body.0"], ["body.1", "body.2"], ["body.3", "body.end"]]
+    assert [block.unit_names for block in model.blocks] == [
+        ["stem", "body.0"],
+        ["body.1", "body.2"],
+        ["body.3", "body.end"],
+    ]
     assert len(model.optimizers) == len(model.schedulers) == 3
     before = {name: tensor.clone() for name, tensor in state(model).items()}
     steps(model, 1, 2)

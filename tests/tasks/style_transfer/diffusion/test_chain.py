@@ -14,6 +14,7 @@ from engine.network.bank import FeatureBank
 from engine.network.chain import Chain, Unit
 from engine.network.cut import cut_by_count
 from engine.network.message import Message
+from engine.task import Task
 from tasks.style_transfer.diffusion.base import Base
 from tasks.style_transfer.diffusion.chain import Layer, TimeEmbedding, example, unet_units
 from tasks.style_transfer.lsast.routing import PartOfPrompt, route
@@ -117,10 +118,10 @@ def test_the_time_may_be_embedded_by_a_shared_encoder() -> None:
     assert torch.equal(chain(message(*made)), unet(*made).sample)
 
 
-class Heads:
+class Heads(Task):
     """As much of a task as auxiliary networks ask for."""
 
-    name, auxiliary_options = "heads", {}
+    name = "heads"
 
     def auxiliary_head(self, chain: Chain, message: Message, bank: FeatureBank) -> torch.nn.Module:
         from tasks.style_transfer.diffusion.chain import light_end
@@ -148,7 +149,7 @@ def test_auxiliary_networks_predict_from_every_block(kind: str, spec: Any) -> No
         made = unit(made).detach()
         if span.last:
             break
-        auxiliary = build_auxiliary(spec, chain, span, FeatureBank(), Heads(), seed=0)
+        auxiliary = build_auxiliary(spec, chain, span, FeatureBank(), Heads(None), seed=0)
         prediction = auxiliary(made, FeatureBank())
         assert prediction.shape == (2, 4, 16, 16)
         prediction.square().mean().backward()
@@ -159,7 +160,7 @@ def test_auxiliary_networks_predict_from_every_block(kind: str, spec: Any) -> No
 def test_the_local_part_is_thin_layers_of_the_levels_to_come_on_the_way_down() -> None:
     chain = chain_of(unet_of("as Stable Diffusion 1"))
     spec = {"type": "glcan", "width": 0.5, "depth": 1, "reduce": 1}
-    network = build_auxiliary(spec, chain, cut_by_count(chain, 10)[0], FeatureBank(), Heads(), seed=0)
+    network = build_auxiliary(spec, chain, cut_by_count(chain, 10)[0], FeatureBank(), Heads(None), seed=0)
     assert [unit.name for unit in network.local_units] == ["down1.0", "down2.0", "down3.0", "mid.0"]
     channels = [unit.module.resnet.out_channels for unit in network.local_units]
     assert channels == [16, 32, 32, 32]
@@ -171,7 +172,7 @@ def test_the_global_part_is_one_skip_of_every_resolution() -> None:
     spans = {chain.units[span.stop - 1].name: span for span in cut_by_count(chain, len(chain))}
     spec = {"type": "glcan", "width": 0.5, "depth": 1, "reduce": 1}
     for unit, levels in {"conv_in": 4, "down2.1": 4, "mid.0": 4, "up0.2": 3, "up2.0": 2, "up3.1": 1}.items():
-        network = build_auxiliary(spec, chain, spans[unit], FeatureBank(), Heads(), seed=0)
+        network = build_auxiliary(spec, chain, spans[unit], FeatureBank(), Heads(None), seed=0)
         assert len(network.head.levels) == levels, unit
 
 
