@@ -84,7 +84,10 @@ def settings_of(kind: str, case: str) -> Config:
 def made(settings: Config, group: Any = None) -> list[Block]:
     task = Toy(norm=True)
     blocks = build_blocks(task.build_chain(), settings, task)
-    prepare_replicas(blocks, settings, torch.device("cpu"), group)
+    if group is None:
+        prepare(blocks, settings, torch.device("cpu"))
+    else:
+        prepare_replicas(blocks, settings, torch.device("cpu"), group)
     if settings.local.precision == "fp16":
         for block in blocks:  # low enough that neither a part's gradients overflow nor the whole's
             block.scaler = torch.amp.GradScaler("cpu", init_scale=256)
