@@ -107,7 +107,7 @@ def test_a_class_of_ones_own_by_its_name(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert type(built(type="my_networks:Mine")).__name__ == "Mine"
-    with pytest.raises(ValueError, match="'my_networks:NUMBER' is no subclass of engine.learning.auxiliary.Auxiliary"):
+    with pytest.raises(ValueError, match="'my_networks:NUMBER' is not a subclass of engine.learning.auxiliary.AuxiliaryNetwork"):
         built(type="my_networks:NUMBER")
     with pytest.raises(ValueError, match="local.auxiliary: cannot import 'my_networks:Yours'"):
         built(type="my_networks:Yours")

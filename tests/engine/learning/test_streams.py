@@ -61,7 +61,7 @@ def test_a_message_is_handed_over_before_backward() -> None:
 def test_a_cpu_says_that_it_gains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = NETWORKS["toy"](tmp_path, local__schedule="streams", train__steps=1)
     Trainer(settings, task_of(settings)).fit()
-    assert "a CPU has none, so nothing is gained" in " ".join(capsys.readouterr().out.split())
+    assert "a CPU has no streams, so nothing is gained" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.cuda

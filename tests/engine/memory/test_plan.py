@@ -1,5 +1,6 @@
 """Plans: optimal on chains small enough to try every cut, true on real networks, honest where nothing fits."""
 
+import functools
 import itertools
 import json
 from dataclasses import replace
@@ -61,6 +62,13 @@ def test_dynamic_programming_finds_what_trying_every_cut_finds(blocks: int) -> N
     assert heaviest == value(bounds)[0]
 
 
+@functools.cache
+def profile_of(*network: str) -> Profile:
+    """A profile has all costs with recomputation and without, whatever the config says."""
+    settings, task = load([*CONFIG, *network])
+    return Profile(settings, task, SPEED)
+
+
 @pytest.mark.parametrize("recompute", ["none", "units"])
 @pytest.mark.parametrize(
     "network",
@@ -74,8 +82,7 @@ def test_dynamic_programming_finds_what_trying_every_cut_finds(blocks: int) -> N
 def test_a_profile_is_close_to_the_estimate(network: list[str], recompute: str) -> None:
     """As close for every number of blocks as the planner takes it to be; it judges what it chooses for real."""
     argv = [*CONFIG, *network, "--local.recompute", recompute]
-    settings, task = load(argv)
-    profile = Profile(settings, task, SPEED)
+    profile = profile_of(*network)
     for blocks in (1, 3, len(profile)):
         bounds = best_bounds(len(profile), blocks, lambda i, j: ((j - i), 0))[-1][1]
         pairs = list(itertools.pairwise(bounds))
