@@ -379,10 +379,10 @@ def _check_keys(names: Sequence[str], known: set[str], where: str) -> None:
 def parser_message(error: Exception) -> str:
     """The message of a jsonargparse error, as one line that begins with the key."""
     text = re.sub(r"^Parser key \"?([\w.]+)\"?:", r"\1:", str(error).strip())
-    return one_line(text.replace("<class '", "").replace("'>", ""))
+    return one_line(text.replace("<class '", "").replace("'>", "").replace("typing.", ""))
 
 
-RECOMPUTE = {"true": "units", "false": "none"}
+RECOMPUTE = {"true": "units", "yes": "units", "false": "none", "no": "none"}
 """The value of ``local.recompute`` for each value of ``local.checkpoint``, the old name of that key."""
 
 
@@ -394,6 +394,10 @@ def renamed_keys(local: Any) -> bool:
     """
     if not isinstance(local, dict) or "checkpoint" not in local:
         return False
+    if "recompute" in local:
+        raise ValueError(
+            "local.checkpoint: this is the old name of local.recompute, and both are given; remove local.checkpoint"
+        )
     local["recompute"] = _recompute(str(local.pop("checkpoint")).lower())
     return True
 

@@ -38,6 +38,10 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         from tasks.torchvision_operators import define_operators  # imports torch
 
+        # From here on the module is its own loader's, which gives out torchvision's resources too.
+        module.__loader__ = self._own
+        assert module.__spec__ is not None
+        module.__spec__.loader = self._own
         ours = define_operators()
         self._own.exec_module(module)
         if ours:

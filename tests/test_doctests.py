@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for package in ("engine", "tasks")
+    for package in ("engine", "tasks", "benchmarks")
     for path in (ROOT / package).rglob("*.py")
     if "configs" not in path.parts
 )

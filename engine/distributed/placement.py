@@ -56,11 +56,15 @@ def place(config: Config, task: Task, world: World, blocks: int, shared: str = "
             f"local.schedule: end_to_end is one block, which {world.size} ranks can only share; set "
             f"placement.replicas {world.size}, or another schedule"
         )
-    _check_stages(shared, stages, world.size)
+    check_stages(shared, stages, world.size)
     if stages > blocks:
         raise ValueError(
             f"placement: {world.size} ranks make {stages} stages, there are {blocks} blocks; start fewer ranks, "
             "or raise local.blocks or placement.replicas"
+        )
+    if shared and config.placement.memory:
+        raise ValueError(
+            f"placement.memory: {shared!r} works in every stage, so there is one stage and no choice; leave it out"
         )
     if wish:
         return Placement(_named(wish, stages, blocks))
@@ -71,7 +75,7 @@ def place(config: Config, task: Task, world: World, blocks: int, shared: str = "
     return Placement(balance(seconds, stages, Sizes(config, task) if budget else None, budget), seconds)
 
 
-def _check_stages(shared: str, stages: int, ranks: int) -> None:
+def check_stages(shared: str, stages: int, ranks: int) -> None:
     if shared and stages > 1:
         raise ValueError(
             f"placement: {shared!r} learns from the gradients of all blocks, which would have to travel back; ranks "

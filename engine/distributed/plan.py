@@ -10,7 +10,7 @@ import torch
 
 from engine.config import Config
 from engine.distributed.balance import balance, even_out
-from engine.distributed.placement import Placement, _check_stages
+from engine.distributed.placement import Placement, check_stages
 from engine.distributed.timing import time_blocks, time_units
 from engine.distributed.world import World
 from engine.memory.stages import Sizes
@@ -61,7 +61,7 @@ def plan_ranks(config: Config, task: Task, ranks: int, device: torch.device, blo
             budget.
     """
     chain = task.build_chain(initial=False)
-    _check_stages(chain.shared.name if chain.shared else "", ranks, ranks)
+    check_stages(chain.shared.name if chain.shared else "", ranks, ranks)
     times = time_units(config, task, device)
     least = ranks * blocks_per_rank
     if least > len(chain):

@@ -91,8 +91,9 @@ class Block(nn.Module):
         self.auxiliary = auxiliary
         self.head_module = chain.head.module if span.last else None
         self.criterion = criterion or task.loss
-        self.conditioning: Conditioning | None = None
-        """The encoder that takes the gradients of shared features; required if the chain has any."""
+        self.conditioning: tuple[Conditioning, ...] = ()
+        """The encoder that takes the gradients of shared features; needed if the chain has any. It is in a tuple because
+        a module that is a plain attribute becomes a submodule, and its parameters would count as this block's."""
         self.precision, self.recompute, self.clip_norm = precision, recompute, clip_norm
         self.offload, self.keeps_key_features = offload, keeps_key_features
         self.optimizer: torch.optim.Optimizer | None = None
@@ -295,9 +296,11 @@ class Block(nn.Module):
         for observer in self.observers:
             observer.backward_started()
         way.train_backward(share)
-        if leaves:
-            assert self.conditioning is not None, "a chain with shared features needs an encoder to train on gradients"
-            self.conditioning.collect(leaves)
+        assert self.conditioning or not leaves, (
+            "a chain with shared features needs an encoder to train on their gradients"
+        )
+        for conditioning in self.conditioning:
+            conditioning.collect(leaves)
         norm = way.train_update() if update else loss.new_full((), float("nan"))
         self.next_sequence += 1
         return output, Report(self.index, loss.detach(), norm, self.skipped)

@@ -24,7 +24,7 @@ class Blocks(list[Block]):
         self.encoder = encoder
         if encoder is not None:
             for block in self:
-                block.conditioning = encoder
+                block.conditioning = (encoder,)
 
     @property
     def learners(self) -> list[Block]:

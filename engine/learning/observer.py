@@ -17,6 +17,7 @@ class Observer:
             backward_started
         ended
 
+    If the step fails, no further call follows. Evaluation makes the calls of units alone.
     A shared encoder works in two halves, ``encode`` and ``learn``; ``started`` and ``ended`` enclose each of them.
     """
 

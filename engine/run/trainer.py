@@ -61,6 +61,7 @@ class Trainer:
         self.config, self.task = config, task
         self.world = world = world or join(config.placement, config.train.device)
         self.device = world.device
+        make_schedule = find_schedule(config.local.schedule)  # an unknown name is refused before any weights are read
         with world.one_of_a_host_first():
             self.chain = task.build_chain()
             self.all_blocks = build_blocks(self.chain, config, task)
@@ -84,7 +85,7 @@ class Trainer:
         else:
             prepare_replicas(self.blocks, config, self.device, world.stage_group)
         self.recorder = Recorder(world.rank, self.device) if world.size > 1 else None
-        schedule = find_schedule(config.local.schedule)(self.blocks, self.recorder)
+        schedule = make_schedule(self.blocks, self.recorder)
         depth = config.placement.depth
         self.pipeline = Pipeline(schedule, world.inbox(depth), world.outbox(depth))
         self.position = Position(steps_per_epoch=self.steps_per_epoch)

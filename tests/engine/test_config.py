@@ -125,5 +125,10 @@ def test_the_old_key_of_recomputation_is_understood(
         assert config.local.recompute == new
         assert f"local.checkpoint {old} is now local.recompute {new}" in capsys.readouterr().out
     assert parse(Config, ["--config", str(tmp_path / "old.yaml"), "--local.recompute", "none"]).local.blocks == 2
+    (tmp_path / "old.yaml").write_text("local: {checkpoint: false, recompute: units}\n")
+    with pytest.raises(
+        ValueError, match="local.checkpoint: this is the old name of local.recompute, and both are given"
+    ):
+        parse(Config, ["--config", str(tmp_path / "old.yaml")])
     with pytest.raises(ValueError, match="local.checkpoint: 'some' is neither true nor false; the key is now local.re"):
         parse(Config, ["--local.checkpoint", "some"])

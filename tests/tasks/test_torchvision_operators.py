@@ -37,6 +37,8 @@ import tasks
 assert importlib.util.find_spec("torchvision") is not None
 assert "torchvision" not in sys.modules
 import torchvision, torch
+import importlib.resources
+assert (importlib.resources.files("torchvision") / "version.py").is_file(), "its loader is its own again"
 print(torchvision.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5).tolist())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

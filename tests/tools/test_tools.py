@@ -67,6 +67,8 @@ BAD_INPUT = [
         ["--local.cut", "[layer7]"],
         "local.cut: 'layer7' is not a unit of this network; its units are stem, layer1.0",
     ),
+    (["--local.schedule", "piepline"], "local.schedule: 'piepline' is unknown, did you mean 'pipeline'?"),
+    (["--local.recompute", "true"], "local.recompute: Expected a Literal['none', 'units']. Got value: true"),
     (["--local.auxiliary", "glcam"], "local.auxiliary: 'glcam' is unknown, did you mean 'glcan'?"),
     (
         ["--data.batch", "1"],

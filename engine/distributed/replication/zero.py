@@ -76,7 +76,7 @@ class Zero(Replication):
             self.engine = self.deepspeed.initialize(
                 model=whole, optimizer=inner, config=settings, mpu=_Ranks(group), dist_init_required=False
             )[0]
-        self.sharded = self.engine.learning.optimizer
+        self.sharded = self.engine.optimizer
         block.optimizer = self.sharded  # the trainer sets the learning rate on the optimizer that really steps
 
     def train_forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:

@@ -141,6 +141,9 @@ def _checked(name: str, family: type[AuxiliaryNetwork], options: Mapping[str, An
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_argument(f"--{key}", type=hints[key])
         try:
+            # The parser takes None for "not given" and accepts it for every type.
+            if value is None and type(None) not in typing.get_args(hints[key]):
+                raise TypeError("the type does not include None")
             checked[key] = parser.parse_object({key: value})[key]
         except (argparse.ArgumentError, TypeError, ValueError) as error:
             kind = getattr(hints[key], "__name__", "") if isinstance(hints[key], type) else ""

@@ -98,7 +98,7 @@ class Streams(Sequential):
                 stream.wait_event(ready)
                 self._keep(message)
                 noted = _Noted(stream)
-                block.observers.append(noted)
+                block.observers.append(noted)  # stays there after a failure, which ends the job
                 # ``x`` shares memory with the output of the block before, whose backward may be running on its own
                 # stream. autograd's check cannot see a change that comes after the host has queued that backward.
                 arrived, version = message.x, message.x._version

@@ -85,6 +85,7 @@ def test_options_of_every_annotated_kind_arrive() -> None:
         ({"type": "untyped", "depth": 1}, r"option 'depth' of untyped has no type; annotate it in Untyped.build"),
         ({"type": "untyped"}, r"option 'depth' of untyped has no type"),
         ({"type": "required"}, "required needs its option 'depth'; give --local.auxiliary.depth"),
+        ({"type": "required", "depth": None}, "depth of required is None, expected int"),
         ({"type": "required", "depth": True}, "depth of required is True, expected int"),
     ],
 )
@@ -107,7 +108,8 @@ def test_a_class_of_ones_own_by_its_name(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert type(built(type="my_networks:Mine")).__name__ == "Mine"
-    with pytest.raises(ValueError, match="'my_networks:NUMBER' is not a subclass of engine.learning.auxiliary.AuxiliaryNetwork"):
+    said = "'my_networks:NUMBER' is not a subclass of engine.learning.auxiliary.AuxiliaryNetwork"
+    with pytest.raises(ValueError, match=said):
         built(type="my_networks:NUMBER")
     with pytest.raises(ValueError, match="local.auxiliary: cannot import 'my_networks:Yours'"):
         built(type="my_networks:Yours")

@@ -162,7 +162,8 @@ def test_two_micro_batches_give_the_gradient_of_the_whole() -> None:
 def test_every_block_has_a_leaf_of_its_own_and_leaves_no_gradient_behind() -> None:
     chain, blocks, schedule = blocks_of(SharedToy(), config(local__blocks=2))
     encoder = blocks.encoder
-    assert [block.conditioning for block in blocks] == [encoder, encoder]
+    assert [block.conditioning for block in blocks] == [(encoder,), (encoder,)]
+    assert all(encoder not in list(block.modules()) for block in blocks), "it is no part of a block"
     collect, seen = encoder.collect, []
     encoder.collect = lambda leaves: (seen.append(leaves["code"]), collect(leaves))[1]
     out, _ = schedule.step(SharedToy().example())
@@ -305,3 +306,32 @@ def test_the_encoder_is_named_and_numbered_after_the_blocks() -> None:
     assert isinstance(encoder, SharedEncoder)
     assert (encoder.index, encoder.title) == (2, "encoder")
     assert sorted(encoder.named_state()) == ["encoder.linear.bias", "encoder.linear.weight"]
+
+
+def test_a_block_clips_its_own_gradients_while_the_encoders_wait() -> None:
+    """When a block clips in the second of two micro-batches, the encoder's gradients of the first are there."""
+    task = SharedToy()
+    settings = config(local__blocks=2, train__accumulate=2, optimizer__clip_norm=0.01)
+    _, blocks, schedule = blocks_of(task, settings)
+    assert blocks.encoder is not None
+    parts = [*blocks, blocks.encoder]
+    counted = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    assert counted == sum(tensor.numel() for part in parts for tensor in part.named_state().values())
+    norms, kept = {}, []
+    for block in blocks:
+
+        def train_update(block: Any = block, plain: Any = block.train_update) -> Tensor:
+            own = [parameter.grad for _, parameter in block.parameters_by_name() if parameter.grad is not None]
+            norms[block.index] = torch.stack([gradient.norm() for gradient in own]).norm()
+            waiting = [parameter.grad.clone() for _, parameter in blocks.encoder.parameters_by_name()]
+            norm = plain()
+            after = [parameter.grad for _, parameter in blocks.encoder.parameters_by_name()]
+            kept.append(all(torch.equal(*pair) for pair in zip(waiting, after, strict=True)))
+            return norm
+
+        block.train_update = train_update  # type: ignore[method-assign]
+    for number in range(2):
+        _, reports = schedule.step(replace(task.example(), sequence=number), update=number == 1, weight=0.5)
+    assert kept == [True, True], "a block leaves the encoder's gradients alone"
+    for report in reports:
+        torch.testing.assert_close(report.gradient_norm, norms[report.block])

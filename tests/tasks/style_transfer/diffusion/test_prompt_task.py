@@ -346,7 +346,8 @@ def test_a_run_whose_data_are_gone_still_paints(tmp_path: Path) -> None:
     argv = [*small(), *NO_PICTURES, "--data.collections", f"{{someone: [{tmp_path}/works]}}"]
     fit(ARTBANK, tmp_path, *argv)
     shutil.rmtree(tmp_path / "works")
-    painter = open_run(tmp_path / "run").task.painter(None)
+    run = open_run(tmp_path / "run")
+    painter = run.task.painter(run.chain, run.predict)
     assert painter.artists == ["someone"]
     assert painter.work("someone") is None
 
