@@ -64,7 +64,7 @@ def place(config: Config, task: Task, world: World, blocks: int, shared: str = "
         )
     if shared and config.placement.memory:
         raise ValueError(
-            f"placement.memory: {shared!r} works in every stage, so there is one stage and no choice; leave it out"
+            f"placement.memory: {shared!r} allows one stage only, so there is nothing to balance; remove the budget"
         )
     if wish:
         return Placement(_named(wish, stages, blocks))

@@ -92,7 +92,7 @@ class Block(nn.Module):
         self.head_module = chain.head.module if span.last else None
         self.criterion = criterion or task.loss
         self.conditioning: tuple[Conditioning, ...] = ()
-        """The encoder that takes the gradients of shared features; needed if the chain has any. It is in a tuple because
+        """The encoder that takes the gradients of shared features; needed if the chain has any. It is in a tuple, since
         a module that is a plain attribute becomes a submodule, and its parameters would count as this block's."""
         self.precision, self.recompute, self.clip_norm = precision, recompute, clip_norm
         self.offload, self.keeps_key_features = offload, keeps_key_features
@@ -296,9 +296,7 @@ class Block(nn.Module):
         for observer in self.observers:
             observer.backward_started()
         way.train_backward(share)
-        assert self.conditioning or not leaves, (
-            "a chain with shared features needs an encoder to train on their gradients"
-        )
+        assert self.conditioning or not leaves, "a chain with shared features needs an encoder for their gradients"
         for conditioning in self.conditioning:
             conditioning.collect(leaves)
         norm = way.train_update() if update else loss.new_full((), float("nan"))
