@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import time
 import uuid
@@ -112,6 +113,9 @@ def join(config: PlacementConfig, device: str) -> World:
         own = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= count and mine.index is None
         mine = torch.device("cuda", local % count if mine.index is None else mine.index)
         torch.cuda.set_device(mine)  # before any collective: NCCL and DeepSpeed use the current device
+    # The first update of any optimizer imports torch._dynamo, which takes seconds. Import it before the ranks meet,
+    # because a neighbour that waits for the first message counts those seconds against placement.timeout.
+    importlib.import_module("torch._dynamo")
     rank, timeout = int(os.environ["RANK"]), timedelta(seconds=config.timeout)
     store = _meet(rank, size, config.timeout)
     # The default group carries small objects of the host, so gloo serves it even where tensors go by NCCL.
