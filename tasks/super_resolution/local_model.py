@@ -38,7 +38,7 @@ class GivenNetwork(Upscaling):
     """The task of a network that BasicSR builds, feeds and evaluates; only loss and auxiliary heads are used."""
 
     def __init__(self, scale: int, auxiliary_tail: str, pixel_loss: nn.Module) -> None:
-        super().__init__(None, scale, auxiliary_tail)
+        super().__init__(scale, auxiliary_tail)
         self.pixel_loss = pixel_loss
 
     def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:

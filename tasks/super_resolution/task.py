@@ -46,7 +46,7 @@ class Upscaling(Task):
         ),
     }
 
-    def __init__(self, config: Any, scale: int, auxiliary_tail: Any) -> None:
+    def __init__(self, scale: int, auxiliary_tail: Any, config: Any = None) -> None:
         super().__init__(config)
         self.scale, self.auxiliary_tail = scale, auxiliary_tail
 
@@ -74,7 +74,7 @@ class SuperResolution(Upscaling):
     config: SuperResolutionConfig
 
     def __init__(self, config: SuperResolutionConfig) -> None:
-        super().__init__(config, config.model.scale, config.model.auxiliary_tail)
+        super().__init__(config.model.scale, config.model.auxiliary_tail, config)
         self._patches: Patches | None = None
         self._test: Pairs | None = None
         self._multiple = 0
