@@ -54,12 +54,17 @@ def estimate_step(blocks: Blocks, config: Config, message: Message, speed: Speed
             block.scaled = False  # a loss scaler reads values, and fake tensors have none
         config = replace(config, local=replace(config.local, compile=False))
         prepare(blocks, config, torch.device("cpu"))
-        message = message.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        message = fake_message(message)
         work = WorkCounter(speed or Speed.infinite())
         footprint = count_bytes(blocks, config, message, beside=lambda: work)
     # ``count_bytes`` runs at most two micro-batches.
     repeats = config.train.accumulate / min(config.train.accumulate, 2)
     return Estimate(footprint, work.seconds * repeats, [block.title for block in blocks])
+
+
+def fake_message(message: Message) -> Message:
+    """A message of the same shapes and types, made of fake tensors; call it inside a ``FakeTensorMode``."""
+    return message.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
 def make_fake(modules: Iterable[nn.Module]) -> None:

@@ -18,7 +18,7 @@ from engine.learning.build import build_blocks, prepare
 from engine.learning.observer import Observer
 from engine.learning.optimizer import build_optimizer
 from engine.learning.precision import autocast
-from engine.memory.estimate import make_fake
+from engine.memory.estimate import fake_message, make_fake
 from engine.memory.footprint import Followed
 from engine.memory.tracker import MemoryTracker
 from engine.memory.work import Speed, WorkCounter
@@ -172,7 +172,7 @@ class Profile:
             network = build_auxiliary(
                 config.local.auxiliary, trace.chain, span, FeatureBank(), self._task, config.train.seed
             )
-            message = trace.messages[stop - 1].map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+            message = fake_message(trace.messages[stop - 1])
             # Most auxiliary networks of a stage are alike, so each distinct one runs only once.
             shapes = tuple((name, tuple(value.shape)) for name, value in network.state_dict().items())
             key = type(network), shapes, tuple(message.x.shape), message.x.dtype
@@ -230,7 +230,7 @@ class _Trace:
             make_fake([self.chain.model, block])
             block.scaled = False  # a loss scaler reads values, and fake tensors have none
             prepare(blocks, config, torch.device("cpu"))
-            message = shapes_of(task.example).map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+            message = fake_message(shapes_of(task.example))
             tracker, work = MemoryTracker(), WorkCounter(speed)
             tracker.add(message.tensors(), "activations")
             self.batch = tracker.live_bytes

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engine.config import Config
 from engine.learning.blocks import Blocks
 from engine.learning.build import arriving_messages, fresh_blocks, prepare
-from engine.memory.estimate import make_fake
+from engine.memory.estimate import fake_message, make_fake
 from engine.memory.footprint import count_bytes
 from engine.task import Task
 
@@ -32,9 +32,9 @@ class Sizes:
             make_fake([blocks[0].chain.model, *blocks])
             for block, message in zip(blocks, arriving, strict=True):
                 block.scaled = False  # a loss scaler reads values, and fake tensors have none
-                prepare(Blocks([block]), plain, torch.device("cpu"))
-                message = message.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
-                self._peaks.append(count_bytes(Blocks([block]), plain, message).peak_bytes)
+                alone = Blocks([block])
+                prepare(alone, plain, torch.device("cpu"))
+                self._peaks.append(count_bytes(alone, plain, fake_message(message)).peak_bytes)
                 assert block.optimizer is not None
                 held = [*block.parameters(), *block.buffers()]
                 held += [value for state in block.optimizer.state.values() for value in state.values()]

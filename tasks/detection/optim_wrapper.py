@@ -10,9 +10,7 @@ from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from torch import Tensor, nn
 
 from engine.learning.block import Block
-
-OF_AUXILIARY = "auxiliary."
-"""Prefix of the parameter names of auxiliary networks, here and in ``paramwise_cfg``."""
+from engine.run.checkpoint import AUXILIARY
 
 
 class BlockOptimWrappers(OptimWrapperDict):
@@ -38,7 +36,7 @@ def part_of(detector: nn.Module, block: Block) -> nn.Module:
     """
     part = _part(detector, {id(parameter) for parameter in block.parameters()})
     if block.auxiliary is not None:
-        part.add_module(OF_AUXILIARY.rstrip("."), block.auxiliary)
+        part.add_module(AUXILIARY.rstrip("."), block.auxiliary)
     return part
 
 
@@ -100,6 +98,6 @@ def optimizer_by_name(parameters: Mapping[str, Sequence[str]], saved: Mapping[st
         state = saved.get(wrapper, {}).get("state", {})
         for number, name in enumerate(names):
             for key, value in state.get(number, {}).items():
-                if value is not None and not name.startswith(OF_AUXILIARY):
+                if value is not None and not name.startswith(AUXILIARY):
                     found[f"{name}:{key}"] = torch.as_tensor(value)
     return found

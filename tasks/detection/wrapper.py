@@ -23,10 +23,9 @@ from engine.learning.build import build_blocks
 from engine.memory.footprint import Followed
 from engine.memory.tracker import MemoryTracker, Moment
 from engine.network.message import Message
-from engine.run.checkpoint import Division
+from engine.run.checkpoint import AUXILIARY, Division
 from tasks.detection.chain import detector_chain
 from tasks.detection.optim_wrapper import (
-    OF_AUXILIARY,
     BlockOptimWrappers,
     names_end_to_end,
     names_in_order,
@@ -209,7 +208,7 @@ class LocalModel(nn.Module):
             name: tensor.detach()
             for block in self.blocks
             for name, tensor in block.named_state().items()
-            if name.startswith(OF_AUXILIARY)
+            if name.startswith(AUXILIARY)
         }
 
 
