@@ -25,6 +25,7 @@ PRELOADED = [
     *("torch._dynamo", "engine.run.trainer", "engine.utilities.page", "tests.engine.distributed.test_pipeline"),
     *("engine.learning.auxiliary.glcan", "engine.learning.auxiliary.greedy", "tasks.classification.timm_chain"),
     *("torchvision.transforms.v2", "sklearn.datasets", "matplotlib.backends.backend_svg"),
+    *("tools.train", "tasks.classification.task"),
 ]
 
 

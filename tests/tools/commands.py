@@ -48,6 +48,17 @@ def call(*words: str, tool: str = "train", cwd: Path) -> subprocess.CompletedPro
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
+def typed(words: list[str], cwd: Path | None = None) -> None:
+    """What each of torchrun's processes does, for ``tests.ranks.run_ranks``."""
+    sys.argv[1:] = words
+    if cwd is not None:
+        os.chdir(cwd)
+    try:
+        run_tool(importlib.import_module("tools.train").main)
+    except SystemExit as left:
+        os._exit(int(left.code or 0))
+
+
 @contextlib.contextmanager
 def _at(folder: Path) -> Iterator[None]:
     before = Path.cwd()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import forked
-from tests.tools.commands import ALONE, ROOT, SMOKE, assert_refused, call, run
+from tests.ranks import forked, run_ranks, values
+from tests.tools.commands import ALONE, ROOT, SMOKE, assert_refused, call, run, typed
 
 
 def test_estimate_measure_and_compare(tmp_path: Path) -> None:
@@ -40,11 +40,13 @@ def test_estimate_measure_and_compare(tmp_path: Path) -> None:
 def test_an_estimate_needs_no_data(tmp_path: Path) -> None:
     """ImageNet and CIFAR-10 are not here; what they would need is known all the same."""
     config = ROOT / "tasks/classification/configs/cifar10_resnet32_k16_glcan.yaml"
-    done = call("estimate", "--config", str(config), "--data.root", "nowhere", tool="memory", cwd=tmp_path)
+    smaller = ["--model.name", "resnet8", "--local.blocks", "2"]
+    done = call("estimate", "--config", str(config), *smaller, "--data.root", "nowhere", tool="memory", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_imagenet_in_two_gibibytes(tmp_path: Path) -> None:
     """ResNet-101, batch 256, 224 px, 4 blocks: all four rows, with what the whole process took."""
     config = ROOT / "tasks/classification/configs/imagenet_resnet101_k4_glcan.yaml"
@@ -126,7 +128,7 @@ BAD_INPUT = [
 ]
 
 
-def typed(room: Path, tool: str, words: list[str]) -> list[str]:
+def given(room: Path, tool: str, words: list[str]) -> list[str]:
     """The command line, in a folder with a config of the user's."""
     (room / "mine.yaml").write_text("task: classification\n")
     return [words[0], *SMOKE, *words[1:]] if tool == "memory" else [*SMOKE, *words]
@@ -143,7 +145,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with forked():
-        assert_refused(call(*typed(tmp_path, tool, words), tool=tool, cwd=tmp_path), message)
+        assert_refused(call(*given(tmp_path, tool, words), tool=tool, cwd=tmp_path), message)
     assert_nothing_written(tmp_path)
 
 
@@ -151,20 +153,20 @@ def test_bad_input_is_one_line_and_exit_code_2(
     ("tool", "words", "message"), [BAD_INPUT[0], BAD_INPUT[6]], ids=["an option of plan's own", "a config's of memory"]
 )
 def test_bad_input_as_a_user_types_it(tmp_path: Path, tool: str, words: list[str], message: str) -> None:
-    assert_refused(run(*typed(tmp_path, tool, words), tool=tool, cwd=tmp_path), message)
+    assert_refused(run(*given(tmp_path, tool, words), tool=tool, cwd=tmp_path), message)
     assert_nothing_written(tmp_path)
 
 
 def test_a_plan_for_ranks_trains_as_it_is(tmp_path: Path) -> None:
-    planned = run(*SMOKE, "--ranks", "2", "--out", "p.yaml", "--json", "p.json", tool="plan", cwd=tmp_path)
+    with forked():
+        planned = call(*SMOKE, "--ranks", "2", "--out", "p.yaml", "--json", "p.json", tool="plan", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
     found = json.loads((tmp_path / "p.json").read_text())
     assert found["stages"] == [0, 1]
     assert len(found["cut"]) == 1
     assert max(found["predicted_busy"]) == 1
     command = planned.stdout[planned.stdout.rindex("torchrun") :].split()
-    assert command[3] == "2"
-    train = [sys.executable, "-m", "torch.distributed.run", *command[1:4], str(ROOT / "tools/train.py"), *command[5:]]
-    subprocess.run(train, cwd=tmp_path, env=ALONE, check=True, capture_output=True, timeout=120)
+    assert command[1:5] == ["--standalone", "--nproc-per-node", "2", "tools/train.py"]
+    values(run_ranks(2, typed, command[5:], tmp_path))
     summary = json.loads((tmp_path / "runs/p/summary.json").read_text())
     assert [rank["blocks"] for rank in summary["ranks"]] == [[0], [1]]

@@ -16,11 +16,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from engine.utilities.command import run_tool
 from tests.ranks import run_ranks
-from tests.tools.commands import ALONE, ROOT, SMOKE, call
+from tests.tools.commands import ALONE, ROOT, SMOKE, call, typed
 from tests.toy import assert_equal
-from tools import train
 
 CONFIG = [*SMOKE, "--local.blocks", "4"]
 LONG = [*CONFIG, "--train.epochs", "8", "--train.steps", "0", "--placement.stages", "[0,0,1,1]"]
@@ -99,6 +97,7 @@ def test_torchrun_starts_again_from_the_newest_checkpoint(tmp_path: Path) -> Non
     assert_equal(weights(runs / "smoke"), weights(tmp_path / "alone/smoke"))
 
 
+@pytest.mark.slow
 def test_a_second_failure_is_said_as_the_first_was(tmp_path: Path) -> None:
     """torchrun's store keeps what was said before a restart, and no rank said anything any more."""
     runs = tmp_path / "runs"
@@ -130,6 +129,7 @@ def test_sigterm_saves_though_loaders_have_workers(tmp_path: Path) -> None:
     assert json.loads((runs / "smoke/summary.json").read_text())["interrupted"]
 
 
+@pytest.mark.slow
 def test_a_job_without_restarts_ends_with_one_cause_and_no_orphan(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     words = [*LONG, "--output.root", str(runs), "--train.save_every", "3", "--data.workers", "1"]
@@ -149,6 +149,7 @@ def test_a_job_without_restarts_ends_with_one_cause_and_no_orphan(tmp_path: Path
     assert workers(str(runs)) == {}
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_ended_with_the_job(tmp_path: Path) -> None:
     """Stopped for good: its neighbour says after `placement.timeout` whom it waited for and at which step."""
     runs = tmp_path / "runs"
@@ -174,6 +175,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 def test_a_wrong_key_is_said_once(tmp_path: Path) -> None:
     words, cause = WRONG[0]
     job = torchrun("--standalone", "--nproc-per-node", "2", str(ROOT / "tools/train.py"), *CONFIG, *words)
@@ -186,21 +188,12 @@ def test_a_wrong_key_is_said_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("words", "cause"), WRONG)
 def test_a_wrong_key_is_said_by_one_rank(tmp_path: Path, words: list[str], cause: str) -> None:
-    ended = run_ranks(2, _typed, [*CONFIG, *words, "--output.root", str(tmp_path / "runs")])
+    ended = run_ranks(2, typed, [*CONFIG, *words, "--output.root", str(tmp_path / "runs")])
     assert [each.code for each in ended] == [2, 2]
     said = "".join(each.said for each in ended)
     assert said.count("error: ") == 1, said
     assert cause in said
     assert not (tmp_path / "runs").exists()
-
-
-def _typed(words: list[str]) -> None:
-    """What torchrun's processes do."""
-    sys.argv[1:] = words
-    try:
-        run_tool(train.main)
-    except SystemExit as left:
-        os._exit(int(left.code or 0))
 
 
 @pytest.fixture
@@ -232,6 +225,7 @@ def hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+@pytest.mark.slow
 def test_two_hosts(hosts: list[str], tmp_path: Path) -> None:
     """The standard rendezvous options; the folder of runs is shared, as it must be."""
     processes = []

@@ -219,10 +219,10 @@ def test_by_block_has_every_blocks_peak() -> None:
 @pytest.mark.parametrize(
     ("model", "blocks", "auxiliary", "bound"),
     [
-        ("resnet110", 55, "glcan", 0.065),
+        pytest.param("resnet110", 55, "glcan", 0.065, marks=pytest.mark.slow),
         ("resnet32", 16, "glcan", 0.20),
         ("resnet32", 4, "glcan", 0.44),
-        ("resnet110", 16, "glcan", 0.125),
+        pytest.param("resnet110", 16, "glcan", 0.125, marks=pytest.mark.slow),
     ],
 )
 def test_share_of_end_to_end(model: str, blocks: int, auxiliary: str, bound: float) -> None:
@@ -230,19 +230,25 @@ def test_share_of_end_to_end(model: str, blocks: int, auxiliary: str, bound: flo
     assert share <= bound, f"{share:.3f}"
 
 
-@pytest.mark.parametrize(("model", "blocks", "expected"), [("resnet110", 55, 0.06), ("resnet32", 16, 0.19)])
+@pytest.mark.parametrize(
+    ("model", "blocks", "expected"),
+    [pytest.param("resnet110", 55, 0.06, marks=pytest.mark.slow), ("resnet32", 16, 0.19)],
+)
 def test_dgl_needs_what_its_published_code_needs(model: str, blocks: int, expected: float) -> None:
     """Measured on the published code: 6 and 19 %; agreement says that the accounting is right."""
     share = local(model, blocks, "dgl").peak_bytes / end_to_end(model)
     assert share == pytest.approx(expected, abs=0.01)
 
 
-@pytest.mark.parametrize(("model", "expected"), [("resnet110", 0.27), ("resnet32", 0.33)])
+@pytest.mark.parametrize(
+    ("model", "expected"), [pytest.param("resnet110", 0.27, marks=pytest.mark.slow), ("resnet32", 0.33)]
+)
 def test_checkpointing_needs_what_published_code_needs(model: str, expected: float) -> None:
     found = peak("--model.name", model, "--local.schedule", "end_to_end", "--local.recompute", "units")
     assert found.peak_bytes / end_to_end(model) == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.slow
 def test_local_learning_beats_checkpointing_in_memory() -> None:
     rival = peak("--model.name", "resnet110", "--local.schedule", "end_to_end", "--local.recompute", "units")
     assert local("resnet110", 16, "glcan").peak_bytes < 0.6 * rival.peak_bytes

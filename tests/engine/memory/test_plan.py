@@ -73,10 +73,17 @@ def profile_of(*network: str) -> Profile:
 @pytest.mark.parametrize(
     "network",
     [
-        ["--model.name", "resnet32", "--data.batch", "256"],
-        ["--model.name", "resnet32", "--data.batch", "64", "--train.accumulate", "2", "--local.auxiliary", "dgl"],
-        ["--model.name", "timm:vit_tiny_patch16_224", "--data.size", "64", "--optimizer.name", "adamw"],
-        ["--model.name", "timm:resnet18", "--data.size", "64", "--local.precision", "bf16"],
+        ["--model.name", "resnet14", "--data.batch", "256"],
+        ["--model.name", "resnet14", "--data.batch", "64", "--train.accumulate", "2", "--local.auxiliary", "dgl"],
+        pytest.param(["--model.name", "resnet32", "--data.batch", "256"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--model.name", "timm:vit_tiny_patch16_224", "--data.size", "64", "--optimizer.name", "adamw"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--model.name", "timm:resnet18", "--data.size", "64", "--local.precision", "bf16"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_profile_is_close_to_the_estimate(network: list[str], recompute: str) -> None:
@@ -96,6 +103,7 @@ def test_a_profile_is_close_to_the_estimate(network: list[str], recompute: str) 
         assert seconds == pytest.approx(estimate.step_seconds, rel=0.2), blocks
 
 
+@pytest.mark.slow
 def test_no_fewer_blocks_fit() -> None:
     """Every cut of a short network into fewer blocks, tried: none fits. Of those with as many, none is faster."""
     argv = [*CONFIG, "--model.name", "resnet14", "--data.batch", "64"]
@@ -116,14 +124,14 @@ def test_no_fewer_blocks_fit() -> None:
 
 
 def test_end_to_end_is_chosen_where_it_fits() -> None:
-    plan = planned(CONFIG, 2**30)
+    plan = planned([*CONFIG, "--model.name", "resnet8"], 2**30)
     assert plan.chosen is plan.rivals[0]
     assert plan.chosen.config.local.schedule == "end_to_end"
 
 
 def test_the_micro_batch_is_the_last_resort() -> None:
-    argv = [*CONFIG, "--model.name", "resnet14", "--data.batch", "64", "--data.subset", "640"]
-    smallest = estimate_variant(Variant("", ("--local.blocks", "7")), argv, load).footprint.peak_bytes
+    argv = [*CONFIG, "--model.name", "resnet8", "--data.batch", "64", "--data.subset", "640"]
+    smallest = estimate_variant(Variant("", ("--local.blocks", "4")), argv, load).footprint.peak_bytes
     assert planned(argv, smallest).chosen.config.train.accumulate == 1
     plan = planned(argv, int(0.6 * smallest))
     assert plan.chosen.config.train.accumulate == 2
@@ -160,7 +168,7 @@ def test_a_block_always_has_something_to_train() -> None:
 
 
 def test_a_plan_is_a_config_that_train_reads(tmp_path) -> None:
-    plan = planned([*CONFIG, "--model.name", "resnet14"], 40 * MIB)
+    plan = planned([*CONFIG, "--model.name", "resnet8"], 40 * MIB)
     write_plan(plan, tmp_path / "plan.yaml")
     read = parse(type(plan.chosen.config), ["--config", str(tmp_path / "plan.yaml")])
     assert replace(read, output=plan.chosen.config.output) == plan.chosen.config
@@ -176,8 +184,8 @@ IMAGENET = ["imagenet_resnet101_k4_glcan.yaml", "--train.accumulate", "1"]
 
 def test_what_trains_in_a_budget_evaluates_in_it() -> None:
     """Evaluation took the whole batch at once, however small the micro-batches."""
-    argv = [*CONFIG, "--model.name", "resnet14", "--data.batch", "256"]
-    plan = planned(argv, 18 * MIB)
+    argv = [*CONFIG, "--model.name", "resnet8", "--data.batch", "256"]
+    plan = planned(argv, 12 * MIB)
     chosen = plan.chosen
     assert chosen.micro_batch <= 64
     stepper = Stepper(chosen.config, find_task("classification").build(chosen.config))
@@ -200,6 +208,7 @@ def test_micro_batches_of_one_are_planned_where_nothing_normalises_over_the_batc
     assert [each.train.accumulate for each in _micro_batches(settings, build)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_smallest_cut_beats_equal_numbers_of_units() -> None:
     argv = ["--config", "tasks/classification/configs/imagenet_resnet101_k4_glcan.yaml"]
     config, _ = load(argv)
@@ -210,7 +219,7 @@ def test_the_smallest_cut_beats_equal_numbers_of_units() -> None:
 
 def test_a_plan_needs_no_data(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.classification.task.load_images", None)
-    argv = ["--config", "tasks/classification/configs/cifar10_resnet32_k16_glcan.yaml", "--model.name", "resnet14"]
+    argv = ["--config", "tasks/classification/configs/cifar10_resnet32_k16_glcan.yaml", "--model.name", "resnet8"]
     assert planned(argv, 130 * MIB).chosen.config.train.accumulate > 1
 
 

@@ -78,7 +78,7 @@ def _spoil(made: Trainer, block: Any, trouble: str, step: int) -> None:
     block.local_step = local_step
 
 
-@pytest.mark.parametrize("block", [0, 1, 2, 3])
+@pytest.mark.parametrize("block", [1, 2])
 def test_an_exception_in_a_block_names_block_and_message(block: int, tmp_path: Path) -> None:
     rank, said = one_cause(run_ranks(2, broken_run, spread(tmp_path), "raise", block, 5))
     assert rank == block // 2
@@ -282,6 +282,7 @@ class Varying(Toy):
             yield [Message({"x": self.x[:size]}, self.y[:size])]
 
 
+@pytest.mark.slow
 def test_nothing_grows_over_2000_steps_of_varying_shapes(tmp_path: Path) -> None:
     settings = changed(config(local__blocks=4, train__epochs=1, train__log_every=100, optimizer__lr=1e-5), tmp_path)
     settings.placement.stages = [0, 0, 1, 1]
@@ -306,13 +307,13 @@ def _long(settings: Config, steps: int) -> tuple[int, int]:
 
 
 def test_ctrl_c_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:
-    ended = values(run_ranks(2, _interrupted, spread(tmp_path, train__epochs=50)))
+    ended = values(run_ranks(2, _interrupted, spread(tmp_path, train__epochs=10)))
     assert ended[0] == ended[1]
     step, interrupted = ended[0]
     assert interrupted
     assert (tmp_path / f"run/checkpoints/step_{step}/state.json").is_file()
-    parts = values(run_ranks(2, fit, spread(tmp_path, train__epochs=50, train__resume="auto")))
-    whole = values(run_ranks(1, fit, toy(tmp_path / "whole", train__epochs=50)))
+    parts = values(run_ranks(2, fit, spread(tmp_path, train__epochs=10, train__resume="auto")))
+    whole = values(run_ranks(1, fit, toy(tmp_path / "whole", train__epochs=10)))
     assert_equal(dict(sorted(joined(parts).items())), dict(sorted(joined(whole).items())))
 
 
