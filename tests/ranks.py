@@ -118,6 +118,26 @@ def _preloaded() -> Iterator[None]:
         forkserver.connect_to_new_process = plain
 
 
+def start_forked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A process that calls ``function``, with all imports done; what it prints is dropped."""
+    process = CONTEXT.Process(target=_silent, args=(function, arguments), daemon=True)
+    with _preloaded():
+        process.start()
+    return process
+
+
+def _silent(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        function(*arguments)
+
+
 @contextlib.contextmanager
 def forked() -> Iterator[None]:
     """Meanwhile, what the engine would start as fresh interpreters are forks as ranks are, with all imports done.

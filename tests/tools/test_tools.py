@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tools.commands import ALONE, ROOT, SMOKE, assert_refused, call, run
+from tests.ranks import start_forked
+from tests.tools.commands import ALONE, ROOT, SMOKE, assert_refused, call, run, typed
 
 
 def test_train_evaluate_export_under_torchrun(tmp_path: Path) -> None:
@@ -135,22 +136,20 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
 
     words = [*SMOKE, "--train.steps", "0", "--train.epochs", "3", "--train.save_every", "1", "--train.keep", "3"]
     assert call(*words, "--output.name", "whole", cwd=tmp_path).returncode == 0
-    command = [sys.executable, str(ROOT / "tools/train.py"), *words, "--output.name", "r", "--train.resume", "auto"]
+    resuming = [*words, "--output.name", "r", "--train.resume", "auto"]
     folder = tmp_path / "runs/r/checkpoints"
     for target in (2, 7, 12):
-        running = subprocess.Popen(
-            command, cwd=tmp_path, env=ALONE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        running = start_forked(typed, resuming, tmp_path)
         deadline = time.monotonic() + 120
-        while running.poll() is None and time.monotonic() < deadline:
+        while running.is_alive() and time.monotonic() < deadline:
             if folder.is_dir() and any(path.name == f".step_{target}.writing" for path in folder.iterdir()):
                 break
             if (folder / f"step_{target}").is_dir():
                 break
             time.sleep(0.001)
         running.kill()
-        running.wait()
-    done = call(*words, "--output.name", "r", "--train.resume", "auto", cwd=tmp_path)
+        running.join()
+    done = call(*resuming, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resumed" in done.stdout
     whole = tmp_path / "runs/whole/checkpoints"

@@ -80,7 +80,7 @@ def test_any_other_failure_is_an_error_with_its_cause() -> None:
 def test_a_fresh_process_each_and_nothing_carried_over() -> None:
     """The same variant, measured after a larger one, needs what it needs alone; its resident set too."""
     small = ("--model.name", "resnet8", "--local.blocks", "2")
-    variants = [Variant("large", ("--data.batch", "512", "--data.size", "64")), Variant("small", small)]
+    variants = [Variant("large", ("--data.batch", "256", "--data.size", "48")), Variant("small", small)]
     after = measure(variants, SMOKE, load, steps=0)
     alone = measure(variants[1:], SMOKE, load, steps=0)
     large, one, other = after["large"].memory, after["small"].memory, alone["small"].memory
