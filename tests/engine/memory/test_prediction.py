@@ -12,9 +12,12 @@ from tasks import load
 SMOKE = ["--config", "tasks/classification/configs/smoke.yaml"]
 
 
-def draw(chance: random.Random) -> list[str]:
+SMALL = [("resnet8", 4), ("resnet14", 7)]
+LARGER = [("timm:resnet18", 9), ("timm:vit_tiny_patch16_224", 14)]
+
+
+def draw(chance: random.Random, networks: list[tuple[str, int]]) -> list[str]:
     """Any configuration that the engine knows, small enough for a test."""
-    networks = [("resnet8", 4), ("resnet14", 7), ("timm:resnet18", 9), ("timm:vit_tiny_patch16_224", 14)]
     model, most = chance.choice(networks)
     words = ["--model.name", model, "--data.size", "32", "--data.batch", str(chance.choice([4, 12, 16, 30]))]
     words += ["--local.schedule", chance.choice(["sequential", "sequential", "sequential", "end_to_end"])]
@@ -30,12 +33,15 @@ def draw(chance: random.Random) -> list[str]:
     return [*words, "--optimizer.clip_norm", str(chance.choice([0, 1]))]
 
 
-def test_ten_configurations_drawn_at_random() -> None:
+@pytest.mark.parametrize(
+    ("networks", "count"), [(SMALL, 2), pytest.param(SMALL + LARGER, 10, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_configurations_drawn_at_random(networks: list[tuple[str, int]], count: int) -> None:
     """Within 1 %; SEED draws the same ones again."""
     seed = int(os.environ.get("SEED", random.randrange(10**6)))
     chance = random.Random(seed)
-    for _ in range(10):
-        words = draw(chance)
+    for _ in range(count):
+        words = draw(chance, networks)
         predicted = estimate_variant(Variant("", ()), [*SMOKE, *words], load).footprint
         measured = Stepper(*load([*SMOKE, *words, "--train.device", "cpu"])).memory().footprint
         about = f"SEED={seed}, {' '.join(words)}: {predicted.peak} predicted, {measured.peak} measured"
