@@ -60,6 +60,7 @@ def check_losses(entries: Sequence[Entry], found: dict[str, Taken]) -> None:
         assert found[entry.name].losses[-1] == pytest.approx(reference(parts), rel=1e-3), entry.name
 
 
+@pytest.mark.slow
 def test_torch_takes_the_steps_it_should() -> None:
     """Pipelines accumulate micro-batches' gradients, replicas average theirs: each is its reference's step."""
     entries = [one_process()[0], *rivals(["pipelining", "replicas"], 2, EVEN)]
@@ -83,6 +84,7 @@ def test_torch_takes_the_steps_it_should() -> None:
     assert found["one process: end-to-end"].sent_bytes == [0]
 
 
+@pytest.mark.slow
 def test_deepspeed_takes_the_steps_it_should() -> None:
     pytest.importorskip("deepspeed")
     entries = rivals(["deepspeed"], 2, EVEN)
@@ -221,6 +223,7 @@ def test_what_would_not_be_the_same_for_all_is_refused(more: list[str], message:
         main([*WORDS, *more])
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--json", str(tmp_path / "p.json"), "--html", str(tmp_path / "p.html")]
     main([*WORDS, *files, "--rivals", "replicas", "--micro-batches", "4", "--steps", "2"])

@@ -16,6 +16,7 @@ WORDS = ["--config", str(ROOT / "tasks/classification/configs/smoke.yaml"), "--d
 WORDS += ["--train.device", "cpu", "--local.cut", "[]", "--steps", "2"]
 
 
+@pytest.mark.slow
 def test_latency(tmp_path: Path) -> None:
     file = tmp_path / "l.json"
     latency.main([*WORDS, "--delays", "0", "100", "--micro-batches", "2", "--json", str(file)])
@@ -29,6 +30,7 @@ def test_latency(tmp_path: Path) -> None:
     assert rows[3]["step_seconds"] > rows[2]["step_seconds"] + 0.1, "there and back, at least once a step"
 
 
+@pytest.mark.slow
 def test_simulated(tmp_path: Path) -> None:
     file = tmp_path / "s.json"
     page = tmp_path / "s.html"
