@@ -57,7 +57,7 @@ def test_configs_are_complete_and_named_by_their_task(path: Path) -> None:
 
 
 def test_one_block_is_the_plain_training_step_to_the_bit() -> None:
-    """Three steps of the engine, and of a loop as anyone would write it."""
+    """Two steps of the engine, and of a loop as anyone would write it."""
     settings = scin(local__schedule="end_to_end")
     task = SCINTransfer(settings)
     _, blocks, schedule = blocks_of(task, settings)
@@ -68,7 +68,7 @@ def test_one_block_is_the_plain_training_step_to_the_bit() -> None:
     parts = [list(network.pe.parameters()), [p for n, p in network.named_parameters() if not n.startswith("pe.")]]
     parts[1] += list(criterion.parameters())
     optimizers = [torch.optim.AdamW(part, 1e-3, (0.9, 0.999), weight_decay=0.0, foreach=True) for part in parts]
-    for sequence in range(3):
+    for sequence in range(2):
         message = task.example()
         _, (report,) = schedule.step(Message(message.features, message.targets, sequence=sequence))
         loss = criterion(network_chain(network)(message), message.targets)
@@ -103,7 +103,9 @@ def gradients(task: SCINTransfer, **changes: Any) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
-@pytest.mark.parametrize("changes", [{"local__cut": CUT}, {"local__schedule": "end_to_end"}])
+@pytest.mark.parametrize(
+    "changes", [{"local__cut": CUT}, pytest.param({"local__schedule": "end_to_end"}, marks=pytest.mark.slow)]
+)
 def test_recomputing_activations_changes_no_gradient(changes: dict[str, Any]) -> None:
     kept, recomputed = (gradients(task_of(), **changes, local__recompute=each) for each in ("none", "units"))
     assert len(kept) > 50
@@ -111,7 +113,10 @@ def test_recomputing_activations_changes_no_gradient(changes: dict[str, Any]) ->
         assert (recomputed[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-5, name
 
 
-WAYS: dict[str, dict[str, Any]] = {"local": {"local__cut": CUT}, "end to end": {"local__schedule": "end_to_end"}}
+WAYS: dict[str, dict[str, Any]] = {
+    "local": {"local__cut": ["stage1", "stage3"]},  # a block of each kind: first, middle, last
+    "end to end": {"local__schedule": "end_to_end"},
+}
 
 
 @functools.cache
@@ -154,7 +159,7 @@ def test_ranks_give_the_bits_of_one_process(tmp_path: Path) -> None:
     assert course(tmp_path / "two", "style_loss") == course(tmp_path / "one", "style_loss")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_replicas_share_batches_and_agree(tmp_path: Path, kind: str) -> None:
     """Each contrasts its own pairs, so the figures are not one process's; but both must have the same weights."""
     options = "--placement.replicas", "2", "--data.batch", "4", "--placement.replication", kind
