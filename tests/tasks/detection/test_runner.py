@@ -283,6 +283,11 @@ def test_both_doors_give_the_same_bits(data: Path, tmp_path: Path, base: str | N
                 "model.neck.in_channels": [8, 16, 32, 64],
                 "model.roi_head.bbox_head.num_classes": len(CLASSES),
                 "model.roi_head.bbox_head.fc_out_channels": 64,
+                "model.neck.out_channels": 64,
+                "model.rpn_head.in_channels": 64,
+                "model.rpn_head.feat_channels": 64,
+                "model.roi_head.bbox_roi_extractor.out_channels": 64,
+                "model.roi_head.bbox_head.in_channels": 64,
             }
         )
         # From scratch nothing is frozen.
