@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import json
 import os
@@ -77,12 +78,30 @@ def forget() -> None:
         kind._instance_dict.clear()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_to_collect() -> Iterator[None]:
+    """Every data set of MMEngine's collects garbage, which need not search all that the imports have made."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_said_of_runs() -> Iterator[None]:
+    """What runners say of themselves takes longer than what they are here for."""
+    with (
+        # It asks compilers for their versions, which takes a second.
+        mock.patch("mmengine.runner.runner.collect_env", return_value={}),
+        # It lays out a config as Python in half a second, and a runner writes its config four times.
+        mock.patch("yapf.yapflib.yapf_api.FormatCode", side_effect=lambda code, **_: (code, False)),
+    ):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
     forget()
-    # It asks compilers for their versions, which takes a second.
-    with mock.patch("mmengine.runner.runner.collect_env", return_value={}):
-        yield
+    yield
     forget()
 
 
@@ -152,6 +171,27 @@ def train(config: Config) -> LocalRunner:
     return runner
 
 
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalRunner:
+    """A runner that has trained by blocks for an epoch; only to be looked at, as its folder is."""
+    return train(local(data, tmp_path_factory.mktemp("trained")))
+
+
+@pytest.fixture(scope="module")
+def stock(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """MMEngine's own runner that has trained end to end for an epoch; only to be looked at, as its folder is."""
+    runner = make(plain(data, tmp_path_factory.mktemp("stock")))
+    runner.train()
+    return runner
+
+
+def go_on_from(runner: Runner, work: Path) -> None:
+    """Put the checkpoint that ``runner`` has written after the first epoch where another one resumes."""
+    work.mkdir(exist_ok=True)
+    shutil.copy(Path(runner.work_dir) / "epoch_1.pth", work)
+    (work / "last_checkpoint").write_text(str(work / "epoch_1.pth"))
+
+
 def prepared(config: Config) -> LocalRunner:
     """A runner that is about to train."""
     runner = make(config)
@@ -197,8 +237,8 @@ def load(file: Path) -> dict[str, Any]:
     return content
 
 
-def test_a_run_is_logged_evaluated_and_saved_for_stock_tools(data: Path, tmp_path: Path) -> None:
-    runner = train(local(data, tmp_path))
+def test_a_run_is_logged_evaluated_and_saved_for_stock_tools(data: Path, trained: LocalRunner, tmp_path: Path) -> None:
+    runner, checkpoint = trained, Path(trained.work_dir) / "epoch_1.pth"
     found = scalars(runner)
     losses = [line for line in found if "loss" in line]
     assert len(losses) == IMAGES / BATCH
@@ -213,11 +253,12 @@ def test_a_run_is_logged_evaluated_and_saved_for_stock_tools(data: Path, tmp_pat
     assert "stem ... layer1.1" in log(runner)
     assert any("coco/bbox_mAP" in line for line in found)
 
-    saved = load(tmp_path / "epoch_1.pth")
-    stock = MODELS.build(plain(data, tmp_path).model)
+    saved = load(checkpoint)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        stock = MODELS.build(plain(data, tmp_path).model)
     assert list(saved["state_dict"]) == list(stock.state_dict())
     plain(data, tmp_path).dump(tmp_path / "plain.py")
-    detector = init_detector(tmp_path / "plain.py", str(tmp_path / "epoch_1.pth"), device="cpu")
+    detector = init_detector(tmp_path / "plain.py", str(checkpoint), device="cpu")
     detector.load_state_dict(saved["state_dict"], strict=True)
     runner.model.eval()
     for sample in runner.model.val_step(next(iter(runner.val_dataloader))):
@@ -242,6 +283,11 @@ def test_both_doors_give_the_same_bits(data: Path, tmp_path: Path, base: str | N
                 "model.neck.in_channels": [8, 16, 32, 64],
                 "model.roi_head.bbox_head.num_classes": len(CLASSES),
                 "model.roi_head.bbox_head.fc_out_channels": 64,
+                "model.neck.out_channels": 64,
+                "model.rpn_head.in_channels": 64,
+                "model.rpn_head.feat_channels": 64,
+                "model.roi_head.bbox_roi_extractor.out_channels": 64,
+                "model.roi_head.bbox_head.in_channels": 64,
             }
         )
         # From scratch nothing is frozen.
@@ -282,9 +328,9 @@ def test_both_doors_give_the_same_bits(data: Path, tmp_path: Path, base: str | N
     )
 
 
-def test_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(data: Path, trained: LocalRunner, tmp_path: Path) -> None:
     straight = train(local(data, tmp_path / "a", **{"train_cfg.max_epochs": 2}))
-    train(local(data, tmp_path / "b"))
+    go_on_from(trained, tmp_path / "b")
     resumed = train(local(data, tmp_path / "b", **{"train_cfg.max_epochs": 2, "resume": True}))
     assert resumed.iter == 2 * IMAGES / BATCH
     assert "start fresh" not in log(resumed)
@@ -292,14 +338,25 @@ def test_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path) -> 
     assert_equal(state(straight), state(resumed))
 
 
+WARM_UP = {
+    "param_scheduler": [
+        {"type": "LinearLR", "start_factor": 0.1, "by_epoch": False, "begin": 0, "end": 5},
+        {"type": "MultiStepLR", "by_epoch": True, "milestones": [1], "end": 9},
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def warming_up(data: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalRunner:
+    """As ``trained``, with the rate still rising."""
+    return train(local(data, tmp_path_factory.mktemp("warming_up"), **WARM_UP))
+
+
 @pytest.mark.parametrize("cut", [["layer3.0"], ["layer1.0", "layer2.0", "layer3.0", "layer4.0", "head"]])
-def test_resuming_with_other_blocks(data: Path, tmp_path: Path, cut: list[str]) -> None:
-    warm_up = {"type": "LinearLR", "start_factor": 0.1, "by_epoch": False, "begin": 0, "end": 5}
-    step = {"type": "MultiStepLR", "by_epoch": True, "milestones": [1], "end": 9}
-    rates = {"param_scheduler": [warm_up, step]}
-    first = train(local(data, tmp_path, **rates))
-    trained = state(first)
-    config = local(data, tmp_path, local={"cut": cut}, resume=True, **rates)
+def test_resuming_with_other_blocks(data: Path, warming_up: LocalRunner, tmp_path: Path, cut: list[str]) -> None:
+    first = warming_up
+    go_on_from(first, tmp_path)
+    config = local(data, tmp_path, local={"cut": cut}, resume=True, **WARM_UP)
     runner = prepared(config)
     assert runner.iter == 0
     fresh = copy.deepcopy(runner.model.auxiliaries.state_dict())
@@ -312,10 +369,8 @@ def test_resuming_with_other_blocks(data: Path, tmp_path: Path, cut: list[str]) 
     assert_equal(dict(first.model.module.state_dict()), dict(runner.model.module.state_dict()))
     assert all(block.next_sequence == first.iter for block in runner.model.blocks)
     momentum = {name: value for name, value in state(runner).items() if name.startswith("optimizer.")}
-    assert_equal(
-        {name: value for name, value in trained.items() if name.startswith("optimizer.") and "auxiliary" not in name},
-        momentum,
-    )
+    trained = {name: value for name, value in state(first).items() if name.startswith("optimizer.")}
+    assert_equal({name: value for name, value in trained.items() if "auxiliary" not in name}, momentum)
     expected = first.optim_wrapper.get_lr()["lr"][0]
     assert 0 < expected < 0.01
     for wrapper in runner.optim_wrapper.values():
@@ -365,15 +420,14 @@ def test_resuming_from_end_to_end_training(data: Path, tmp_path: Path, changes: 
     assert_equal(expected, {name: value for name, value in state(runner).items() if name.startswith("optimizer.")})
 
 
-def test_one_block_goes_on_as_end_to_end_training_does(data: Path, tmp_path: Path) -> None:
-    make(plain(data, tmp_path / "a")).train()
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
+def test_one_block_goes_on_as_end_to_end_training_does(data: Path, stock: Runner, tmp_path: Path) -> None:
+    for name in "ab":
+        go_on_from(stock, tmp_path / name)
     longer = {"train_cfg.max_epochs": 2, "resume": True}
-    (tmp_path / "b/last_checkpoint").write_text(str(tmp_path / "b/epoch_1.pth"))
-    stock = make(plain(data, tmp_path / "a", **longer))
-    stock.train()
+    whole = make(plain(data, tmp_path / "a", **longer))
+    whole.train()
     runner = train(local(data, tmp_path / "b", local={"blocks": 1}, **longer))
-    assert_equal(dict(stock.model.state_dict()), dict(runner.model.module.state_dict()))
+    assert_equal(dict(whole.model.state_dict()), dict(runner.model.module.state_dict()))
 
 
 @pytest.mark.parametrize(
@@ -386,19 +440,20 @@ def test_one_block_goes_on_as_end_to_end_training_does(data: Path, tmp_path: Pat
     ids=["another optimizer", "other groups", "other shapes"],
 )
 def test_optimizer_state_that_may_be_of_other_parameters_is_left(
-    data: Path, tmp_path: Path, changes: dict[str, Any]
+    data: Path, stock: Runner, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    make(plain(data, tmp_path)).train()
+    go_on_from(stock, tmp_path)
     changes |= {"train_cfg.max_epochs": 2, "resume": True}
     runner = train(local(data, tmp_path, **changes))
     assert ALL_FRESH in log(runner)
 
 
-def test_auxiliary_networks_follow_the_weights_that_the_detector_starts_from(data: Path, tmp_path: Path) -> None:
-    trained = train(local(data, tmp_path / "a"))
+def test_auxiliary_networks_follow_the_weights_that_the_detector_starts_from(
+    data: Path, trained: LocalRunner, tmp_path: Path
+) -> None:
     # At full width the local part is of copies of the detector's own units.
     settings = {"cut": ["layer2.0"], "auxiliary": {"type": "glcan", "width": 1.0}}
-    config = local(data, tmp_path / "b", local=settings, load_from=str(tmp_path / "a/epoch_1.pth"))
+    config = local(data, tmp_path, local=settings, load_from=str(Path(trained.work_dir) / "epoch_1.pth"))
     runner = prepared(config)
     (own,) = runner.model.auxiliaries
 
@@ -588,12 +643,12 @@ def test_moving_average(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"blocks": 1}, {"blocks": 11, "auxiliary": "greedy"}])
-def test_from_one_block_to_as_many_as_units(data: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    runner = train(local(data, tmp_path / "a", local=settings))
+def test_from_one_block_to_as_many_as_units(
+    data: Path, stock: Runner, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    runner = train(local(data, tmp_path, local=settings))
     assert len(runner.model.blocks) == settings["blocks"]
     if settings["blocks"] == 1:
-        stock = make(plain(data, tmp_path / "b"))
-        stock.train()
         assert_equal(dict(stock.model.state_dict()), dict(runner.model.module.state_dict()))
 
 
@@ -635,9 +690,8 @@ def test_importing_once_more_changes_nothing_twice(data: Path, tmp_path: Path, m
     assert runner.iter == IMAGES / BATCH
 
 
-def test_testing_needs_no_blocks(data: Path, tmp_path: Path) -> None:
-    train(local(data, tmp_path))
-    runner = make(local(data, tmp_path, load_from=str(tmp_path / "epoch_1.pth")))
+def test_testing_needs_no_blocks(data: Path, trained: LocalRunner, tmp_path: Path) -> None:
+    runner = make(local(data, tmp_path, load_from=str(Path(trained.work_dir) / "epoch_1.pth")))
     assert "coco/bbox_mAP" in runner.test()
     assert not isinstance(runner.model, LocalModel)
 

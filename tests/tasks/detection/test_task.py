@@ -20,7 +20,9 @@ from engine.memory.footprint import count_bytes
 from engine.network.shapes import shapes_of
 from engine.run.trainer import Trainer
 from engine.utilities.batches import Part
+from tasks.detection import digits
 from tasks.detection.config import DetectionConfig
+from tasks.detection.digits import digits_on_photographs
 from tasks.detection.plain_config import without_downloads
 from tasks.detection.targets import samples_of
 from tasks.detection.task import Detection, _resized_to
@@ -58,32 +60,44 @@ NETWORKS = {
 }
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Digits as ever, but few to be tested on: 60 would take longer than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "COUNTS", {"train": 12, "test": 6})
+        root = digits_on_photographs(tmp_path_factory.mktemp("few"))
+    data = {"name": "coco", "root": root, "subset": 0}
+    data |= {split: f"annotations/{split}.json" for split in ("train", "test")}
+    data |= {f"{split}_images": split for split in ("train", "test")}
+    return tuple(word for key, value in data.items() for word in (f"--data.{key}", str(value)))
+
+
 @pytest.fixture(scope="module", params=list(NETWORKS))
-def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    room = tmp_path_factory.mktemp("alone")
-    (state,) = values(run_ranks(1, fit, room, *NETWORKS[request.param]))
-    return request.param, state, lines(room)
+def alone(request: pytest.FixtureRequest, few: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    network, room = (*few, *NETWORKS[request.param]), tmp_path_factory.mktemp("alone")
+    (state,) = values(run_ranks(1, fit, room, *network))
+    return network, state, lines(room)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_gives_the_bits_of_one_process(alone: Any, ranks: int, tmp_path: Path) -> None:
-    name, state, course = alone
-    parts = values(run_ranks(ranks, fit, tmp_path, *NETWORKS[name]))
+    network, state, course = alone
+    parts = values(run_ranks(ranks, fit, tmp_path, *network))
     assert_equal(dict(sorted(joined(parts).items())), dict(sorted(state.items())))
     assert lines(tmp_path) == course
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(alone: Any, tmp_path: Path) -> None:
-    name, state, course = alone
-    values(run_ranks(2, fit, tmp_path, *NETWORKS[name], "--train.steps", "2"))
-    parts = values(run_ranks(1, fit, tmp_path, *NETWORKS[name], "--train.resume", "auto"))
+    network, state, course = alone
+    values(run_ranks(2, fit, tmp_path, *network, "--train.steps", "2"))
+    parts = values(run_ranks(1, fit, tmp_path, *network, "--train.resume", "auto"))
     assert_equal(dict(sorted(joined(parts).items())), dict(sorted(state.items())))
     assert lines(tmp_path)[-1] == course[-1]
 
 
-def test_an_export_is_what_mmdetection_loads_and_predicts_with(tmp_path: Path) -> None:
+def test_an_export_is_what_mmdetection_loads_and_predicts_with(few: tuple[str, ...], tmp_path: Path) -> None:
     unsure = options(test_cfg__score_thr=0.0)  # so that a hardly trained one predicts something
-    train.main(words(tmp_path, "--model.options", unsure))
+    train.main(words(tmp_path, *few, "--model.options", unsure))
     evaluate.main(["--run", str(tmp_path / "run")])
     assert (tmp_path / "run/evaluation/step_3/predictions.png").is_file()
     target = tmp_path / "out/detector.pth"
@@ -94,7 +108,7 @@ def test_an_export_is_what_mmdetection_loads_and_predicts_with(tmp_path: Path) -
     stock.load_state_dict(content["state_dict"], strict=True)
     assert stock.dataset_meta["classes"] == tuple("0123456789")
 
-    _, task = small_task("--model.options", unsure)
+    _, task = small_task(*few, "--model.options", unsure)
     chain = task.build_chain(initial=False)
     chain.model.load_state_dict(content["state_dict"])
     chain.model.eval()
@@ -154,13 +168,13 @@ def test_parts_of_a_batch_are_the_whole_in_its_order() -> None:
             assert metas == one.targets["meta"]
 
 
-def test_replicas_normalise_by_the_boxes_of_all(tmp_path: Path) -> None:
+def test_replicas_normalise_by_the_boxes_of_all(few: tuple[str, ...], tmp_path: Path) -> None:
     """ATSS divides by the positives of the whole batch, whoever has them, and so do replicas of it."""
-    overrides = (*NETWORKS["atss"], "--train.steps", "1", "--optimizer.name", "sgd", "--optimizer.lr", "0.1")
+    overrides = (*few, *NETWORKS["atss"], "--train.steps", "1", "--optimizer.name", "sgd", "--optimizer.lr", "0.1")
     (alone,) = values(run_ranks(1, fit, tmp_path / "alone", *overrides))
     first, second = values(run_ranks(2, fit, tmp_path / "two", *overrides, "--placement.replicas", "2"))
     assert_equal(first, second)
-    start = small_task(*NETWORKS["atss"])[1].build_chain().model.state_dict()
+    start = small_task(*few, *NETWORKS["atss"])[1].build_chain().model.state_dict()
     moved = [name for name in start if name.endswith("weight")]
     for name in moved:
         change, wanted = first[name] - start[name], alone[name] - start[name]

@@ -254,7 +254,9 @@ def test_the_environment_knows_local_sr_model() -> None:
     assert installed.read_text() == LINE
 
 
-def test_basicsrs_own_command_trains_resumes_and_validates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_basicsrs_own_command_trains_resumes_and_validates(given: bool, tmp_path: Path) -> None:
+    """The command finds the state to resume from, or it is given; each start of it takes seconds."""
     file = tmp_path / "options.yml"
     name = f"test_{os.getpid()}_{time.time_ns()}"
     made = options(tmp_path, name=name)
@@ -266,11 +268,15 @@ def test_basicsrs_own_command_trains_resumes_and_validates(tmp_path: Path) -> No
     assert "Block 0: stem ... body.0;" in done.stdout + done.stderr
     assert "# psnr:" in done.stdout + done.stderr
     assert (root / "models/net_g_latest.pth").is_file()
-    assert "Resuming training from epoch: 0, iter: 6" in _said(basicsr(tmp_path, "-opt", str(file), "--auto_resume"))
-    made["path"]["resume_state"] = str(root / "training_states/3.state")
+    if given:
+        ended = basicsr(tmp_path, "-opt", str(file), "--auto_resume")
+        assert "Resuming training from epoch: 0, iter: 6" in _said(ended)
+        made["path"]["resume_state"] = str(root / "training_states/3.state")
+    else:
+        (root / "training_states/6.state").unlink()  # so that it finds the one before
     made["local"]["blocks"] = 2
     file.write_text(yaml.safe_dump(json.loads(json.dumps(made))))
-    again = basicsr(tmp_path, "-opt", str(file))
+    again = basicsr(tmp_path, "-opt", str(file), *(() if given else ("--auto_resume",)))
     assert again.returncode == 0, again.stderr[-2000:]
     assert "Resuming training from epoch: 0, iter: 3" in again.stdout + again.stderr
     assert (

@@ -27,16 +27,29 @@ FAST = ("--train.log_every", "1", "--data.repeat", "5")
 """15 patches, four steps an epoch, the last of three."""
 
 
+def few(root: Path, scale: int = 2) -> tuple[str, ...]:
+    """Three small images to train on and one to test on, in place of photographs, which take long to enlarge."""
+    sides = {"train": {"a": (96, 80), "b": (64, 112), "c": (80, 80)}, "test": {"d": (72, 104)}}
+    for split, images in sides.items():
+        write_images(root / split, {f"{name}.png": side for name, side in images.items()})
+        low = {f"{name}.png": (height // scale, width // scale) for name, (height, width) in images.items()}
+        write_images(root / f"{split}_low", low)
+    folders = {key: key for split in sides for key in (split, f"{split}_low")}
+    data = {"name": "files", "root": root, "tile": "24", **folders}
+    return tuple(word for key, value in data.items() for word in (f"--data.{key}", str(value)))
+
+
 @pytest.fixture(scope="module", params=["EDSR", "SwinIR"])
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     room = tmp_path_factory.mktemp("alone")
     options = {**SMALL[request.param], **({"drop_rate": 0.1} if request.param == "SwinIR" else {})}
-    network = (*FAST, "--model.name", request.param, "--model.options", json.dumps(options), "--train.steps", "4")
+    named = ("--model.name", request.param, "--model.options", json.dumps(options))
+    network = (*few(room / "images"), *FAST, *named, "--train.steps", "4")
     (state,) = values(run_ranks(1, fit, SMOKE, room, *network))
     return network, joined([state]), course(room, "psnr")
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_gives_the_bits_of_one_process(alone: Any, ranks: int, tmp_path: Path) -> None:
     network, state, logged = alone
     assert_equal(joined(values(run_ranks(ranks, fit, SMOKE, tmp_path, *network))), state)
@@ -47,7 +60,7 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(alone: Any, ranks: in
 def test_replicas_learn_what_one_process_does(replication: str, tmp_path: Path) -> None:
     """With the tail in parts, which is computed again in backward."""
     sgd = ("--optimizer.name", "sgd", "--optimizer.lr", "0.01", "--train.steps", "2", "--data.repeat", "4")
-    parts = (*sgd, "--model.tail_parts", "2", "--data.tile", "0", "--data.pictures", "0")
+    parts = (*few(tmp_path / "images"), *sgd, "--model.tail_parts", "2", "--data.tile", "0", "--data.pictures", "0")
     (alone,) = values(run_ranks(1, fit, SMOKE, tmp_path / "alone", *parts))
     shared = ("--placement.replicas", "2", "--placement.replication", replication)
     first, second = values(run_ranks(2, fit, SMOKE, tmp_path / "two", *parts, *shared))
@@ -65,7 +78,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone: Any, tmp_path: Path) 
 
 
 SPANDRELS = {
-    "RRDBNet": ("ESRGAN", {"num_feat": 64, "num_block": 3, "num_grow_ch": 32}),
+    "RRDBNet": ("ESRGAN", {"num_feat": 64, "num_block": 2, "num_grow_ch": 32}),
     "SwinIR": ("SwinIR", {**SMALL["SwinIR"], "img_range": 1.0, "mlp_ratio": 2}),
 }
 
@@ -74,7 +87,8 @@ SPANDRELS = {
 def test_an_export_is_what_basicsr_and_spandrel_load(kind: str, tmp_path: Path) -> None:
     name, options = SPANDRELS[kind]
     network = ("--model.name", kind, "--model.options", json.dumps(options), "--model.scale", "4")
-    train.main(words(SMOKE, tmp_path, *network, "--train.steps", "1", "--data.patch", "16", "--data.tile", "64"))
+    images = few(tmp_path / "images", 4)
+    train.main(words(SMOKE, tmp_path, *network, *images, "--train.steps", "1", "--data.patch", "16"))
     target = tmp_path / "network.pth"
     export.main(["--run", str(tmp_path / "run"), "--out", str(target)])
     content = torch.load(target, weights_only=True)
@@ -154,7 +168,8 @@ def test_memory_of_edsr_baseline_in_four_blocks() -> None:
 
 def test_a_plan_finds_a_cut_for_a_budget(tmp_path: Path) -> None:
     file, written = tmp_path / "plan.json", tmp_path / "plan.yaml"
-    budget = [*words(SMOKE, tmp_path), "--model.options", json.dumps({"num_feat": 32, "num_block": 12})]
+    options = json.dumps({"num_feat": 32, "num_block": 6})
+    budget = words(SMOKE, tmp_path, *few(tmp_path / "images"), "--model.options", options)
     plan.main([*budget, "--memory", "6MiB", "--json", str(file), "--out", str(written)])
     chosen = json.loads(file.read_text())
     assert chosen["peak_bytes"] <= chosen["budget_bytes"] == 6 * 2**20

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
+from torch import Tensor
 from torch.nn import functional as F
 
 from engine.learning.build import build_blocks
@@ -31,6 +32,13 @@ from tools import evaluate, export, train
 END_TO_END = ["--local.schedule", "end_to_end"]
 NO_PICTURES = ["--pictures.count", "0"]
 LORA = ["--model.trains", "lora"]
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """Folder and state of a finished run of LoRA, which tests only read."""
+    room = tmp_path_factory.mktemp("lora")
+    return room / "run", fit(DENOISER, room, *small(), *LORA, *NO_PICTURES)
 
 
 def messages(task: Any, count: int = 3) -> list[Message]:
@@ -120,7 +128,7 @@ def test_blocks_learn_and_gradients_stay_inside(tmp_path: Path) -> None:
     before = task.unet.time_embedding.linear_1.weight.clone()
     (message,) = next(task.batches(0, 0))
     losses = []
-    for number in range(25):
+    for number in range(15):
         _, reports = schedule.step(replace(message, sequence=number))
         losses.append([float(report.loss) for report in reports])
     for block in range(4):
@@ -165,12 +173,12 @@ def test_a_block_gets_no_gradient_from_a_later_one(tmp_path: Path) -> None:
     assert not any(tensor.requires_grad for tensor in sent.tensors())
 
 
-def test_lora_changes_nothing_that_is_frozen_and_saves_nothing_of_it(tmp_path: Path) -> None:
-    state = fit(DENOISER, tmp_path, *small(), *LORA, *NO_PICTURES)
+def test_lora_changes_nothing_that_is_frozen_and_saves_nothing_of_it(lora: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, state = lora
     model = {name for name in state if not name.startswith("auxiliary.") and ":" not in name}
     assert model
     assert all("lora_" in name for name in model)
-    run = open_run(tmp_path / "run")
+    run = open_run(folder)
     frozen = {name: tensor for name, tensor in run.task.unet.named_parameters() if "lora_" not in name}
     fresh = Base("tiny").unet().state_dict()
     assert len(frozen) == len(fresh)
@@ -179,7 +187,11 @@ def test_lora_changes_nothing_that_is_frozen_and_saves_nothing_of_it(tmp_path: P
     assert any(bool(state[name].any()) for name in model if "lora_B" in name), "LoRA's second matrices start at 0"
 
 
-@pytest.mark.parametrize("trains", [LORA, ["--model.time", "frozen"]], ids=["lora", "frozen time"])
+@pytest.mark.parametrize(
+    "trains",
+    [pytest.param(LORA, marks=pytest.mark.slow), ["--model.time", "frozen"]],
+    ids=["lora", "frozen time"],
+)
 def test_two_ranks_have_the_bits_of_one_process(tmp_path: Path, trains: list[str]) -> None:
     overrides = [*small(), *trains, *NO_PICTURES]
     alone = fit(DENOISER, tmp_path / "alone", *overrides)
@@ -214,16 +226,16 @@ def test_a_run_goes_on_is_evaluated_and_becomes_a_checkpoint_of_diffusers(tmp_pa
         export.main(["--run", str(run), "--out", str(tmp_path / "model.pth")])
 
 
-def test_lora_is_exported_as_diffusers_reads_it(tmp_path: Path) -> None:
-    fit(DENOISER, tmp_path, *small(), *LORA, *NO_PICTURES)
-    export.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "lora.safetensors")])
+def test_lora_is_exported_as_diffusers_reads_it(lora: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    folder, _ = lora
+    export.main(["--run", str(folder), "--out", str(tmp_path / "lora.safetensors")])
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         assert all(name.startswith("unet.") for name in file.keys())  # noqa: SIM118
     made = Base("tiny")
     made.save(tmp_path / "base", made.unet(), made.vae())
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base")
     pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    run = open_run(tmp_path / "run")
+    run = open_run(folder)
     x, t, prompt = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 32, 64)
     with torch.no_grad():
         wanted = run.predict(Message({"x": x, "t": t, "prompt": prompt}))
@@ -232,10 +244,14 @@ def test_lora_is_exported_as_diffusers_reads_it(tmp_path: Path) -> None:
     with torch.no_grad():
         assert not torch.allclose(wanted, made.unet()(x, t, prompt).sample)
     with pytest.raises(ValueError, match=r"^--out: \S+ must end in .safetensors"):
-        export.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "lora.pth")])
+        export.main(["--run", str(folder), "--out", str(tmp_path / "lora.pth")])
 
 
-@pytest.mark.parametrize("overrides", [[], END_TO_END, LORA], ids=["local", "end to end", "local lora"])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], pytest.param(END_TO_END, marks=pytest.mark.slow), LORA],
+    ids=["local", "end to end", "local lora"],
+)
 def test_an_estimate_is_what_a_step_takes(tmp_path: Path, overrides: list[str]) -> None:
     config, task = task_of(DENOISER, tmp_path, *overrides)
     _, blocks, _ = blocks_of(task, config)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,18 @@ FORMS = {
     "lsast released": (LSAST, ["--prompt.form", "released"]),
 }
 every_form = pytest.mark.parametrize("form", FORMS)
+# One of each method: the other two differ in the prompts alone, which the step of every form shows to the bit.
+both_methods = pytest.mark.parametrize(
+    "form",
+    [
+        "artbank ssam",
+        pytest.param("artbank released", marks=pytest.mark.slow),
+        "lsast paper",
+        pytest.param("lsast released", marks=pytest.mark.slow),
+    ],
+)
+# For runs that are not about blocks: two of them, since each auxiliary network takes long to build.
+BRIEF = [*NO_PICTURES, "--local.cut", "[mid.0]"]
 
 
 def made(form: str, room: Path, *overrides: str) -> tuple[Any, Any]:
@@ -54,6 +68,33 @@ def made(form: str, room: Path, *overrides: str) -> tuple[Any, Any]:
 def messages(task: Any, count: int = 3) -> list[Message]:
     every = itertools.chain.from_iterable(lot for epoch in range(count) for lot in task.batches(epoch, 0))
     return [replace(message, sequence=number) for number, message in enumerate(itertools.islice(every, count))]
+
+
+def reopened_base(room: Path) -> Path:
+    """A folder with a text model whose token embeddings are small, as CLIP's are."""
+    base = Base("tiny")
+    text = base.text_encoder()
+    with torch.no_grad():
+        text.get_input_embeddings().weight.mul_(0.02)
+    base.text_encoder = lambda: text
+    base.save(room / "base", base.unet(), AutoencoderTiny())
+    return room / "base"
+
+
+Finished = Callable[[str], tuple[Path, dict[str, Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Room and state of a form's finished run on ``reopened_base``; tests that write into the room copy it."""
+
+    @functools.cache
+    def run(form: str) -> tuple[Path, dict[str, Tensor]]:
+        config, own = FORMS[form]
+        room = tmp_path_factory.mktemp("finished")
+        return room, fit(config, room, *small(), *own, *BRIEF, "--model.pretrained", str(reopened_base(room)))
+
+    return run
 
 
 @every_form
@@ -82,8 +123,8 @@ def test_one_block_is_the_plain_step_to_the_bit(tmp_path: Path, form: str) -> No
     assert all(not torch.equal(*pair) for pair in zip(learning, before, strict=True))
 
 
-@every_form
-@pytest.mark.parametrize("schedule", ["end_to_end", "sequential"])
+@both_methods
+@pytest.mark.parametrize("schedule", [pytest.param("end_to_end", marks=pytest.mark.slow), "sequential"])
 def test_what_is_frozen_does_not_change_by_a_bit(tmp_path: Path, form: str, schedule: str) -> None:
     config, task = made(form, tmp_path, "--local.schedule", schedule)
     _, blocks, steps = blocks_of(task, config)
@@ -101,7 +142,7 @@ def test_what_is_frozen_does_not_change_by_a_bit(tmp_path: Path, form: str, sche
         assert torch.equal(prompt.matrix, before)
 
 
-@every_form
+@both_methods
 def test_prompts_learn_on_a_batch(tmp_path: Path, form: str) -> None:
     config, task = made(form, tmp_path, *END_TO_END, "--data.batch", "8", "--optimizer.lr", "0.01")
     _, _, schedule = blocks_of(task, config)
@@ -113,7 +154,7 @@ def test_prompts_learn_on_a_batch(tmp_path: Path, form: str) -> None:
     assert min(losses[-3:]) < losses[0]
 
 
-@every_form
+@both_methods
 def test_the_prompts_gradient_is_the_sum_of_the_blocks(tmp_path: Path, form: str) -> None:
     """Each block's own backward, by hand, on a copy of the prompts; the encoder's one backward has their sum."""
     config, task = made(form, tmp_path)
@@ -195,29 +236,40 @@ def test_each_block_asks_for_its_own_layers_prompts(tmp_path: Path, form: str, w
     assert read == wanted
 
 
-@every_form
-def test_a_checkpoint_has_the_prompts_and_nothing_frozen(tmp_path: Path, form: str) -> None:
-    config, own = FORMS[form]
-    state = fit(config, tmp_path, *small(), *own, *NO_PICTURES)
+@both_methods
+def test_a_checkpoint_has_the_prompts_and_nothing_frozen(finished: Finished, form: str) -> None:
+    room, state = finished(form)
+    base = Base(str(room / "base"))
     names = {name for name in state if not name.startswith("auxiliary.") and ":" not in name}
     assert names
     known = tuple(f"conditioner.prompts.artist_{artist}." for artist in ("textures", "photographs"))
     assert all(name.startswith(known) for name in names)
-    run = open_run(tmp_path / "run")
+    run = open_run(room / "run")
     for name in names:
         assert torch.equal(run.chain.model.state_dict()[name], state[name]), name
-    assert torch.equal(run.task.unet.conv_in.weight, Base("tiny").unet().conv_in.weight)
+    assert torch.equal(run.task.unet.conv_in.weight, base.unet().conv_in.weight)
     assert torch.equal(
         run.task.conditioner.text_encoder.get_input_embeddings().weight,
-        Base("tiny").text_encoder().get_input_embeddings().weight,
+        base.text_encoder().get_input_embeddings().weight,
     )
 
 
-@every_form
+@both_methods
 def test_a_run_goes_on_is_evaluated_and_exported(tmp_path: Path, form: str) -> None:
     """The exported bank in a plain pipeline gives the run's own pictures, bit for bit."""
     config, own = FORMS[form]
-    argv = ["--config", config, "--output.root", str(tmp_path), "--output.name", "run", *small(), *own]
+    argv = [
+        "--config",
+        config,
+        "--output.root",
+        str(tmp_path),
+        "--output.name",
+        "run",
+        *small(),
+        *own,
+        "--local.cut",
+        "[mid.0]",
+    ]
     train.main([*argv, "--train.steps", "2"])
     train.main([*argv, "--train.resume", "auto"])
     run = tmp_path / "run"
@@ -251,7 +303,7 @@ def test_a_bank_is_added_to_and_the_other_artists_stay_to_the_bit(tmp_path: Path
         torch.manual_seed(len(artist))
         bank.add(artist, make(**settings))
     bank.save(tmp_path / "old.safetensors")
-    argv = [*small(), *own, *NO_PICTURES, "--prompt.bank", str(tmp_path / "old.safetensors")]
+    argv = [*small(), *own, *BRIEF, "--prompt.bank", str(tmp_path / "old.safetensors")]
     _, task = made(form, tmp_path, "--prompt.bank", str(tmp_path / "old.safetensors"))
     task.build_chain()
     for name, tensor in bank["textures"].state_dict().items():
@@ -269,30 +321,17 @@ def test_a_bank_is_added_to_and_the_other_artists_stay_to_the_bit(tmp_path: Path
         assert '"base": "tiny"' in file.metadata()["artists"]
 
 
-def reopened_base(room: Path) -> Path:
-    """A folder with a text model whose token embeddings are small, as CLIP's are."""
-    base = Base("tiny")
-    text = base.text_encoder()
-    with torch.no_grad():
-        text.get_input_embeddings().weight.mul_(0.02)
-    base.text_encoder = lambda: text
-    base.save(room / "base", base.unet(), AutoencoderTiny())
-    return room / "base"
-
-
-@every_form
-def test_a_run_opened_again_is_the_one_that_learnt(tmp_path: Path, form: str) -> None:
+@both_methods
+def test_a_run_opened_again_is_the_one_that_learnt(finished: Finished, tmp_path: Path, form: str) -> None:
     """Its figures are those of training's last evaluation, and the exported prompts have the text model's scale."""
-    config, own = FORMS[form]
-    argv = [*small(), *own, *NO_PICTURES, "--model.pretrained", str(reopened_base(tmp_path))]
-    fit(config, tmp_path, *argv)
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    evaluate.main(["--run", str(tmp_path / "run")])
-    again = json.loads((tmp_path / "run/evaluation.json").read_text())
+    run = shutil.copytree(finished(form)[0] / "run", tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    evaluate.main(["--run", str(run)])
+    again = json.loads((run / "evaluation.json").read_text())
     for key, value in again.items():
         if "noise_mse" in key:
             assert value == (summary["value"] if key == "noise_mse" else summary[key]), key
-    export.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "bank.safetensors")])
+    export.main(["--run", str(run), "--out", str(tmp_path / "bank.safetensors")])
     with safe_open(tmp_path / "bank.safetensors", "pt") as file:
         settings = json.loads(file.metadata()["artists"])
     assert all(0.01 < each["scale"] < 0.03 for each in settings.values())
@@ -303,21 +342,21 @@ def test_a_checkpoint_in_half_precision_is_trained_in_fp32(tmp_path: Path) -> No
     text, unet, vae = base.text_encoder().half(), base.unet().half(), AutoencoderTiny().half()
     base.text_encoder = lambda: text
     base.save(tmp_path / "base", unet, vae)
-    fit(ARTBANK, tmp_path, *small(), *NO_PICTURES, "--model.pretrained", str(tmp_path / "base"))
+    fit(ARTBANK, tmp_path, *small(), *BRIEF, "--model.pretrained", str(tmp_path / "base"))
     read = Base(str(tmp_path / "base"))
     assert {part().dtype for part in (read.unet, read.text_encoder, read.vae)} == {torch.float32}
 
 
-def test_artists_in_another_order_or_of_another_name_are_not_mistaken(tmp_path: Path) -> None:
-    state = fit(ARTBANK, tmp_path, *small(), *NO_PICTURES)
+def test_artists_in_another_order_or_of_another_name_are_not_mistaken(finished: Finished) -> None:
+    room, state = finished("artbank ssam")
     other = ["--data.collections", '{photographs: ["scikit-image:photographs"], textures: ["scikit-image:textures"]}']
-    run = open_run(tmp_path / "run", other)
+    run = open_run(room / "run", other)
     assert run.task.artists == ["photographs", "textures"]
     for artist, prompt in run.task.bank().items():
         assert torch.equal(prompt.matrix, state[f"conditioner.prompts.artist_{artist}.matrix"])
     renamed = ["--data.collections", '{photos: ["scikit-image:photographs"], textures: ["scikit-image:textures"]}']
     with pytest.raises(ValueError, match=r"is of another model: 'conditioner.prompts.artist_photo"):
-        open_run(tmp_path / "run", renamed)
+        open_run(room / "run", renamed)
 
 
 @pytest.mark.parametrize("form", ["artbank ssam", "lsast paper"])
@@ -343,7 +382,7 @@ def test_a_run_whose_data_are_gone_still_paints(tmp_path: Path) -> None:
     (tmp_path / "works").mkdir()
     for number in range(4):
         write_image(tmp_path / f"works/{number}.png", noise(64, 72, number))
-    argv = [*small(), *NO_PICTURES, "--data.collections", f"{{someone: [{tmp_path}/works]}}"]
+    argv = [*small(), *BRIEF, "--data.collections", f"{{someone: [{tmp_path}/works]}}"]
     fit(ARTBANK, tmp_path, *argv)
     shutil.rmtree(tmp_path / "works")
     run = open_run(tmp_path / "run")
@@ -352,10 +391,10 @@ def test_a_run_whose_data_are_gone_still_paints(tmp_path: Path) -> None:
     assert painter.work("someone") is None
 
 
-@pytest.mark.parametrize("form", ["artbank ssam", "lsast paper"])
+@pytest.mark.parametrize("form", [pytest.param("artbank ssam", marks=pytest.mark.slow), "lsast paper"])
 def test_two_replicas_learn_what_one_process_learns(tmp_path: Path, form: str) -> None:
     config, own = FORMS[form]
-    overrides = [*small(), *own, *NO_PICTURES, "--data.batch", "2"]
+    overrides = [*small(), *own, *BRIEF, "--data.batch", "2"]
     alone = fit(config, tmp_path / "alone", *overrides)
     found = run_ranks(2, fit, config, tmp_path / "ranks", *overrides, "--placement.replicas", "2")
     for name, tensor in alone.items():

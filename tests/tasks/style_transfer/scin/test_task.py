@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from engine.config import parse
 from engine.learning.build import build_blocks
 from engine.memory.estimate import estimate_step
-from engine.memory.footprint import count_bytes
+from engine.memory.footprint import Footprint, count_bytes
 from engine.network.message import Message
 from engine.network.shapes import shapes_of
 from tasks import find_task, load
@@ -31,13 +33,20 @@ from tools import evaluate, export, plan, stylize
 
 CONFIGS = sorted(Path("tasks/style_transfer/scin/configs").glob("*.yaml"))
 CUT = ["stage1", "stage2", "stage3"]
-SMALL = ("--data.tests", "1", "--data.sheet", "1")
+SMALL = ("--data.tests", "1", "--data.sheet", "1", "--data.batch", "2", "--train.steps", "2")
 # Without a shared encoder nothing has to come back, and ranks can be a pipeline.
 FROZEN = ("--model.style_encoder", "vgg", *SMALL)
 
 
 def task_of(**changes: Any) -> SCINTransfer:
     return SCINTransfer(scin(**changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """Room and state of an uninterrupted run; tests that write into the room copy it."""
+    room = tmp_path_factory.mktemp("finished")
+    return room, fit(SMOKE, room, *SMALL)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -48,7 +57,7 @@ def test_configs_are_complete_and_named_by_their_task(path: Path) -> None:
 
 
 def test_one_block_is_the_plain_training_step_to_the_bit() -> None:
-    """Three steps of the engine, and of a loop as anyone would write it."""
+    """Two steps of the engine, and of a loop as anyone would write it."""
     settings = scin(local__schedule="end_to_end")
     task = SCINTransfer(settings)
     _, blocks, schedule = blocks_of(task, settings)
@@ -59,7 +68,7 @@ def test_one_block_is_the_plain_training_step_to_the_bit() -> None:
     parts = [list(network.pe.parameters()), [p for n, p in network.named_parameters() if not n.startswith("pe.")]]
     parts[1] += list(criterion.parameters())
     optimizers = [torch.optim.AdamW(part, 1e-3, (0.9, 0.999), weight_decay=0.0, foreach=True) for part in parts]
-    for sequence in range(3):
+    for sequence in range(2):
         message = task.example()
         _, (report,) = schedule.step(Message(message.features, message.targets, sequence=sequence))
         loss = criterion(network_chain(network)(message), message.targets)
@@ -94,7 +103,9 @@ def gradients(task: SCINTransfer, **changes: Any) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
-@pytest.mark.parametrize("changes", [{"local__cut": CUT}, {"local__schedule": "end_to_end"}])
+@pytest.mark.parametrize(
+    "changes", [{"local__cut": CUT}, pytest.param({"local__schedule": "end_to_end"}, marks=pytest.mark.slow)]
+)
 def test_recomputing_activations_changes_no_gradient(changes: dict[str, Any]) -> None:
     kept, recomputed = (gradients(task_of(), **changes, local__recompute=each) for each in ("none", "units"))
     assert len(kept) > 50
@@ -102,27 +113,41 @@ def test_recomputing_activations_changes_no_gradient(changes: dict[str, Any]) ->
         assert (recomputed[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-5, name
 
 
-@pytest.mark.parametrize("changes", [{"local__cut": CUT}, {"local__schedule": "end_to_end"}])
-@pytest.mark.parametrize("recompute", ["none", "units"])
-def test_bytes_on_fake_tensors_are_those_of_real_ones(changes: dict[str, Any], recompute: str) -> None:
-    task = task_of(**changes, local__recompute=recompute)
-    settings = task.config
-    real = count_bytes(blocks_of(task, settings)[1], settings, task.example())
-    blocks = build_blocks(task.build_chain(initial=False), settings, task)
-    fake = estimate_step(blocks, settings, shapes_of(task.example)).footprint
+WAYS: dict[str, dict[str, Any]] = {
+    "local": {"local__cut": ["stage1", "stage3"]},  # a block of each kind: first, middle, last
+    "end to end": {"local__schedule": "end_to_end"},
+}
+
+
+@functools.cache
+def estimated(way: str, recompute: str) -> Footprint:
+    """The footprint of a step on fake tensors."""
+    task = task_of(**WAYS[way], local__recompute=recompute)
+    blocks = build_blocks(task.build_chain(initial=False), task.config, task)
+    return estimate_step(blocks, task.config, shapes_of(task.example)).footprint
+
+
+@pytest.mark.parametrize(
+    ("way", "recompute"),
+    [
+        ("local", "units"),
+        ("end to end", "none"),
+        pytest.param("local", "none", marks=pytest.mark.slow),
+        pytest.param("end to end", "units", marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_on_fake_tensors_are_those_of_real_ones(way: str, recompute: str) -> None:
+    task = task_of(**WAYS[way], local__recompute=recompute)
+    real = count_bytes(blocks_of(task, task.config)[1], task.config, task.example())
+    fake = estimated(way, recompute)
     assert fake.peak == real.peak
     assert fake.by_block == real.by_block
     assert real.peak["loss"] > 0
 
 
 def test_blocks_save_memory_and_recomputation_saves_more() -> None:
-    def peak(**changes: Any) -> int:
-        task = task_of(**changes, data__batch=4)
-        blocks = build_blocks(task.build_chain(initial=False), task.config, task)
-        return estimate_step(blocks, task.config, shapes_of(task.example)).footprint.peak_bytes
-
-    whole, recomputed = (peak(local__schedule="end_to_end", local__recompute=each) for each in ("none", "units"))
-    local, both = (peak(local__cut=CUT, local__recompute=each) for each in ("none", "units"))
+    whole, recomputed = (estimated("end to end", each).peak_bytes for each in ("none", "units"))
+    local, both = (estimated("local", each).peak_bytes for each in ("none", "units"))
     assert recomputed < whole
     assert both < local < whole
 
@@ -134,30 +159,31 @@ def test_ranks_give_the_bits_of_one_process(tmp_path: Path) -> None:
     assert course(tmp_path / "two", "style_loss") == course(tmp_path / "one", "style_loss")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_replicas_share_batches_and_agree(tmp_path: Path, kind: str) -> None:
     """Each contrasts its own pairs, so the figures are not one process's; but both must have the same weights."""
-    options = "--placement.replicas", "2", "--train.steps", "2", "--placement.replication", kind
+    options = "--placement.replicas", "2", "--data.batch", "4", "--placement.replication", kind
     found = values(run_ranks(2, fit, SMOKE, tmp_path, *SMALL, *options, timeout=300))
     assert any(name.startswith("pe.") for name in found[0])
     assert_equal(*found)
 
 
-def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole = fit(SMOKE, tmp_path / "whole", *SMALL)
-    fit(SMOKE, tmp_path / "part", *SMALL, "--train.steps", "1")
-    rest = fit(SMOKE, tmp_path / "part", *SMALL, "--train.resume", "auto")
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(
+    finished: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    _, whole = finished
+    fit(SMOKE, tmp_path, *SMALL, "--train.steps", "1")
+    rest = fit(SMOKE, tmp_path, *SMALL, "--train.resume", "auto")
     assert_equal(rest, whole)
     assert any("discriminators" in name and name.endswith("exp_avg") for name in rest)
 
 
-def test_from_training_to_pictures(tmp_path: Path) -> None:
+def test_from_training_to_pictures(finished: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     """A run is evaluated, exported and painted with; the files are what the commands say."""
-    fit(SMOKE, tmp_path, *SMALL)
-    run = tmp_path / "run"
+    run = shutil.copytree(finished[0] / "run", tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["task"], summary["metric"], summary["blocks"]) == ("style_transfer/scin", "style_loss", 4)
-    assert (run / "evaluation/step_3/sheet.png").is_file()
+    assert (run / "evaluation/step_2/sheet.png").is_file()
     evaluate.main(["--run", str(run)])
     figures = json.loads((run / "evaluation.json").read_text())
     assert figures["style_loss"] == pytest.approx(summary["value"], rel=1e-5)
@@ -224,7 +250,7 @@ def test_identities_are_no_more_than_pairs() -> None:
     assert task.example().batch == 4
 
 
-@pytest.mark.parametrize("encoder", ["pe", "vgg"])
+@pytest.mark.parametrize("encoder", ["pe", pytest.param("vgg", marks=pytest.mark.slow)])
 def test_cuts_are_planned(tmp_path: Path, encoder: str) -> None:
     target = tmp_path / "plan.yaml"
     plan.main(["--config", SMOKE, "--memory", "1GiB", "--out", str(target), "--model.style_encoder", encoder])
