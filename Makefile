@@ -17,9 +17,11 @@ JOBS   ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # One thread a core that is ours: OpenMP threads on shared cores wait for each other.
 export OMP_NUM_THREADS ?= $(JOBS)
+# Every process that a test starts would otherwise compile all modules again, where the caller forbids bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-all train test test-all missing smoke lint clean
+.PHONY: help install install-all train test test-slow test-all missing smoke lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -34,6 +36,9 @@ train: install  ## train the default config, then show what it cost in memory an
 
 test: install-all missing  ## the tests, but for those that are slow or need a GPU
 	$(PYTEST) -m "not slow and not cuda"
+
+test-slow: install-all missing  ## the slow tests
+	$(PYTEST) -m "slow and not cuda"
 
 test-all: install-all missing  ## all tests; those that need a GPU are skipped where there is none
 	$(PYTEST)

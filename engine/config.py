@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import typing
@@ -299,9 +300,10 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     if file is not None:
         content = read_yaml(file)
         if renamed_keys(content.get("local")):
-            # jsonargparse takes YAML text in place of a file's name, so the user's file can stay as it is.
+            # jsonargparse takes text in place of a file's name, so the user's file can stay as it is. JSON quotes every
+            # string; YAML written by PyYAML would leave "1e5" bare, which jsonargparse reads as a number.
             at = max(number for number, word in enumerate(argv) if word == "--config")
-            argv[at + 1] = yaml.safe_dump(content)
+            argv[at + 1] = json.dumps(content, default=str)
         # Check keys here: jsonargparse reports an unknown key without the file's name or a suggestion.
         _check_keys(_flat(content), known, f"{file}: ")
         for name, value in content.items():

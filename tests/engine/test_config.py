@@ -119,7 +119,9 @@ def test_every_key_has_a_docstring() -> None:
 def test_the_old_key_of_recomputation_is_understood(
     old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "old.yaml").write_text(f"task: classification\nlocal: {{checkpoint: {old}, blocks: 2}}\n")
+    (tmp_path / "old.yaml").write_text(f"task: classification\nlocal: {{checkpoint: {old}, blocks: 2}}\noutput: {{name: '1e5'}}\n")
+    assert parse(Config, ["--config", str(tmp_path / "old.yaml")]).output.name == "1e5", "still text"
+    capsys.readouterr()
     for argv in (["--config", str(tmp_path / "old.yaml")], ["--local.checkpoint", old], [f"--local.checkpoint={old}"]):
         config = parse(Config, argv)
         assert config.local.recompute == new
