@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -34,3 +35,9 @@ LONGEST = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(Path(os.path.relpath(item.path, ROOT)).as_posix(), len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    # Every framework is imported now. Their millions of objects live to the end; no collection need look at them again.
+    gc.collect()
+    gc.freeze()

@@ -7,6 +7,7 @@ import yaml
 from engine.config import Config, config_file, keys, parse, save, task_name
 from tasks import find_task
 from tasks.classification.config import ClassificationConfig
+from tasks.local_settings import local_settings
 
 CONFIGS = sorted(Path("tasks").glob("*/configs/*.yaml"))
 
@@ -119,7 +120,9 @@ def test_every_key_has_a_docstring() -> None:
 def test_the_old_key_of_recomputation_is_understood(
     old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "old.yaml").write_text(f"task: classification\nlocal: {{checkpoint: {old}, blocks: 2}}\noutput: {{name: '1e5'}}\n")
+    (tmp_path / "old.yaml").write_text(
+        f"task: classification\nlocal: {{checkpoint: {old}, blocks: 2}}\noutput: {{name: '1e5'}}\n"
+    )
     assert parse(Config, ["--config", str(tmp_path / "old.yaml")]).output.name == "1e5", "still text"
     capsys.readouterr()
     for argv in (["--config", str(tmp_path / "old.yaml")], ["--local.checkpoint", old], [f"--local.checkpoint={old}"]):
@@ -134,3 +137,14 @@ def test_the_old_key_of_recomputation_is_understood(
         parse(Config, ["--config", str(tmp_path / "old.yaml")])
     with pytest.raises(ValueError, match="local.checkpoint: 'some' is neither true nor false; the key is now local.re"):
         parse(Config, ["--local.checkpoint", "some"])
+
+
+def test_the_old_key_in_another_frameworks_config() -> None:
+    """The section ``local`` of MMDetection's and BasicSR's configs; the user's own mapping stays as it is."""
+    local = {"blocks": 2, "checkpoint": True}
+    assert local_settings(local, {}, seed=0).local.recompute == "units"
+    assert local == {"blocks": 2, "checkpoint": True}
+    with pytest.raises(
+        ValueError, match="local.checkpoint: this is the old name of local.recompute, and both are given"
+    ):
+        local_settings({**local, "recompute": "none"}, {}, seed=0)

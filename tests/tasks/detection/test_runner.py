@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import importlib
 import json
 import os
@@ -76,14 +75,6 @@ def forget() -> None:
     """MMEngine tells runs apart by the second; what it keeps of those before is dropped."""
     for kind in (DefaultScope, MMLogger, MessageHub, Visualizer, DetLocalVisualizer):
         kind._instance_dict.clear()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_to_collect() -> Iterator[None]:
-    """Every data set of MMEngine's collects garbage, which need not search all that the imports have made."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
