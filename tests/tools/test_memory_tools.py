@@ -62,7 +62,7 @@ def test_imagenet_in_two_gibibytes(tmp_path: Path) -> None:
         env=ALONE,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
