@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from engine.learning.block import Block
+from engine.network.state import tensors_of
 
 FORMAT = 1
 
@@ -127,7 +128,7 @@ def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source:
     Raises:
         ValueError: a tensor exists on one side only, or its shapes differ. The message names the first such tensor.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     for name in [*expected, *shapes]:
         here, there = expected.get(name), shapes.get(name)
         if here != there:

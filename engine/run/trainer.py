@@ -35,7 +35,7 @@ from engine.run.folder import JOB, find_start, run_folder
 from engine.run.log import Progress, RunLog, block_table
 from engine.run.losses import Losses
 from engine.run.resume import Saved
-from engine.run.save import Checkpoint, CheckpointWriter
+from engine.run.save import Checkpoint, CheckpointWriter, infinite_buffers
 from engine.run.summary import summarise
 from engine.task import Metrics, Task
 from engine.utilities.console import console
@@ -84,6 +84,8 @@ class Trainer:
             prepare(self.blocks, config, self.device)
         else:
             prepare_replicas(self.blocks, config, self.device, world.stage_group)
+        for block in self.blocks.learners:
+            block.infinite = infinite_buffers(block)
         self.recorder = Recorder(world.rank, self.device) if world.size > 1 else None
         schedule = make_schedule(self.blocks, self.recorder)
         depth = config.placement.depth
