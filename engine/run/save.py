@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.learning.block import Block
-from engine.run.checkpoint import FORMAT, Position, fingerprint, saved_steps
+from engine.run.checkpoint import FORMAT, Position, fingerprint, saved_steps, seal
 from engine.utilities.files import flush, write_text
 
 LAST_SECONDS = 5.0
@@ -131,7 +131,7 @@ class Checkpoint:
             "blocks": [note["counters"] for note in notes],
             "files": {name: print_ for note in notes for name, print_ in sorted(note["files"].items())},
         }
-        write_text(self.partial / "state.json", json.dumps(state, indent=1))
+        write_text(self.partial / "state.json", json.dumps({**state, "seal": seal(state)}, indent=1))
         for index in range(self.blocks):
             self._note(index).unlink()
         # The order matters: first all files and the folder's entries are on disk, then the rename makes them a
