@@ -1,4 +1,4 @@
-"""Image files: their names, one way to open them, and which of them are kept for testing."""
+"""Image files: their names, one way to open and read them, and which of them are kept for testing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+Pixels = NDArray[np.uint8]
 
 T = TypeVar("T")
 
 _pillow = threading.Lock()  # Pillow has one limit for all threads
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no data: `.ipynb_checkpoints`, or the `._0.png` that macOS leaves."""
+    return name.startswith(".")
 
 
 @contextmanager
@@ -30,6 +39,39 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
                 yield image
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+
+
+def pixels_of(image: Image.Image) -> Pixels:
+    """The pixels of a picture as a person sees it, (H, W, 3) RGB uint8: one rule for every task and pipeline.
+
+    It is rotated as its EXIF data says. Grey is repeated in all channels, 16 bits are scaled to 8, palettes and CMYK
+    become RGB, and transparent pixels are laid on white.
+
+    Raises:
+        ValueError: its pixels are floating-point numbers, or whole numbers beyond 16 bits, whose range nothing tells.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        image = Image.new("RGBA", over.size, "white")
+        image.alpha_composite(over)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _from_16_bits(image: Image.Image) -> Pixels:
+    values = np.asarray(image).astype(np.int32)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its pixels go from {values.min()} to {values.max()}; save it with 8 or 16 bits")
+    grey = ((values + 128) // 257).astype(np.uint8)  # rounded: 65535 / 257 = 255
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        grey[values == transparent] = 255
+    return grey[..., None].repeat(3, 2)
 
 
 def divided(items: Sequence[T], hold_out: int) -> tuple[list[T], list[T]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engine.network.state import tensors_of
 from engine.run.export import export_model
 from engine.utilities.command import ToolParser, run_tool
 from tasks.run import open_run
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     written = run.task.write_export(arguments.out)
     if written is None:
         export_model(run.chain.model, arguments.out, run.task.export)
-        written = f"{len(run.chain.model.state_dict())} tensors in {arguments.out}"
+        written = f"{len(tensors_of(run.chain.model))} tensors in {arguments.out}"
     print(f"step {run.step}: {written}")
 
 

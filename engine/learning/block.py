@@ -20,7 +20,8 @@ from engine.learning.recompute import recomputing, run_recomputed
 from engine.learning.replica import Replica
 from engine.network.chain import Chain, Unit
 from engine.network.cut import Span
-from engine.network.message import Message
+from engine.network.message import Message, unchanged
+from engine.network.state import Unsaved, tensors_of
 from engine.task import Task
 from engine.utilities.seed import derive
 
@@ -100,6 +101,9 @@ class Block(nn.Module):
         self.optimizer_name = ""
         self.scaler: torch.amp.GradScaler | None = None
         self.replication: Replica | None = None
+        self.unsaved = Unsaved({})
+        self.infinite: frozenset[str] = frozenset()
+        """Names of buffers that have infinite or undefined elements before training, as a causal mask has."""
         self.scaled = precision == "fp16"
         self.skipped = 0
         self.next_sequence = 0
@@ -110,6 +114,7 @@ class Block(nn.Module):
         """Create the optimizer, over all parameters that the block trains (see ``named_state``)."""
         self.optimizer = make_optimizer(self.parameters_by_name())
         self.optimizer_name = type(self.optimizer).__name__
+        self.unsaved = Unsaved(self._modules_by_name())
         # A disabled scaler passes losses through, so ``train_backward`` needs no case of its own.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaled)
 
@@ -147,20 +152,36 @@ class Block(nn.Module):
         Tensors of the model have the model's own names. Those of the auxiliary network are called ``auxiliary.K.NAME``,
         and those of a loss with networks ``auxiliary.K.criterion.NAME``; K is the block's index.
         """
-        # Without keep_vars, state_dict would return detached aliases instead of the parameters themselves.
-        model = self.chain.model.state_dict(keep_vars=True)
+        model = tensors_of(self.chain.model)
         state = {name: model[name] for name in self.model_names()}
         if self.auxiliary is not None:
-            own = self.auxiliary.state_dict(keep_vars=True)
+            own = tensors_of(self.auxiliary)
             state.update({f"auxiliary.{self.index}.{name}": tensor for name, tensor in own.items()})
         if isinstance(self.criterion, nn.Module):
-            own = self.criterion.state_dict(keep_vars=True)
+            own = tensors_of(self.criterion)
             state.update({f"auxiliary.{self.index}.criterion.{name}": tensor for name, tensor in own.items()})
         return state
 
+    def _modules_by_name(self) -> dict[str, nn.Module]:
+        """The block's modules, called as in ``named_state``."""
+        heads = [self.head_module] if self.head_module is not None else []
+        own = {id(module) for root in [*self.unit_modules, *heads] for module in root.modules()}
+        found = {name: module for name, module in self.chain.model.named_modules() if id(module) in own}
+        prefix = f"auxiliary.{self.index}"
+        for name, root in ((prefix, self.auxiliary), (f"{prefix}.criterion", self.criterion)):
+            if isinstance(root, nn.Module):
+                found.update({f"{name}.{inner}".rstrip("."): module for inner, module in root.named_modules()})
+        return found
+
     def parameters_by_name(self) -> Named:
-        """The parameters in ``named_state``, without its buffers."""
-        return [(name, tensor) for name, tensor in self.named_state().items() if isinstance(tensor, nn.Parameter)]
+        """The parameters in ``named_state``, without its buffers; a parameter with several names under its first."""
+        # An optimizer that got a tied parameter twice would update it twice a step.
+        first = {id(tensor): name for name, tensor in reversed(self.named_state().items())}
+        return [
+            (name, tensor)
+            for name, tensor in self.named_state().items()
+            if isinstance(tensor, nn.Parameter) and first[id(tensor)] == name
+        ]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint saves: for ``model``, ``auxiliary`` and ``optimizer``, whole tensors by name.
@@ -231,7 +252,14 @@ class Block(nn.Module):
         output = self.forward(message)
         if self.auxiliary is None:
             return output, self.chain.head(output).x
-        return output, self.auxiliary(output, message.bank)
+        if torch.compiler.is_compiling():  # a graph has no versions
+            return output, self.auxiliary(output, message.bank)
+        sent = {
+            **{f"feature {name!r}": value for name, value in output.features.items()},
+            "the bank": dict(message.bank),
+        }
+        with unchanged(sent, f"the auxiliary network {type(self.auxiliary).__name__}"):
+            return output, self.auxiliary(output, message.bank)
 
     def _run(self, unit: Unit, message: Message) -> Message:
         for observer in self.observers:
@@ -314,7 +342,7 @@ class Block(nn.Module):
     def train_forward(self, message: Message, update: bool = True) -> tuple[Message, Tensor]:
         """The output message and the loss. Only replication uses ``update``: it tells when to average gradients."""
         output, prediction = self._predict(message)
-        with recomputing(self.recompute != "none"):
+        with recomputing(self.recompute != "none"), unchanged({"its targets": message.targets}, "the loss"):
             return output, self.criterion(prediction, message.targets)
 
     def train_backward(self, loss: Tensor) -> None:

@@ -21,6 +21,7 @@ from engine.network.chain import Chain
 from engine.network.cut import Span, cut_by_count, cut_by_names
 from engine.network.message import Message
 from engine.network.shapes import infer_shapes, shapes_of
+from engine.network.state import tensors_of
 from engine.task import Task
 
 
@@ -136,7 +137,7 @@ def prepare(blocks: Blocks, config: Config, device: torch.device, attach: Attach
         model = blocks[0].chain.model
         # Blocks of other ranks are meta tensors (see ``keep_only``), which cannot be moved; then this rank's blocks
         # move one by one. Otherwise move the whole model, including modules that are part of no unit.
-        if not any(tensor.is_meta for tensor in model.state_dict().values()):
+        if not any(tensor.is_meta for tensor in tensors_of(model).values()):
             model.to(device)
         for block in blocks:
             block.to(device)

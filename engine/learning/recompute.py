@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -39,6 +40,7 @@ def run_recomputed(unit: Unit, message: Message) -> Message:
         ValueError: the unit changes its input in place, so recomputation would start from a different input.
     """
     version = message.x._version
+    state = _State(unit.module)
     # Pass ``x`` separately as well: torch finds the device whose random state it must restore for recomputation by
     # looking at tensor arguments, and does not look inside a message. The reentrant form takes no ``context_fn`` and
     # finds no gradients inside a message.
@@ -47,8 +49,9 @@ def run_recomputed(unit: Unit, message: Message) -> Message:
         message,
         message.x,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _frozen_statistics(unit.module)),
+        context_fn=lambda: (nullcontext(), state.as_before()),
     )
+    state.keep_changed()
     if message.x._version != version:
         raise ValueError(
             f"unit {unit.name!r} changes its input in place and so cannot be recomputed; set local.recompute none"
@@ -56,19 +59,56 @@ def run_recomputed(unit: Unit, message: Message) -> Message:
     return result
 
 
-@contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep recomputation from counting a batch twice in running statistics.
+class _State:
+    """What a module's forward pass changes besides its output, as it was before: buffers and plain attributes.
 
-    Switching to evaluation mode would do so too, but would normalise with other statistics than the first pass.
+    Recomputation starts from this state, since the output may depend on it (the vectors of ``spectral_norm``), and
+    leaves the module as it found it, so that nothing is counted twice (the statistics of a normalisation, a counter).
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    # With momentum 0 the running averages keep their values, and the counter advances on a copy that is dropped.
-    for norm, _, batches in kept:
-        norm.momentum, norm.num_batches_tracked = 0.0, None if batches is None else batches.clone()
-    try:
-        yield
-    finally:
-        for norm, momentum, batches in kept:
-            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+    def __init__(self, module: nn.Module) -> None:
+        self.buffers = [
+            (owner, name, buffer, buffer._version, buffer.clone())
+            for owner in module.modules()
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
+        self.plain = [(owner, _plain(owner)) for owner in module.modules()]
+
+    def keep_changed(self) -> None:
+        """Drop what the forward pass has left as it was."""
+        self.buffers = [
+            (owner, name, buffer, version, copy)
+            for owner, name, buffer, version, copy in self.buffers
+            # The operator behind BatchNorm changes its statistics without counting a version.
+            if isinstance(owner, nn.modules.batchnorm._NormBase)
+            or owner._buffers.get(name) is not buffer
+            or buffer._version != version
+        ]
+        self.plain = [
+            (owner, {name: value for name, value in before.items() if vars(owner).get(name) is not value})
+            for owner, before in self.plain
+            if _plain(owner) != before
+        ]
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """A context in which the module has this state again."""
+        buffers = [(owner, name, owner._buffers.get(name)) for owner, name, *_ in self.buffers]
+        plain = [(owner, {name: vars(owner).get(name) for name in before}) for owner, before in self.plain]
+        for owner, name, *_, copy in self.buffers:
+            owner._buffers[name] = copy
+        for owner, before in self.plain:
+            vars(owner).update(before)
+        try:
+            yield
+        finally:
+            for owner, name, after in buffers:
+                owner._buffers[name] = after
+            for owner, now in plain:
+                vars(owner).update(now)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that are numbers or text, such as counters."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}

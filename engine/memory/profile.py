@@ -27,6 +27,7 @@ from engine.network.chain import Unit
 from engine.network.cut import Span
 from engine.network.message import Message
 from engine.network.shapes import shapes_of
+from engine.network.state import tensors_of
 from engine.task import Task
 
 
@@ -174,7 +175,7 @@ class Profile:
             )
             message = fake_message(trace.messages[stop - 1])
             # Most auxiliary networks of a stage are alike, so each distinct one runs only once.
-            shapes = tuple((name, tuple(value.shape)) for name, value in network.state_dict().items())
+            shapes = tuple((name, tuple(value.shape)) for name, value in tensors_of(network).items())
             key = type(network), shapes, tuple(message.x.shape), message.x.dtype
             if key not in self._alike:
                 (criterion,) = self._task.criteria(trace.chain, [span])

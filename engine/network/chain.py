@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.network.message import Message
 from engine.network.shapes import infer_shapes
+from engine.network.state import tensors_of
 
 Forward = Callable[[nn.Module, Message], Message]
 
@@ -69,6 +70,9 @@ class Unit:
         for child in module.modules():
             if isinstance(child, nn.modules.batchnorm._NormBase):
                 child.reset_running_stats()
+            # The copy may run on a tensor that others need too, and ``infer_shapes`` sees no dropout.
+            if isinstance(child, nn.modules.dropout._DropoutNd):
+                child.inplace = False
         return replace(self, module=module)
 
 
@@ -133,10 +137,9 @@ class Chain:
 
     def names(self, *modules: nn.Module) -> list[str]:
         """The names in the model's ``state_dict`` of the parameters and persistent buffers in ``modules``."""
-        # Compare by identity: a unit may wrap parts of the model in a new module, where names differ. Without
-        # keep_vars, state_dict would return detached aliases, which have other identities.
-        wanted = {id(tensor) for module in modules for tensor in _tensors(module)}
-        return [name for name, tensor in self.model.state_dict(keep_vars=True).items() if id(tensor) in wanted]
+        # Compare by identity: a unit may wrap parts of the model in a new module, where names differ.
+        wanted = {id(tensor) for module in modules for tensor in tensors_of(module).values()}
+        return [name for name, tensor in tensors_of(self.model).items() if id(tensor) in wanted]
 
     def index(self, name: str) -> int:
         """The position of the unit with this name.
@@ -169,10 +172,6 @@ class Chain:
         return self.head(message).x
 
 
-def _tensors(module: nn.Module) -> Iterable[Tensor]:
-    return module.state_dict(keep_vars=True).values()
-
-
 def _check_exact(model: nn.Module, units: Sequence[Unit]) -> None:
     seen: set[str] = set()
     for unit in units:
@@ -181,10 +180,12 @@ def _check_exact(model: nn.Module, units: Sequence[Unit]) -> None:
         seen.add(unit.name)
     # ``leave_out_frozen`` may have removed frozen parameters from the state, but a unit must hold them all the same.
     names = {id(tensor): name for name, tensor in model.named_parameters()}
-    names |= {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    names |= {id(tensor): name for name, tensor in tensors_of(model).items()}
     holders: dict[int, str] = {}
     for unit in units:
-        for tensor in {id(tensor) for tensor in _tensors(unit.module)}:  # a set: a unit may use a tensor twice
+        for tensor in {
+            id(tensor) for tensor in tensors_of(unit.module).values()
+        }:  # a set: a unit may use a tensor twice
             if tensor in holders:
                 name = names.get(tensor, "a tensor")
                 raise ValueError(f"{name!r} is in two units, {holders[tensor]!r} and {unit.name!r}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -141,3 +142,27 @@ class Message:
     def tensors(self) -> list[Tensor]:
         """Every tensor in features, targets and bank, in a fixed order."""
         return flatten(self.parts())[0]
+
+
+def versions(tree: Any) -> list[int]:
+    """How often each tensor of ``tree`` has been changed in place. Those made in inference mode do not count it."""
+    tensors = (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+@contextmanager
+def unchanged(named: Mapping[str, Any], who: str) -> Iterator[None]:
+    """A context in which no tensor may be changed in place, because the next block gets these very tensors.
+
+    Args:
+        named: trees of tensors, each with what to call it in the error.
+        who: what runs in the context.
+
+    Raises:
+        ValueError: a tensor was changed. The message names it.
+    """
+    before = {name: versions(tree) for name, tree in named.items()}
+    yield
+    for name, tree in named.items():
+        if versions(tree) != before[name]:
+            raise ValueError(f"{who} changes {name} in place, and the next block would get the result; clone it first")

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from engine.network.message import Message
+from engine.network.message import Message, versions
 
 
 def infer_shapes(forward: Callable[[Message], Message], message: Message, modules: Iterable[nn.Module]) -> Message:
@@ -19,6 +19,13 @@ def infer_shapes(forward: Callable[[Message], Message], message: Message, module
     Args:
         modules: the modules that ``forward`` runs. They are in evaluation mode meanwhile, so that no statistic changes.
     """
+    return changes(forward, message, modules)[0]
+
+
+def changes(
+    forward: Callable[[Message], Message], message: Message, modules: Iterable[nn.Module]
+) -> tuple[Message, frozenset[str]]:
+    """As ``infer_shapes``, and the names of the features of ``message`` that ``forward`` changes in place."""
     # Two nested fake modes refuse each other's tensors, so reuse the caller's if there is one.
     active = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)]
     fake = active[-1] if active else FakeTensorMode(allow_non_fake_inputs=True)
@@ -26,8 +33,10 @@ def infer_shapes(forward: Callable[[Message], Message], message: Message, module
         with fake, torch.no_grad():
             # Fake tensors on the CPU, not meta tensors: real parameters are on the CPU, and some operators and modules
             # choose their path by the device.
-            result = forward(message.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu")))
-        return result.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+            given = message.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
+            result = forward(given)
+        changed = frozenset(name for name, value in given.features.items() if any(versions(value)))
+        return result.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")), changed
 
 
 def shapes_of(make: Callable[[], Message]) -> Message:

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from engine.learning.block import Block
+from engine.network.state import tensors_of
 
 FORMAT = 1
 
@@ -108,7 +109,11 @@ def read_state(path: Path, *, verify: bool = True) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         files, version = state["files"], state["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if version == FORMAT:
+            _check_state(state)
+    except KeyError as error:
+        raise Incomplete(f"{path}: state.json has no {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Incomplete(f"{path}: state.json: {error}") from error
     for name, print_ in files.items() if verify else ():
         if not (path / name).is_file() or fingerprint(path / name) != print_:
@@ -116,6 +121,33 @@ def read_state(path: Path, *, verify: bool = True) -> dict[str, Any]:
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}; this version of the engine reads format {FORMAT}")
     return state
+
+
+def seal(state: Mapping[str, Any]) -> str:
+    """A checksum of the content of ``state.json``, which lies in it under ``seal``."""
+    content = json.dumps({key: value for key, value in state.items() if key != "seal"}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Check that ``state.json`` is as it was written, and whole.
+
+    Raises:
+        KeyError: something is missing.
+        ValueError: something is not what was written, or makes no sense.
+    """
+    if "seal" in state and state["seal"] != seal(state):  # versions before it wrote none
+        raise ValueError("altered since it was written")
+    for key in ("cut", "auxiliary", "optimizer"):
+        state[key]
+    position = Position(**state["position"])
+    whole = [position.step, position.epoch, position.step_in_epoch, position.sequence, position.steps_per_epoch]
+    if not all(type(number) is int and number >= 0 for number in whole):
+        raise ValueError(f"position {state['position']} has a number that is negative or not whole")
+    if position.step_in_epoch > position.steps_per_epoch:
+        raise ValueError(f"position {state['position']} is beyond the end of its epoch")
+    if not isinstance(state["blocks"], list) or len(state["blocks"]) != len(state["cut"]):
+        raise ValueError(f"{len(state['cut'])} blocks, but counters of {len(state['blocks'])}")
 
 
 def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -127,7 +159,7 @@ def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source:
     Raises:
         ValueError: a tensor exists on one side only, or its shapes differ. The message names the first such tensor.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     for name in [*expected, *shapes]:
         here, there = expected.get(name), shapes.get(name)
         if here != there:

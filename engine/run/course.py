@@ -23,11 +23,21 @@ class Course:
     Args:
         position: where training stands. The trainer advances it while it carries out the orders.
         last_step: number of optimizer steps in the whole run.
+        unscored: whether the position is the end of an epoch whose evaluation a kill has cut short.
     """
 
-    def __init__(self, config: TrainConfig, task: Task, world: World, position: Position, last_step: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: Task,
+        world: World,
+        position: Position,
+        last_step: int,
+        *,
+        unscored: bool = False,
+    ) -> None:
         self.config, self.task, self.world = config, task, world
-        self.position, self.last_step = position, last_step
+        self.position, self.last_step, self.unscored = position, last_step, unscored
         self._asked = self._stop = False
 
     @property
@@ -42,6 +52,8 @@ class Course:
         """
         config, position, part = self.config, self.position, Part(self.world.replica, self.world.replicas)
         scored = False
+        if self.unscored and not self.finished and position.epoch % config.evaluate_every == 0:
+            yield from self._evaluation()
         while not self.finished and not self._stop:
             epoch = position.epoch
             for micro_batches in self.task.batches(epoch, position.step_in_epoch, part):

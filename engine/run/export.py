@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.network.state import tensors_of
 from engine.utilities.files import replaced
 
 
@@ -18,7 +19,8 @@ def export_model(
 ) -> None:
     """Write the weights of the plain network under its own names, without any auxiliary weight.
 
-    ``model.load_state_dict(..., strict=True)`` accepts the result.
+    ``model.load_state_dict(..., strict=True)`` accepts the result. A torch file has the extra state of modules as well
+    (``get_extra_state``), for which safetensors has no place.
 
     Args:
         target: the file to write; with the suffix ``.safetensors`` in that format, otherwise as a torch file.
@@ -26,9 +28,10 @@ def export_model(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory or are not contiguous, and tied weights do share it.
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors_of(model).items()}
     with replaced(target) as partial:
         if target.suffix == ".safetensors":
             save_file(state, partial)
         else:
-            torch.save(form(state, target), partial)
+            extra = {name: value for name, value in model.state_dict().items() if name not in state}
+            torch.save(form({**state, **extra}, target), partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -23,15 +24,40 @@ def run_folder(config: Config, job: str) -> Path:
         job: name of torchrun's job; empty without torchrun.
     """
     folder, resume = Path(config.output.root) / (config.output.name or config.task), config.train.resume
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
-    last, free = folder, folder
-    while free.exists():
-        last, free = free, next(numbered)
+    last = free = folder
+    for free in _numbered(folder):
+        if not free.exists():
+            break
+        last = free
         if resume and last.resolve() in Path(resume).resolve().parents:  # the checkpoint lies in this run's folder
             return last
     if _same_job(last, job):
         return last
     return last if resume == "auto" else free
+
+
+def claim(folder: Path, config: Config) -> Path:
+    """Make the folder that ``run_folder`` has chosen, or if another job has just made it, the next one that is free.
+
+    Raises:
+        ValueError: no folder can be made there.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for free in _numbered(Path(config.output.root) / (config.output.name or config.task)):
+            try:
+                free.mkdir()  # atomic: of two jobs, one fails here
+                return free
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise ValueError(f"output.root: {folder} cannot be made: {error.strerror}") from error
+    raise AssertionError("there is no last number")
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    yield folder
+    yield from (folder.with_name(f"{folder.name}-{number}") for number in count(2))
 
 
 def _same_job(folder: Path, job: str) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.learning.block import Block
+from engine.run.checkpoint import Position
 from engine.utilities.console import progress_bar
 from engine.utilities.files import write_text
 
@@ -41,6 +42,17 @@ class RunLog:
 
     def close(self) -> None:
         self.curves.close()
+
+
+def is_scored(checkpoint: Path, position: Position) -> bool:
+    """Whether the run that wrote a checkpoint at ``position`` has also evaluated there.
+
+    It evaluates at the end of an epoch, after saving. Anywhere else there is nothing to evaluate.
+    """
+    if position.step_in_epoch or not position.step:
+        return True
+    lines = _lines(checkpoint.parents[1] / "metrics.jsonl")
+    return any(line.get("step") == position.step and "train_loss" not in line for line in lines)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine.learning.block import Block
-from engine.run.checkpoint import Division, Incomplete, Position, check_names, read_state
+from engine.network.state import Unsaved
+from engine.run.checkpoint import AUXILIARY, Division, Incomplete, Position, check_names, read_state
 
 
 class Saved:
@@ -32,8 +33,8 @@ class Saved:
         self, path: Path, blocks: Sequence[Block], auxiliary: Any, log: Callable[[str], None], *, verify: bool = True
     ) -> None:
         self.path, self._state = path, read_state(path, verify=verify)
-        self._model, self._auxiliary, self._optimizer = (
-            _Tensors(path, self._state, kind) for kind in ("model", "auxiliary", "optimizer")
+        self._model, self._auxiliary, self._optimizer, self._unsaved = (
+            _Tensors(path, self._state, kind) for kind in ("model", "auxiliary", "optimizer", "unsaved")
         )
         check_names(blocks[0].chain.model, self._model.shapes, str(path))
         saved = Division(self._state["cut"], self._state["auxiliary"], self._auxiliary.shapes)
@@ -62,12 +63,22 @@ class Saved:
             block.load(
                 self._model.read(names), self._auxiliary.read(own), self._optimizer.of_parameters([*names, *own])
             )
+            block.unsaved.load(self._unsaved.read(self._unsaved_of(block)), _extra(self._state))
             # Counters and loss scales belong to blocks, so with another cut they start fresh as well.
             counters = self._state["blocks"][block.index] if self._same else {}
             block.next_sequence = self.position.sequence
             block.skipped = counters.get("skipped", 0)
             if block.scaler is not None and counters.get("scaler"):
                 block.scaler.load_state_dict(counters["scaler"])
+
+    def _unsaved_of(self, block: Block) -> list[str]:
+        """The names of what ``Unsaved`` has saved that this block may load."""
+        return [name for name in self._unsaved.shapes if self._same or not name.startswith(AUXILIARY)]
+
+
+def _extra(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The extra state of all modules in a checkpoint."""
+    return {name: value for counters in state["blocks"] for name, value in counters.get("extra", {}).items()}
 
 
 def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Callable[[str], None]) -> Position:
@@ -90,7 +101,8 @@ def load_model(path: Path, model: nn.Module) -> int:
     state = read_state(path)
     saved = _Tensors(path, state, "model")
     check_names(model, saved.shapes, str(path))
-    model.load_state_dict(saved.read(saved.shapes))
+    model.load_state_dict(saved.read(saved.shapes), strict=False)  # the names were checked; extra state follows
+    Unsaved(dict(model.named_modules())).load(_Tensors(path, state, "unsaved").read_all(), _extra(state))
     return int(state["position"]["step"])
 
 
@@ -121,6 +133,10 @@ class _Tensors:
             with safe_open(path, "pt") as file:
                 tensors.update({key: file.get_tensor(key) for key in keys})
         return tensors
+
+    def read_all(self) -> dict[str, Tensor]:
+        """Read all tensors."""
+        return self.read(self.shapes)
 
     def of_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the optimizer state, named ``PARAMETER:STATE``, of these parameters."""

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.learning.block import Block
-from engine.run.checkpoint import FORMAT, Position, fingerprint, saved_steps
+from engine.run.checkpoint import FORMAT, Position, fingerprint, saved_steps, seal
 from engine.utilities.files import flush, write_text
 
 LAST_SECONDS = 5.0
@@ -41,9 +41,12 @@ class Snapshot:
             ValueError: a parameter, a buffer or optimizer state is not finite. The message names it.
         """
         tensors: dict[str, dict[str, Tensor]] = {}
-        for kind, named in block.state().items():
+        kinds = block.state()
+        if unsaved := block.unsaved.tensors():  # most blocks have none, and older versions read no such file
+            kinds["unsaved"] = unsaved
+        for kind, named in kinds.items():
             for name, tensor in named.items():
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                if name not in block.infinite and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise ValueError(f"block {block.index}: {name!r} is not finite at step {step}")
             # Contiguous, because safetensors stores no strides; a copy, because training goes on with the original.
             tensors[kind] = {
@@ -51,7 +54,18 @@ class Snapshot:
                 for name, tensor in named.items()
             }
         counters = {"skipped": block.skipped, "scaler": block.scaler.state_dict() if block.scaler else {}}
+        if values := block.unsaved.values():
+            counters["extra"] = values
         return cls(block.index, block.unit_names, counters, tensors)
+
+
+def infinite_buffers(block: Block) -> frozenset[str]:
+    """The names of a block's buffers that are not finite now, as ``named_state`` calls them."""
+    return frozenset(
+        name
+        for name, tensor in block.named_state().items()
+        if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    )
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ class Checkpoint:
             "blocks": [note["counters"] for note in notes],
             "files": {name: print_ for note in notes for name, print_ in sorted(note["files"].items())},
         }
-        write_text(self.partial / "state.json", json.dumps(state, indent=1))
+        write_text(self.partial / "state.json", json.dumps({**state, "seal": seal(state)}, indent=1))
         for index in range(self.blocks):
             self._note(index).unlink()
         # The order matters: first all files and the folder's entries are on disk, then the rename makes them a

@@ -31,11 +31,11 @@ from engine.learning.schedules import find_schedule
 from engine.network.shapes import evaluating
 from engine.run.checkpoint import Position, clean, newest_checkpoint, set_aside
 from engine.run.course import Course
-from engine.run.folder import JOB, find_start, run_folder
-from engine.run.log import Progress, RunLog, block_table
+from engine.run.folder import JOB, claim, find_start, run_folder
+from engine.run.log import Progress, RunLog, block_table, is_scored
 from engine.run.losses import Losses
 from engine.run.resume import Saved
-from engine.run.save import Checkpoint, CheckpointWriter
+from engine.run.save import Checkpoint, CheckpointWriter, infinite_buffers
 from engine.run.summary import summarise
 from engine.task import Metrics, Task
 from engine.utilities.console import console
@@ -71,6 +71,7 @@ class Trainer:
             raise ValueError("data.batch: larger than the training set, and data.drop_last leaves nothing")
         # Only the main rank chooses: the others would find its new folder in use.
         self.folder = world.from_main(run_folder(config, world.job) if world.main else Path())
+        self._new = not self.folder.exists()  # another job may make it before this one does (see ``claim``)
         saved = self._saved()
         shared = self.chain.shared.name if self.chain.shared else ""
         self.placement = place(config, task, world, len(self.all_blocks), shared)
@@ -84,6 +85,8 @@ class Trainer:
             prepare(self.blocks, config, self.device)
         else:
             prepare_replicas(self.blocks, config, self.device, world.stage_group)
+        for block in self.blocks.learners:
+            block.infinite = infinite_buffers(block)
         self.recorder = Recorder(world.rank, self.device) if world.size > 1 else None
         schedule = make_schedule(self.blocks, self.recorder)
         depth = config.placement.depth
@@ -92,7 +95,8 @@ class Trainer:
         self.writer = CheckpointWriter(writes=world.replica == 0, commits=world.main, timeout=config.placement.timeout)
         if saved is not None:
             self._resume(saved)
-        self.course = Course(config.train, task, world, self.position, self.last_step)
+        unscored = world.from_main(saved is not None and world.main and not is_scored(saved.path, self.position))
+        self.course = Course(config.train, task, world, self.position, self.last_step, unscored=unscored)
         self._first_step = self.position.step
         self._losses = Losses()
         self._metrics: Metrics | None = None
@@ -174,9 +178,11 @@ class Trainer:
         Raises:
             ValueError: a rank does not see the folder of the main rank.
         """
-        local, folder = self.config.local, self.folder
+        local = self.config.local
+        if self.world.main and self._new:
+            self.folder = claim(self.folder, self.config)
+        folder = self.folder = self.world.from_main(self.folder)
         if self.world.main:
-            folder.mkdir(parents=True, exist_ok=True)
             clean(folder / "checkpoints")
             for name in (TIMELINE, PAGE):  # a resumed run may have other ranks, or only one
                 (folder / name).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from engine.utilities.files import made_once
 from engine.utilities.seed import derive
 from engine.utilities.text import one_line
 from tasks.classification.config import DataConfig
-from tasks.images import opened
+from tasks.images import SUFFIXES, hidden, opened, pixels_of
 from tasks.scikit_learn import Scan, digit_scans
 
 MEAN = {"digits": (0.3055,) * 3, "cifar10": (0.4914, 0.4822, 0.4465), "svhn": (0.4377, 0.4438, 0.4728)}
@@ -139,26 +139,57 @@ def _digits(size: int, train_transform: Any, test_transform: Any, seed: int) -> 
 def _image_folder(root: Path, splits: Sequence[str]) -> Any:
     from torchvision import datasets
 
+    class Folder(datasets.ImageFolder):  # type: ignore[misc]  # torchvision has no types
+        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+            classes = [name for name in super().find_classes(directory)[0] if not hidden(name)]
+            if not classes:
+                raise FileNotFoundError(f"no folder of a class in {directory}")
+            return classes, {name: number for number, name in enumerate(classes)}
+
     for split in splits:
         if (root / split).is_dir():
+
+            def is_image(path: str, folder: Path = root / split) -> bool:
+                parts = Path(path).relative_to(folder).parts
+                return Path(path).suffix.lower() in SUFFIXES and not any(map(hidden, parts))
+
             try:
-                return datasets.ImageFolder(root / split, loader=open_image)
+                found = Folder(root / split, loader=open_image, is_valid_file=is_image)
+                _check_headers([path for path, _ in found.samples])
+                return found
             except FileNotFoundError as error:
                 raise ValueError(f"data.root: {root / split}: {one_line(error)}") from error
     raise ValueError(f"data.root: {root} has no folder {' or '.join(splits)}/ with one folder a class")
 
 
+HEADERS = 50_000
+"""As many files are looked into before training starts. More would hold it up for minutes on a slow disk."""
+
+
+def _check_headers(paths: Sequence[str]) -> None:
+    """Find files that are no images, as far as their headers show it, before training starts.
+
+    Raises:
+        ValueError: a file is not an image; the message names it.
+    """
+    for path in paths[:HEADERS]:
+        try:
+            with opened(path):
+                pass
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f"data.root: cannot read image {path}: {one_line(error)}") from error
+
+
 def open_image(path: str) -> Image.Image:
-    """Read an image as RGB.
+    """Read an image as RGB (see ``tasks.images.pixels_of``).
 
     Raises:
         ValueError: the file is damaged or not an image; the message names it.
     """
     try:
         with opened(path) as image:
-            rgb: Image.Image = image.convert("RGB")
-            return rgb
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            return Image.fromarray(pixels_of(image))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"data.root: cannot read image {path}: {one_line(error)}") from error
 
 

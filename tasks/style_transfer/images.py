@@ -11,19 +11,16 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
 from engine.utilities.files import replaced
 from engine.utilities.text import one_line
-from tasks.images import SUFFIXES, opened
+from tasks.images import SUFFIXES, Pixels, hidden, opened, pixels_of
 
 MAX_PIXELS = 120_000_000
 """The most pixels that a picture may have to be read: somewhat more than 10,000 x 10,000."""
-
-Pixels = NDArray[np.uint8]
 
 
 def find_images(key: str, folders: Sequence[Path]) -> list[Path]:
@@ -41,8 +38,8 @@ def find_images(key: str, folders: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{key}: there is no folder {folder}")
         here: set[Path] = set()
         for where, names, files in os.walk(folder, onerror=_refuse):
-            names[:] = [name for name in names if not name.startswith(".")]  # os.walk does not enter the others
-            images = [Path(where, name) for name in files if not name.startswith(".")]
+            names[:] = [name for name in names if not hidden(name)]  # os.walk does not enter the others
+            images = [Path(where, name) for name in files if not hidden(name)]
             here.update(path for path in images if path.suffix.lower() in SUFFIXES)
         if not here:
             raise ValueError(f"{key}: no image in {folder} and its subfolders; images end in {', '.join(SUFFIXES)}")
@@ -57,23 +54,13 @@ def _refuse(error: OSError) -> NoReturn:
 def read_image(path: Path) -> Pixels:
     """The pixels of a file, (H, W, 3) RGB uint8, rotated as its EXIF data says.
 
-    Grey is repeated in all channels, 16 bits are scaled to 8, transparent pixels are laid on white, and an animation
-    gives its first frame.
+    See ``tasks.images.pixels_of`` for grey, 16 bits and transparency. An animation gives its first frame.
 
     Raises:
         ValueError: there is no such file, it is not an image or damaged, or it has more than ``MAX_PIXELS`` pixels.
     """
     with _opened(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            return _from_16_bits(image)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
-        if image.has_transparency_data:
-            over = image.convert("RGBA")
-            image = Image.new("RGBA", over.size, "white")
-            image.alpha_composite(over)
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        return pixels_of(image)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -110,17 +97,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise ValueError(f"{path}: cannot be read: {reason}") from error
-
-
-def _from_16_bits(image: Image.Image) -> Pixels:
-    values = np.asarray(image).astype(np.int32)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"its pixels go from {values.min()} to {values.max()}; save it with 8 or 16 bits")
-    grey = ((values + 128) // 257).astype(np.uint8)  # rounded: 65535 / 257 = 255
-    transparent = image.info.get("transparency")
-    if transparent is not None:
-        grey[values == transparent] = 255
-    return grey[..., None].repeat(3, 2)
 
 
 def as_tensor(image: Pixels) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor
 from engine.config import at_least
 from engine.utilities.console import progress_bar
 from engine.utilities.files import write_named
+from tasks.images import Pixels
 from tasks.run import open_run
 from tasks.style_transfer.images import (
-    Pixels,
     as_pixels,
     as_tensor,
     find_images,

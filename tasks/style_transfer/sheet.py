@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from tasks.style_transfer.images import Pixels, as_pixels, fitted
+from tasks.images import Pixels
+from tasks.style_transfer.images import as_pixels, fitted
 
 SIDE = 128
 """Default side of a square in pixels."""

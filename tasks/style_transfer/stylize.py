@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from engine.config import at_least
+from tasks.images import Pixels
 from tasks.style_transfer.colour import keep_colour as with_colour_of
-from tasks.style_transfer.images import Pixels, as_pixels, as_tensor, fitted
+from tasks.style_transfer.images import as_pixels, as_tensor, fitted
 from tasks.tiles import padded, tiles
 
 LEAST_SIDE = 16

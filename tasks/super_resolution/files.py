@@ -15,7 +15,7 @@ from PIL import UnidentifiedImageError
 
 from engine.utilities.text import one_line
 from tasks import scikit_image
-from tasks.images import SUFFIXES, opened
+from tasks.images import SUFFIXES, hidden, opened
 from tasks.super_resolution.config import DataConfig
 
 ORIENTATION = 0x0112
@@ -72,7 +72,7 @@ def images_at(key: str, root: Path, place: str) -> dict[str, Path]:
     before, _, after = pattern.partition("*")
     found: dict[str, Path] = {}
     for path in sorted(where.iterdir()):
-        if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
+        if hidden(path.name) or path.suffix.lower() not in SUFFIXES:
             continue
         name = path.stem
         if pattern != "*":

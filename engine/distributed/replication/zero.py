@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.distributed.replication.extension import prepare_extension
 from engine.distributed.replication.protocol import Replication, Whole
 from engine.learning.block import Block
 from engine.learning.optimizer import MakeOptimizer, Named
@@ -248,6 +249,8 @@ def _deepspeed(kind: str, device: torch.device) -> Any:
         raise ValueError(
             f"placement.replication: {kind} needs deepspeed ({error}); pip install deepspeed, or use ddp or fsdp"
         ) from error
+    if device.type == "cpu":
+        prepare_extension()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # again, because the import sets another level
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     # ZeRO-3 compares the order in which modules run with that of global rank 0, which may belong to another stage and

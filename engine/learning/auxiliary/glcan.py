@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from engine.learning.auxiliary.protocol import AuxiliaryNetwork, register
 from engine.learning.auxiliary.thin import thin
@@ -15,7 +16,7 @@ from engine.network.chain import Chain, Unit
 from engine.network.cut import Span
 from engine.network.layout import as_map
 from engine.network.message import Message
-from engine.network.shapes import infer_shapes
+from engine.network.shapes import changes
 from engine.task import Task
 
 
@@ -62,6 +63,8 @@ class GLCAN(AuxiliaryNetwork):
         self.local_modules = nn.ModuleList([unit.module for unit in units])
         self.narrow, self.reduce, self.uses_bank = narrow, reduce, use_bank
         self.head: nn.Module = nn.Identity()  # ``build`` replaces it, once the local part's output shape is known
+        self.copied: frozenset[str] = frozenset()
+        """The features that the local part changes in place. It works on copies, since the next block gets them too."""
 
     @classmethod
     def build(
@@ -91,7 +94,7 @@ class GLCAN(AuxiliaryNetwork):
         )
         network = cls(units, narrow, reduce if spatial else 1, use_bank)
         try:
-            features = infer_shapes(network.local, output, [network])
+            features, network.copied = changes(network.local, output, [network])
         except RuntimeError as error:
             names = ", ".join(unit.name for unit in units)
             raise ValueError(
@@ -114,6 +117,9 @@ class GLCAN(AuxiliaryNetwork):
 
     def local(self, message: Message) -> Message:
         """The local part: run the block's output through the thinned units of the remaining stages."""
+        if self.copied:
+            copies = {name: pytree.tree_map_only(Tensor, Tensor.clone, message.features[name]) for name in self.copied}
+            message = replace(message, features={**message.features, **copies})
         if self.reduce > 1:
             message = message.with_x(F.avg_pool2d(message.x, self.reduce))
         message = message.with_x(self.narrow(message.x))

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tasks.images import pixels_of
 from tasks.style_transfer.images import as_tensor
 
 
@@ -17,8 +18,8 @@ def batch_of(key: str, image: Any) -> Tensor:
 
     Args:
         key: name of the argument, for error messages.
-        image: a Pillow image, an array (H, W, 3) or (N, H, W, 3) of uint8 or from 0 to 1, a tensor (3, H, W) or
-            (N, 3, H, W) from 0 to 1, or a list of these.
+        image: a Pillow image (see ``tasks.images.pixels_of``), an array (H, W, 3) or (N, H, W, 3) of uint8 or from 0 to
+            1, a tensor (3, H, W) or (N, 3, H, W) from 0 to 1, or a list of these.
 
     Raises:
         ValueError: it is anything else, or the pictures differ in size.
@@ -31,7 +32,10 @@ def batch_of(key: str, image: Any) -> Tensor:
             raise ValueError(f"{key}: the pictures {said}; give one or more of one size")
         return torch.cat(parts)
     if isinstance(image, Image.Image):
-        return as_tensor(np.array(image.convert("RGB")))[None]
+        try:
+            return as_tensor(pixels_of(image))[None]
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
     if isinstance(image, np.ndarray):
         found = torch.from_numpy(np.ascontiguousarray(image))
         found = found.movedim(-1, -3) if found.ndim > 2 else found

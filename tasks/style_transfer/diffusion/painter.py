@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from engine.utilities.seed import derive
+from tasks.images import Pixels
 from tasks.style_transfer.diffusion.prompt_config import PicturesConfig
-from tasks.style_transfer.images import Pixels, read_image
+from tasks.style_transfer.images import read_image
 
 
 @dataclass

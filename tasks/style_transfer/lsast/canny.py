@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from tasks.style_transfer.images import Pixels
+from tasks.images import Pixels, pixels_of
 
 
 def canny(picture: Pixels | Image.Image, low: int = 100, high: int = 200) -> Pixels:
@@ -16,5 +16,5 @@ def canny(picture: Pixels | Image.Image, low: int = 100, high: int = 200) -> Pix
         low: gradients above this continue an edge.
         high: gradients above this start an edge.
     """
-    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+    pixels = pixels_of(picture) if isinstance(picture, Image.Image) else np.asarray(picture)
     return np.repeat(cv2.Canny(pixels, low, high)[..., None], 3, axis=2)

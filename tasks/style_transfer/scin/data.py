@@ -14,9 +14,8 @@ from torch.utils.data import Dataset
 
 from engine.utilities.seed import derive
 from tasks import scikit_image
-from tasks.images import divided
+from tasks.images import Pixels, divided
 from tasks.style_transfer.images import (
-    Pixels,
     as_pixels,
     as_tensor,
     find_images,

@@ -249,6 +249,7 @@ def test_auxiliary_networks_of_another_shape_start_afresh(tmp_path: Path) -> Non
     _, blocks, _ = blocks_of(Toy(norm=True), config(local__blocks=2, local__auxiliary={"type": "glcan", "reduce": 1}))
     content = json.loads(state_file.read_text())
     content["auxiliary"] = "glcan"  # a default changed since: the same name, another network
+    del content["seal"]
     state_file.write_text(json.dumps(content))
     load_checkpoint(folder / "step_2", blocks, "glcan", said.append)
     assert "auxiliary networks start fresh" in said[0]
@@ -277,3 +278,67 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "nowhere", print) is None
     shutil.rmtree(tmp_path)
     assert find_checkpoint(tmp_path, print) is None
+
+
+def test_an_evaluation_that_a_kill_cut_short_is_made_after_resuming(tmp_path: Path) -> None:
+    """An epoch is saved before it is evaluated, and the resumed run went on with the next epoch at once."""
+
+    def scored(room: Path) -> list[int]:
+        lines = map(json.loads, (room / "run/metrics.jsonl").read_text().splitlines())
+        return [line["epoch"] for line in lines if "error" in line]
+
+    killed = trainer(tmp_path)
+    killed.course._evaluation = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        killed.fit()
+    killed.writer.wait()
+    assert scored(tmp_path) == []
+    trainer(tmp_path, train__resume="auto").fit()
+    assert scored(tmp_path) == [1, 2, 3]
+    trainer(tmp_path / "whole", train__keep=12).fit()
+    assert scored(tmp_path / "whole") == [1, 2, 3]
+    # From the end of an epoch that was evaluated, nothing is evaluated twice, also into another run's folder.
+    step = str(tmp_path / "whole/run/checkpoints/step_8")
+    trainer(tmp_path / "whole", train__keep=12, train__resume=step).fit()
+    assert scored(tmp_path / "whole") == [1, 2, 3]
+    trainer(tmp_path / "other", train__resume=step).fit()
+    assert scored(tmp_path / "other") == [3]
+
+
+EDITS = {
+    "a negative step": lambda state: state["position"].update(step=-5),
+    "half a step": lambda state: state["position"].update(step=1.5),
+    "beyond the epoch": lambda state: state["position"].update(step_in_epoch=99),
+    "an unknown key": lambda state: state["position"].update(steps=1),
+    "no position": lambda state: state.pop("position"),
+    "no cut": lambda state: state.pop("cut"),
+    "no optimizer": lambda state: state.pop("optimizer"),
+    "no counters": lambda state: state["blocks"].pop(),
+    "another auxiliary network": lambda state: state.update(auxiliary="dgl"),
+}
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_state_is_no_checkpoint(edit: str, sealed: bool, tmp_path: Path) -> None:
+    """Training went on from step -5. Checkpoints of earlier versions have no checksum, but must make sense."""
+    trainer(tmp_path, train__steps=3).fit()
+    folder = tmp_path / "run/checkpoints"
+    path = folder / "step_3/state.json"
+    state = json.loads(path.read_text())
+    if not sealed:
+        del state["seal"]
+    path.write_text(json.dumps(state))
+    assert read_state(folder / "step_3") == state
+    EDITS[edit](state)
+    path.write_text(json.dumps(state))
+    if edit == "another auxiliary network" and not sealed:
+        assert read_state(folder / "step_3")  # nothing tells
+        return
+    with pytest.raises(Incomplete, match="step_3: state.json"):
+        read_state(folder / "step_3")
+    said: list[str] = []
+    assert find_checkpoint(folder, said.append) == folder / "step_2"
+    assert "trying the one before it" in said[0]
+    resumed = trainer(tmp_path, train__resume="auto")
+    assert resumed.position.step == 2

@@ -185,3 +185,26 @@ def test_a_gpu_repeats_itself_to_the_bit(tmp_path: Path, precision: str) -> None
         made.fit()
         states.append(state(made.blocks))
     assert_equal(*states)
+
+
+def test_of_two_jobs_that_chose_one_folder_each_gets_its_own(tmp_path: Path) -> None:
+    """Both wrote into the first: configs were overwritten and figures mixed."""
+    made = []
+    for _ in range(3):
+        settings = config(train__epochs=1, local__blocks=2)
+        settings.output.root, settings.output.name = str(tmp_path), "run"
+        made.append(Trainer(settings, Toy()))
+    assert {trainer.folder for trainer in made} == {tmp_path / "run"}
+    assert not (tmp_path / "run").exists(), "made when training starts, so that a refused run leaves none"
+    for trainer in made:
+        trainer.fit()
+    assert [trainer.folder.name for trainer in made] == ["run", "run-2", "run-3"]
+    assert all((trainer.folder / "summary.json").is_file() for trainer in made)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    settings = config(train__epochs=1, local__blocks=2)
+    settings.output.root, settings.output.name = str(tmp_path / "file"), "run"
+    with pytest.raises(ValueError, match=r"^output.root: \S+/file/run cannot be made: (Not a directory|File exists)$"):
+        Trainer(settings, Toy()).fit()
