@@ -36,6 +36,9 @@ def local_settings(
         if key not in (known := (*KEYS, *others)):
             hint = did_you_mean(str(key), known) or f"; known: {', '.join(known)}"
             raise ValueError(f"local: unknown key {key!r}{hint}")
+    for key in ("blocks", "balance"):
+        if local.get("cut") and key in local:
+            raise ValueError(f"local.{key}: has no effect beside local.cut; leave one of them out")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(LocalConfig, "local")
     try:

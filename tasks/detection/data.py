@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from mmdet.datasets import XMLDataset
 from mmengine.config import Config as PlainConfig
-from mmengine.dataset import BaseDataset, pseudo_collate
+from mmengine.dataset import pseudo_collate
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,6 +24,7 @@ from engine.utilities.text import one_line
 from tasks.detection.config import DataConfig
 from tasks.detection.datasets import build_dataset, dataset_configs, metric_configs
 from tasks.detection.plain_config import class_count
+from tasks.detection.sizes import check_sizes, sources
 from tasks.detection.targets import targets_of
 
 Items = list[dict[str, Any]]
@@ -46,7 +47,7 @@ class Samples(Dataset[dict[str, Any]]):
         self.metainfo: dict[str, Any] = meta[0] if isinstance(meta, list) else meta
         self.classes = list(self.metainfo["classes"])
         self.indices = list(range(len(dataset)))
-        for source in _sources(dataset):
+        for source in sources(dataset):
             source._rand_another = _drop
         # OpenCV's threads compete with those of OpenMP, and do not survive in a forked process.
         cv2.setNumThreads(0)
@@ -188,11 +189,12 @@ def load_samples(data: DataConfig, plain: PlainConfig | None, seed: int) -> tupl
     """Training and test samples; ``plain`` is the MMDetection config if ``data.name`` is ``config``.
 
     Boxes without area or outside their image are dropped. MMDetection does so for COCO files; for VOC files it is done
-    here, for testing too, where no detection could match such a box.
+    here, for testing too, where no detection could match such a box. ``check_sizes`` tells how images that EXIF data
+    turns are read.
 
     Raises:
-        ValueError: a folder, file or image is missing or damaged, classes do not match each other or the head of
-            ``plain``, or there are no images.
+        ValueError: a folder, file or image is missing or damaged, an image has another size than its annotations say,
+            classes do not match each other or the head of ``plain``, or there are no images.
     """
     configs = dataset_configs(data, plain)
     metric_configs(data, plain)  # report a file that evaluation would miss before training
@@ -200,6 +202,8 @@ def load_samples(data: DataConfig, plain: PlainConfig | None, seed: int) -> tupl
     if data.name == "voc":
         for split, dataset in built.items():
             _drop_degenerate(dataset, data.keep_empty or split == "test")
+    for dataset in built.values():
+        check_sizes(dataset)
     for split, dataset in built.items():
         if not len(dataset):
             raise ValueError(f"data.{split}: no image is left; data.keep_empty=true keeps those without boxes")
@@ -235,12 +239,3 @@ def _drop_degenerate(dataset: XMLDataset, keep_empty: bool) -> None:
                 inside.append(instance)
         info["instances"] = inside
     dataset.data_list = [info for info in dataset.data_list if info["instances"] or keep_empty]
-
-
-def _sources(dataset: Any) -> Iterator[BaseDataset]:
-    """The data sets that a wrapper, such as a repetition or a concatenation, reads."""
-    if isinstance(dataset, BaseDataset):
-        yield dataset
-    for inner in getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]:
-        if inner is not None:
-            yield from _sources(inner)

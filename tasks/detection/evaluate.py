@@ -25,6 +25,7 @@ from tasks.detection.config import DataConfig
 from tasks.detection.data import Samples
 from tasks.detection.datasets import metric_configs
 from tasks.detection.quiet import quiet
+from tasks.detection.sizes import AS_STORED
 from tasks.detection.targets import Targets, samples_of
 
 PICTURED = 4
@@ -110,6 +111,8 @@ class DetectionMetrics(Metrics):
         rows = []
         for key, info in self._pictured.items():
             image = Image.fromarray(mmcv.imread(info["img_path"], channel_order="rgb"))
+            if image.size == (info["height"], info["width"]) != (info["width"], info["height"]):
+                image = Image.fromarray(mmcv.imread(info["img_path"], AS_STORED, "rgb"))
             truth: list[Box] = [(each["bbox"], each["bbox_label"], None) for each in info["instances"]]
             predicted = [box for box in self._predicted.get(key, []) if (box[2] or 0.0) >= PICTURED_SCORE]
             said = f"predictions, score >= {PICTURED_SCORE}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from engine.task import Metrics
-from engine.utilities.files import replaced
+from engine.utilities.files import replaced, write_text
 from tasks.super_resolution.bicubic import resized
 from tasks.super_resolution.data import Pairs, as_pixels
 from tasks.super_resolution.files import read_image
@@ -20,6 +23,8 @@ from tasks.tiles import Tile
 
 STRIP_SIDE = 240
 """Side in pixels of the middle part of each image that a strip shows."""
+TRUTHS = "truths.json"
+"""File that says of which images an evaluation's pictures are: the digest of each truth by name."""
 TITLE = 14
 """Height in pixels of the line of text above each image."""
 
@@ -79,6 +84,8 @@ class SuperResolutionMetrics(Metrics):
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             _write(folder / f"{name}.png", picture)
+        truths = {name: digest(self.test.pair(name)[1]) for name in self._results}
+        write_text(folder / TRUTHS, json.dumps(truths, indent=1) + "\n")
 
     def _strip(self, name: str, result: Any) -> Any:
         low, high = self.test.pair(name)
@@ -86,7 +93,7 @@ class SuperResolutionMetrics(Metrics):
         panels = [("low resolution", low.repeat(scale, 0).repeat(scale, 1)), ("bicubic", resized(low, scale))]
         if self.beside is not None:
             title, folder = self.beside
-            other = read_image(folder / f"{name}.png") if (folder / f"{name}.png").is_file() else None
+            other = read_image(folder / f"{name}.png") if shared_images(folder, {name: digest(high)}) else None
             if other is not None and other.shape == high.shape:
                 panels.append((title, other))
         panels += [("this run", result), ("truth", high)]
@@ -96,6 +103,21 @@ class SuperResolutionMetrics(Metrics):
                 title = f"{title} {figures(image, high, scale)['psnr']:.2f} dB"
             drawn.append(_panel(title, image))
         return np.concatenate(drawn, axis=1)
+
+
+def digest(image: Any) -> str:
+    """A digest of an image's pixels."""
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
+
+
+def shared_images(folder: Path, truths: Mapping[str, str]) -> list[str]:
+    """Which of the images in ``truths`` (see ``digest``) have a result in the folder of an evaluation.
+
+    They are compared by content. Evaluations of earlier versions wrote no digests; there, names have to do.
+    """
+    file = folder / TRUTHS
+    there: Mapping[str, str] = json.loads(file.read_text()) if file.is_file() else truths
+    return [name for name, mark in truths.items() if there.get(name) == mark and (folder / f"{name}.png").is_file()]
 
 
 def figures(image: Any, truth: Any, scale: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from basicsr.models.base_model import BaseModel
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
@@ -32,6 +33,10 @@ ELSEWHERE = {
     "precision": f"BasicSR trains in fp32; {_TOOL} with local.precision",
     "compile": f"{_TOOL} with local.compile",
 }
+
+
+TRAIN = {"ema_decay", "optim_g", "scheduler", "total_iter", "warmup_iter", "pixel_opt", "perceptual_opt"}
+"""The keys of ``train`` that SRModel and ``basicsr.train`` read."""
 
 
 class GivenNetwork(Upscaling):
@@ -85,6 +90,12 @@ class LocalSRModel(SRModel):
         self.settings = local_settings(_plain(local), ELSEWHERE, int(opt["manual_seed"]), OWN)
         if opt["dist"] or opt["num_gpu"] > 1:
             raise ValueError(f"num_gpu: LocalSRModel trains on one device; on several {_TOOL}")
+        for section, keys, read in (("train.", train, TRAIN), ("", opt, set(opt) - {"network_d"})):
+            for key in keys:
+                if key not in read:
+                    raise ValueError(
+                        f"{section}{key}: LocalSRModel does not read it; leave it out, or take another model"
+                    )
         if train.get("perceptual_opt"):
             raise ValueError("train.perceptual_opt: blocks learn from pixel_opt alone; leave it out, or take SRModel")
         if not train.get("pixel_opt"):
@@ -201,3 +212,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+_init = BaseModel.__init__
+
+
+def _init_without_local(self: BaseModel, opt: dict[str, Any]) -> None:
+    """BasicSR's other models would train without blocks, and say nothing."""
+    if opt.get("is_train") and opt.get("local") is not None and not isinstance(self, LocalSRModel):
+        raise ValueError(
+            f"local: model_type {opt.get('model_type')} has no blocks; set model_type: LocalSRModel, or remove local"
+        )
+    _init(self, opt)
+
+
+BaseModel.__init__ = _init_without_local

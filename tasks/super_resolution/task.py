@@ -20,7 +20,7 @@ from tasks.super_resolution.auxiliary import LocalSR
 from tasks.super_resolution.chain import network_chain
 from tasks.super_resolution.config import SuperResolutionConfig
 from tasks.super_resolution.data import Pairs, Patches, load_pairs
-from tasks.super_resolution.evaluate import SuperResolutionMetrics
+from tasks.super_resolution.evaluate import SuperResolutionMetrics, digest, shared_images
 from tasks.super_resolution.heads import LightTail
 from tasks.super_resolution.network import build_network, image_range, side_multiple
 from tasks.tiles import tiles
@@ -137,9 +137,8 @@ class SuperResolution(Upscaling):
     def metrics(self) -> SuperResolutionMetrics:
         data, beside = self.config.data, None
         if data.beside:
-            beside = newest_evaluation(data.beside)
-            if not any((beside[1] / f"{name}.png").is_file() for name in self.test.names[: data.pictures]):
-                raise ValueError(f"data.beside: {beside[1]} has no picture of the images tested here")
+            truths = {name: digest(self.test.pair(name)[1]) for name in self.test.names[: data.pictures]}
+            beside = newest_evaluation(data.beside, truths)
         return SuperResolutionMetrics(self.test, data.pictures, beside)
 
     def export(self, state: Mapping[str, Tensor], target: Path) -> Any:
@@ -147,13 +146,20 @@ class SuperResolution(Upscaling):
         return {"params": dict(state)}
 
 
-def newest_evaluation(run: str) -> tuple[str, Path]:
-    """The name of a run and its newest folder of pictures.
+def newest_evaluation(run: str, truths: Mapping[str, str]) -> tuple[str, Path]:
+    """The name of a run and its newest folder with results for an image that is tested here.
+
+    Args:
+        truths: the digest of each high-resolution image by name; another image may have the same name.
 
     Raises:
         ValueError: the run has no such folder.
     """
-    folders = [path for path in (Path(run) / "evaluation").glob("step_*") if path.name[5:].isdigit()]
+    folders = [path for path in (Path(run) / "evaluation").glob("**/step_*") if path.name[5:].isdigit()]
     if not folders:
         raise ValueError(f"data.beside: {run} has no evaluation/step_N with pictures; tools/evaluate.py makes them")
-    return Path(run).name, max(folders, key=lambda path: int(path.name[5:]))
+    folders.sort(key=lambda path: int(path.name[5:]), reverse=True)
+    for folder in folders:
+        if shared_images(folder, truths):
+            return Path(run).name, folder
+    raise ValueError(f"data.beside: {folders[0]} has no picture of the images tested here")

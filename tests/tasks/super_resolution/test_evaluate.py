@@ -81,7 +81,7 @@ def test_pictures_and_strips(test: Pairs, tmp_path: Path) -> None:
     plain = SuperResolutionMetrics(test, pictures=1)
     give(plain, test, 0)
     plain.save(other)
-    assert sorted(path.name for path in other.iterdir()) == ["one.png", "one_strip.png"]
+    assert sorted(path.name for path in other.iterdir()) == ["one.png", "one_strip.png", "truths.json"]
     assert (np.asarray(Image.open(other / "one.png")) == test.pair("one")[1][..., ::-1]).all()
     assert Image.open(other / "one_strip.png").size == (4 * 80, 64 + TITLE)
     beside = SuperResolutionMetrics(test, pictures=2, beside=("end-to-end", other))

@@ -114,11 +114,13 @@ def test_evaluation_writes_pictures_and_takes_other_settings(
 
     def evaluated(*overrides: str) -> dict[str, Any]:
         evaluate.main(["--run", str(run), *overrides])
-        return json.loads((run / "evaluation.json").read_text())
+        name = evaluate.test_set(overrides)
+        return json.loads((run / f"evaluation{name and f'.{name}'}.json").read_text())
 
     own = evaluated()
     assert own["psnr"] == summary["value"]
-    assert sorted(path.name for path in (run / "evaluation/step_3").iterdir()) == ["chelsea.png", "chelsea_strip.png"]
+    written = ["chelsea.png", "chelsea_strip.png", "truths.json"]
+    assert sorted(path.name for path in (run / "evaluation/step_3").iterdir()) == written
     assert Image.open(run / "evaluation/step_3/chelsea.png").size == (450, 300), "an odd column is cut off"
     whole = evaluated("--data.tile", "0")
     assert whole["psnr"] == pytest.approx(own["psnr"], abs=1e-3), "tiles overlap as far as this network sees"
@@ -131,7 +133,18 @@ def test_evaluation_writes_pictures_and_takes_other_settings(
     images = write_images(tmp_path / "mine", {"other.png": (64, 64)})
     with pytest.raises(ValueError, match="data.beside: .*step_3 has no picture of the images tested here"):
         evaluated("--data.name", "files", "--data.test", str(images), "--data.beside", str(run))
-    assert evaluated("--data.name", "files", "--data.test", str(images))["bicubic_psnr"] != own["bicubic_psnr"]
+    # Another test set has a folder and figures of its own, even if its images have the same names.
+    kept = {path.name: path.read_bytes() for path in (run / "evaluation/step_3").iterdir()}
+    images = write_images(tmp_path / "others", {"chelsea.png": (300, 450)})
+    elsewhere = ["--data.name", "files", "--data.test", str(images)]
+    with pytest.raises(ValueError, match="data.beside: .*step_3 has no picture of the images tested here"):
+        evaluated(*elsewhere, "--data.beside", str(run))
+    assert evaluated(*elsewhere)["bicubic_psnr"] != own["bicubic_psnr"]
+    assert {path.name: path.read_bytes() for path in (run / "evaluation/step_3").iterdir()} == kept
+    assert evaluated()["psnr"] == own["psnr"]
+    evaluated(*elsewhere, "--data.beside", str(run))
+    (folder,) = [path for path in (run / "evaluation").iterdir() if path.name != "step_3"]
+    assert Image.open(folder / "step_3/chelsea_strip.png").size[0] == 5 * 240
     assert "psnr" in capsys.readouterr().out
 
 
