@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -18,6 +19,8 @@ from tasks.run import open_run
 
 TEST_SET = ("name", "root", "test", "contents", "styles", "collections")
 """How keys of the section ``data`` begin that say what is tested on."""
+LONGEST = 80
+"""The most characters of a test set's name."""
 
 
 def test_set(overrides: Sequence[str]) -> str:
@@ -29,7 +32,10 @@ def test_set(overrides: Sequence[str]) -> str:
     """
     words = [part for word in overrides for part in (word.split("=", 1) if word.startswith("--") else [word])]
     chosen = [value for key, value in pairwise(words) if key.startswith(tuple(f"--data.{name}" for name in TEST_SET))]
-    return "_".join(re.sub(r"[^\w.]+", "-", value).strip("-.") for value in chosen)
+    name = "_".join(re.sub(r"[^\w.]+", "-", value).strip("-.") for value in chosen)
+    if len(name) > LONGEST:  # a file system's limit is 255; the end of a path says more than its beginning
+        name = f"{name[-LONGEST:]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name.lstrip("-.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.ranks import start_forked
 from tests.tools.commands import ALONE, ROOT, SMOKE, assert_refused, call, run, typed
+from tools import evaluate
 
 
 def test_train_evaluate_export_under_torchrun(tmp_path: Path) -> None:
@@ -164,3 +165,22 @@ def test_evaluation_runs_in_the_precision_of_training(tmp_path: Path) -> None:
     assert call("--run", "runs/r", tool="evaluate", cwd=tmp_path).returncode == 0
     summary = json.loads((tmp_path / "runs/r/summary.json").read_text())
     assert json.loads((tmp_path / "runs/r/evaluation.json").read_text())["loss"] == summary["loss"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], ""),
+        (["--local.precision", "bf16", "--data.batch=8"], ""),
+        (["--data.name", "files", "--data.test=Set5/*_HR.png"], "files_Set5-_HR.png"),
+        (["--data.root", "../elsewhere/"], "elsewhere"),
+    ],
+)
+def test_an_evaluation_is_named_by_its_test_set(overrides: list[str], name: str) -> None:
+    assert evaluate.test_set(overrides) == name
+
+
+def test_long_names_of_test_sets_stay_apart() -> None:
+    names = {evaluate.test_set(["--data.root", f"/{first}{'/folder' * 60}/Set5"]) for first in "ab"}
+    assert len(names) == 2
+    assert all(len(name) < 100 and "Set5-" in name for name in names)
