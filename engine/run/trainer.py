@@ -103,6 +103,7 @@ class Trainer:
         self._evaluation_mode: ExitStack | None = None
         self._values: dict[str, float] = {}
         self._started = self._epoch_started = time.monotonic()
+        self._timed_epoch = -1
 
     @property
     def last_step(self) -> int:
@@ -216,6 +217,8 @@ class Trainer:
     def _follow(self, order: Order, log: RunLog | None, progress: Progress) -> None:
         """Carry out an order: run the blocks and send the order on, then do this rank's own part."""
         if order.kind == "train":
+            if self.position.epoch != self._timed_epoch:  # before the epoch's first step, which counts too
+                self._timed_epoch, self._epoch_started = self.position.epoch, time.monotonic()
             self._set_rate()
         elif order.kind == "evaluate":
             self._evaluate_from_here()
@@ -270,8 +273,6 @@ class Trainer:
         position.sequence += 1
         if self.pipeline.outbox is None:
             self._losses.add(order, order.weight / self.world.replicas)  # the weight counts the replicas, a share not
-        if position.step_in_epoch == 0:
-            self._epoch_started = time.monotonic()
         if not order.update:
             return
         self.writer.check()

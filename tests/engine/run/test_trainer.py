@@ -2,8 +2,10 @@ import json
 import math
 import os
 import signal
+import time
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -208,3 +210,22 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     settings.output.root, settings.output.name = str(tmp_path / "file"), "run"
     with pytest.raises(ValueError, match=r"^output.root: \S+/file/run cannot be made: (Not a directory|File exists)$"):
         Trainer(settings, Toy()).fit()
+
+
+def test_seconds_of_an_epoch_count_its_first_step(tmp_path: Path) -> None:
+    settings = config(train__epochs=2, train__log_every=1, train__accumulate=2, local__blocks=2)
+    settings.output.root, settings.output.name = str(tmp_path), "run"
+    made = Trainer(settings, Toy())
+    real = made.blocks[0].local_step
+
+    def slow(message: Message, **options: Any) -> Any:
+        if made.position.step_in_epoch == 0:
+            time.sleep(0.1)
+        return real(message, **options)
+
+    made.blocks[0].local_step = slow  # type: ignore[method-assign]
+    made.fit()
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    first = [line["seconds"] for line in lines if "train_loss" in line and line["step"] % made.steps_per_epoch == 1]
+    assert len(first) == 2
+    assert all(seconds >= 0.1 for seconds in first)
