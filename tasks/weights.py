@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import codecs
+import os
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from engine.network.state import tensors_of
+from engine.utilities.console import console
 from engine.utilities.text import one_line
+
+KEYS = ("state_dict", "model_state_dict", "model", "net")
+"""Keys under which people's training scripts save the weights."""
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DataParallel, torch.compile and Lightning put before every name."""
+
+
+def _numpy() -> list[Any]:
+    """What a pickled number or array of numpy's is made of; many files hold an accuracy or a random state as one."""
+    made: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]  # what unpickles them
+    # numpy 2 has renamed the module that files name.
+    named = [(each, f"numpy.{core}.multiarray.{each.__name__}") for each in made for core in ("core", "_core")]
+    kinds = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType") and isinstance(kind, type)]
+    return [*named, np.ndarray, np.dtype, *kinds, codecs.encode]
 
 
 def read_weights(path: Path, key: str, allowed: Sequence[Any] = ()) -> Any:
-    """What a safetensors or torch file holds; nothing but tensors, plain containers and ``allowed`` is unpickled.
+    """What a safetensors or torch file holds; only tensors, plain containers, numpy's and ``allowed`` are unpickled.
 
     Raises:
         ValueError: there is no such file, or it cannot be read; names ``key``.
@@ -25,8 +45,16 @@ def read_weights(path: Path, key: str, allowed: Sequence[Any] = ()) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(list(allowed)):
+        with torch.serialization.safe_globals([*_numpy(), *allowed]):
             return torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # PyTorch's message advises weights_only=False, with which a file may run whatever code it likes.
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"{named[1]}, which is no tensor and could run code" if named else "something that is no tensor"
+        raise ValueError(
+            f"{key}: {path} cannot be read: it holds {what}; save the weights alone, by "
+            "torch.save(model.state_dict(), FILE)"
+        ) from error
     except Exception as error:
         plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # PyTorch's message is coloured
         raise ValueError(f"{key}: {path} cannot be read: {one_line(plain, 200)}") from error
@@ -36,15 +64,18 @@ def load_weights(
     model: nn.Module,
     path: Path,
     allowed: Sequence[Any] = (),
-    keys: Sequence[str] = ("state_dict", "model"),
+    keys: Sequence[str] = KEYS,
     key: str = "model.weights",
+    head: Sequence[str] = (),
 ) -> None:
-    """Load initial weights by the model's own names; a common ``module.`` prefix is dropped.
+    """Load initial weights by the model's own names; prefixes that wrappers have added to all names are dropped.
 
     Args:
         allowed: harmless classes that a framework's files hold besides tensors.
         keys: keys under which a framework's files hold the weights; the first that a file has is used.
         key: config key that names the file, for error messages.
+        head: names of tensors that start fresh, which is said, if the file has none of them or has them for another
+            number of classes.
 
     Raises:
         ValueError: there is no such file, it does not hold tensors, or names or shapes differ from the model's.
@@ -55,14 +86,25 @@ def load_weights(
             content = content[inner]
     if not isinstance(content, dict):
         raise ValueError(f"{key}: {path} holds {type(content).__name__}, not tensors by name")
-    state = {name.removeprefix("module."): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-    expected = model.state_dict()
+    expected = tensors_of(model)
+    state = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    for prefix in PREFIXES:
+        if not any(name in state for name in expected):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     # Old files lack BatchNorm's counters, which BatchNorm with a momentum never reads.
     for name, tensor in expected.items():
         if name.endswith("num_batches_tracked"):
             state.setdefault(name, tensor)
+    here = [name for name in head if name in expected]
+    if any(name not in state or state[name].shape != expected[name].shape for name in here):
+        found = [name for name in here if name in state]
+        if not found or all(state[name].shape[1:] == expected[name].shape[1:] for name in found):
+            classes = f"{state[found[-1]].shape[0]} classes" if found else "no head"
+            if os.environ.get("RANK", "0") == "0":
+                console.print(f"{key}: {path} has {classes}; {', '.join(here)} start fresh")
+            state.update({name: expected[name] for name in here})
     for name in [*expected, *state]:
         if name not in state or name not in expected or state[name].shape != expected[name].shape:
             have, want = (d[name].shape if name in d else "nothing" for d in (state, expected))
             raise ValueError(f"{key}: {path} does not fit: {name!r} is {have} in the file, {want} in the model")
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)  # the names were checked; extra state is not the file's business

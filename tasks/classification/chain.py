@@ -30,7 +30,7 @@ def build_model_chain(config: ModelConfig, classes: int, size: int) -> Chain:
     else:
         raise ValueError(f"model.name: {name!r} is none of resnetN, timm:NAME, module:function")
     if config.weights:
-        load_weights(chain.model, Path(config.weights))
+        load_weights(chain.model, Path(config.weights), head=chain.names(chain.head.module))
     return chain
 
 
