@@ -16,7 +16,8 @@ class ModelConfig:
     """`resnet20` ... `resnet110` (CIFAR style, any depth 6n+2), `timm:NAME`, or `module:function`, which returns a
     Chain."""
     weights: str = ""
-    """File with initial weights under the model's own names (safetensors, or a torch file of tensors)."""
+    """File with initial weights under the model's own names (safetensors, or a torch file of tensors). A head for
+    another number of classes is left out: it starts fresh."""
     classes: int = 0
     """Number of classes; 0 means as many as the data has."""
     pretrained: bool = False
