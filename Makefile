@@ -49,7 +49,7 @@ missing:
 
 # Each config's output is shown when it has ended, whole.
 smoke: install-all  ## a few steps of every task's smoke.yaml, on a GPU where there is one
-	@ls tasks/*/configs/smoke.yaml tasks/*/*/configs/smoke.yaml | OMP_NUM_THREADS=1 xargs -P $(JOBS) -n 1 sh -c '\
+	@printf '%s\n' tasks/*/*/configs/smoke.yaml tasks/*/configs/smoke.yaml | OMP_NUM_THREADS=1 xargs -P $(JOBS) -n 1 sh -c '\
 	  said=$$($(BIN)/python -m tests.smoke --config $$0 2>&1); code=$$?; \
 	  printf "== %s\n%s\n" "$$0" "$$said"; exit $$code'
 
