@@ -91,6 +91,8 @@ def built(room: Path, **changes: Any) -> SRModel:
     for folder in ("models", "states"):
         (room / folder).mkdir(exist_ok=True)
     torch.manual_seed(0)
+    if made["model_type"] != "LocalSRModel":
+        del made["local"]  # other models refuse it
     model: SRModel = build_model(made)
     return model
 
