@@ -41,6 +41,16 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
+def turns(image: Image.Image) -> bool:
+    """Whether EXIF data turns an image by a quarter, so that its sides change places, as far as its header shows it.
+
+    Known limitation: EXIF data after the pixels of a PNG file is overlooked; Pillow would decode the pixels to find it.
+    """
+    if image.format == "PNG" and "exif" not in image.info:
+        return False
+    return bool(image.getexif().get(ExifTags.Base.Orientation, 1) >= 5)
+
+
 def pixels_of(image: Image.Image) -> Pixels:
     """The pixels of a picture as a person sees it, (H, W, 3) RGB uint8: one rule for every task and pipeline.
 

@@ -176,12 +176,11 @@ class Block(nn.Module):
     def parameters_by_name(self) -> Named:
         """The parameters in ``named_state``, without its buffers; a parameter with several names under its first."""
         # An optimizer that got a tied parameter twice would update it twice a step.
-        first = {id(tensor): name for name, tensor in reversed(self.named_state().items())}
-        return [
-            (name, tensor)
-            for name, tensor in self.named_state().items()
-            if isinstance(tensor, nn.Parameter) and first[id(tensor)] == name
-        ]
+        once: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, tensor in self.named_state().items():
+            if isinstance(tensor, nn.Parameter):
+                once.setdefault(id(tensor), (name, tensor))
+        return list(once.values())
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint saves: for ``model``, ``auxiliary`` and ``optimizer``, whole tensors by name.

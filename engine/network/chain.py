@@ -183,9 +183,8 @@ def _check_exact(model: nn.Module, units: Sequence[Unit]) -> None:
     names |= {id(tensor): name for name, tensor in tensors_of(model).items()}
     holders: dict[int, str] = {}
     for unit in units:
-        for tensor in {
-            id(tensor) for tensor in tensors_of(unit.module).values()
-        }:  # a set: a unit may use a tensor twice
+        held = {id(tensor) for tensor in tensors_of(unit.module).values()}  # a set: a unit may use a tensor twice
+        for tensor in held:
             if tensor in holders:
                 name = names.get(tensor, "a tensor")
                 raise ValueError(f"{name!r} is in two units, {holders[tensor]!r} and {unit.name!r}")

@@ -66,9 +66,10 @@ class Unsaved:
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take over what ``tensors`` and ``values`` returned; names of other modules are ignored."""
+        saved_extra = {**tensors, **values}
         for name, owner in self._owners.items():
-            if name + EXTRA in {**tensors, **values}:
-                owner.set_extra_state({**tensors, **values}[name + EXTRA])
+            if name + EXTRA in saved_extra:
+                owner.set_extra_state(saved_extra[name + EXTRA])
             for key in owner._non_persistent_buffers_set:
                 if (saved := tensors.get(name + key)) is not None:
                     buffer = owner._buffers[key]

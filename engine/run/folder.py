@@ -23,17 +23,17 @@ def run_folder(config: Config, job: str) -> Path:
     Args:
         job: name of torchrun's job; empty without torchrun.
     """
-    folder, resume = Path(config.output.root) / (config.output.name or config.task), config.train.resume
-    last = free = folder
-    for free in _numbered(folder):
+    resume = config.train.resume
+    last: Path | None = None
+    for free in _numbered(config):
         if not free.exists():
             break
         last = free
         if resume and last.resolve() in Path(resume).resolve().parents:  # the checkpoint lies in this run's folder
             return last
-    if _same_job(last, job):
+    if last is not None and (resume == "auto" or _same_job(last, job)):
         return last
-    return last if resume == "auto" else free
+    return free
 
 
 def claim(folder: Path, config: Config) -> Path:
@@ -44,7 +44,7 @@ def claim(folder: Path, config: Config) -> Path:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for free in _numbered(Path(config.output.root) / (config.output.name or config.task)):
+        for free in _numbered(config):
             try:
                 free.mkdir()  # atomic: of two jobs, one fails here
                 return free
@@ -55,7 +55,9 @@ def claim(folder: Path, config: Config) -> Path:
     raise AssertionError("there is no last number")
 
 
-def _numbered(folder: Path) -> Iterator[Path]:
+def _numbered(config: Config) -> Iterator[Path]:
+    """The names that a run may take, in order."""
+    folder = Path(config.output.root) / (config.output.name or config.task)
     yield folder
     yield from (folder.with_name(f"{folder.name}-{number}") for number in count(2))
 

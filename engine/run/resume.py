@@ -56,6 +56,10 @@ class Saved:
                     f"optimizer.name: {self.path} was trained with {self._state['optimizer']}, the config says "
                     f"{block.optimizer_name}"
                 )
+        fits = [name for name in self._unsaved.shapes if self._same or not name.startswith(AUXILIARY)]
+        unsaved, extra = self._unsaved.read(fits), _extra(self._state)
+        if not self._same:
+            extra = {name: value for name, value in extra.items() if not name.startswith(AUXILIARY)}
         for block in blocks:
             names = block.model_names()
             own = [name for name in self._auxiliary.shapes if name.startswith(f"auxiliary.{block.index}.")]
@@ -63,17 +67,13 @@ class Saved:
             block.load(
                 self._model.read(names), self._auxiliary.read(own), self._optimizer.of_parameters([*names, *own])
             )
-            block.unsaved.load(self._unsaved.read(self._unsaved_of(block)), _extra(self._state))
+            block.unsaved.load(unsaved, extra)
             # Counters and loss scales belong to blocks, so with another cut they start fresh as well.
             counters = self._state["blocks"][block.index] if self._same else {}
             block.next_sequence = self.position.sequence
             block.skipped = counters.get("skipped", 0)
             if block.scaler is not None and counters.get("scaler"):
                 block.scaler.load_state_dict(counters["scaler"])
-
-    def _unsaved_of(self, block: Block) -> list[str]:
-        """The names of what ``Unsaved`` has saved that this block may load."""
-        return [name for name in self._unsaved.shapes if self._same or not name.startswith(AUXILIARY)]
 
 
 def _extra(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +102,8 @@ def load_model(path: Path, model: nn.Module) -> int:
     saved = _Tensors(path, state, "model")
     check_names(model, saved.shapes, str(path))
     model.load_state_dict(saved.read(saved.shapes), strict=False)  # the names were checked; extra state follows
-    Unsaved(dict(model.named_modules())).load(_Tensors(path, state, "unsaved").read_all(), _extra(state))
+    unsaved = _Tensors(path, state, "unsaved")
+    Unsaved(dict(model.named_modules())).load(unsaved.read(unsaved.shapes), _extra(state))
     return int(state["position"]["step"])
 
 
@@ -133,10 +134,6 @@ class _Tensors:
             with safe_open(path, "pt") as file:
                 tensors.update({key: file.get_tensor(key) for key in keys})
         return tensors
-
-    def read_all(self) -> dict[str, Tensor]:
-        """Read all tensors."""
-        return self.read(self.shapes)
 
     def of_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the optimizer state, named ``PARAMETER:STATE``, of these parameters."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,8 @@ def _check_headers(paths: Sequence[str]) -> None:
         ValueError: a file is not an image; the message names it.
     """
     for path in paths[:HEADERS]:
-        try:
-            with opened(path):
-                pass
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"data.root: cannot read image {path}: {one_line(error)}") from error
+        with _named(path):
+            pass
 
 
 def open_image(path: str) -> Image.Image:
@@ -186,9 +184,16 @@ def open_image(path: str) -> Image.Image:
     Raises:
         ValueError: the file is damaged or not an image; the message names it.
     """
+    with _named(path) as image:
+        return Image.fromarray(pixels_of(image))
+
+
+@contextmanager
+def _named(path: str) -> Iterator[Image.Image]:
+    """An opened image; whatever goes wrong with it becomes a ValueError that names the file."""
     try:
         with opened(path) as image:
-            return Image.fromarray(pixels_of(image))
+            yield image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"data.root: cannot read image {path}: {one_line(error)}") from error
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from mmcv.transforms import LoadImageFromFile
 from mmengine.dataset import BaseDataset
-from PIL import ExifTags, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from engine.utilities.text import one_line
-from tasks.images import opened
+from tasks.images import opened, turns
 
 AS_STORED = "color_ignore_orientation"
 """How mmcv calls reading pixels as they are stored, whatever EXIF data says of turning them."""
@@ -68,14 +68,11 @@ def _as_stored(info: dict[str, Any]) -> str:
     try:
         with opened(path) as image:
             size = image.size
-            # Pillow would decode a PNG's pixels to look for EXIF data after them.
-            known = image.format != "PNG" or "exif" in image.info
-            turns = known and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            seen = size[::-1] if turns(image) else size
     except FileNotFoundError:
         return ""  # not on this disk, or missing; whoever reads it says so
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"cannot load image {path}: {one_line(error)}") from error
-    seen = size[::-1] if turns else size
     if not all(said) or said == seen:
         return ""
     if said == size:

@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
 from engine.utilities.files import replaced
 from engine.utilities.text import one_line
-from tasks.images import SUFFIXES, Pixels, hidden, opened, pixels_of
+from tasks.images import SUFFIXES, Pixels, hidden, opened, pixels_of, turns
 
 MAX_PIXELS = 120_000_000
 """The most pixels that a picture may have to be read: somewhat more than 10,000 x 10,000."""
@@ -73,9 +73,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     with _opened(path) as image:
         width, height = image.size
-        if image.format == "PNG" and "exif" not in image.info:
-            return width, height  # Pillow would decode the pixels to look for EXIF data after them
-        if image.getexif().get(ExifTags.Base.Orientation, 1) < 5:
+        if not turns(image):
             return width, height
         if image.format != "TIFF":
             return height, width

@@ -15,11 +15,8 @@ from PIL import UnidentifiedImageError
 
 from engine.utilities.text import one_line
 from tasks import scikit_image
-from tasks.images import SUFFIXES, hidden, opened
+from tasks.images import SUFFIXES, hidden, opened, turns
 from tasks.super_resolution.config import DataConfig
-
-ORIENTATION = 0x0112
-"""EXIF's tag for the orientation; from 5 on, height and width change places."""
 
 
 def read_image(path: Path) -> Any:
@@ -49,8 +46,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with opened(path) as image:
             width, height = image.size
-            # Without the first condition, Pillow would decode every PNG to look for EXIF data after its pixels.
-            turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
+            turned = turns(image)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path}: not an image, or damaged: {one_line(error)}") from error
     if turned:  # for which formats OpenCV heeds the orientation depends on its version

@@ -90,12 +90,8 @@ class LocalSRModel(SRModel):
         self.settings = local_settings(_plain(local), ELSEWHERE, int(opt["manual_seed"]), OWN)
         if opt["dist"] or opt["num_gpu"] > 1:
             raise ValueError(f"num_gpu: LocalSRModel trains on one device; on several {_TOOL}")
-        for section, keys, read in (("train.", train, TRAIN), ("", opt, set(opt) - {"network_d"})):
-            for key in keys:
-                if key not in read:
-                    raise ValueError(
-                        f"{section}{key}: LocalSRModel does not read it; leave it out, or take another model"
-                    )
+        for key in [*(f"train.{key}" for key in train if key not in TRAIN), *({"network_d"} & set(opt))]:
+            raise ValueError(f"{key}: LocalSRModel does not read it; leave it out, or take another model")
         if train.get("perceptual_opt"):
             raise ValueError("train.perceptual_opt: blocks learn from pixel_opt alone; leave it out, or take SRModel")
         if not train.get("pixel_opt"):

@@ -111,7 +111,7 @@ def test_hidden_files_and_folders_are_no_data(classes: Path) -> None:
     (classes / "train/a/._0.png").write_text("Mac OS X")
     (classes / "train/.DS_Store").write_text("")
     found = task_of(classes).training_data()
-    assert found.dataset.classes == ["a", "b"] if hasattr(found, "dataset") else found.classes == ["a", "b"]
+    assert found.classes == ["a", "b"]
     assert len(found) == len(clean) == 8
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed's extension for ranks on a CPU, which torch compiles at its first use and keeps in a cache.
 
 While torch compiles, a file called ``lock`` lies in the cache, and other processes wait for it to vanish. A build that
-was killed leaves the file, and every later process would wait for ever.
+was killed leaves the file, and every later process would wait forever.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def in_use(lock: Path) -> bool:
     except FileNotFoundError:
         return False
     # What other hosts have open cannot be seen, nor on a system without /proc.
-    several = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    several = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")  # torchrun sets both
     if not Path("/proc/self/fd").is_dir() or several:
         return age < PATIENCE
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):

@@ -10,13 +10,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from engine.utilities.batches import Batches, load_batches
 from tasks.super_resolution.bicubic import resized
 from tasks.super_resolution.config import DataConfig
 from tasks.super_resolution.data import Patches, as_pixels, as_tensor, load_pairs
-from tasks.super_resolution.files import ORIENTATION, image_size, read_image
+from tasks.super_resolution.files import image_size, read_image
 from tests.shared import SHARED, needs_shared
 from tests.tasks.super_resolution.networks import small_task, write_images
 
@@ -128,7 +128,7 @@ def test_images_larger_than_pillow_likes_and_turned_ones(root: Path, monkeypatch
     assert Image.MAX_IMAGE_PIXELS == 100
     monkeypatch.undo()
     turned = Image.Exif()
-    turned[ORIENTATION] = 6
+    turned[ExifTags.Base.Orientation] = 6
     for name in ("turned.jpg", "turned.png"):
         Image.new("RGB", (40, 32)).save(root / name, exif=turned)
         assert image_size(root / name) == read_image(root / name).shape[1::-1]
