@@ -1,9 +1,10 @@
-"""All tests: which file goes first."""
+"""All tests: which file goes first, and when no further test starts."""
 
 from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,9 @@ def pytest_collection_finish() -> None:
     # Every framework is imported now. Their millions of objects live to the end; no collection need look at them again.
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup() -> None:
+    """Skip every test that would start after ``TESTS_UNTIL``, in seconds since 1970, for a gate with a time limit."""
+    if time.time() > float(os.environ.get("TESTS_UNTIL", "inf")):
+        pytest.skip("no time is left (TESTS_UNTIL)")
