@@ -103,7 +103,7 @@ class Block(nn.Module):
         self.replication: Replica | None = None
         self.unsaved = Unsaved({})
         self.infinite: frozenset[str] = frozenset()
-        """Names of buffers that have infinite or undefined elements before training, as a causal mask has."""
+        """Names of buffers that have infinite or undefined elements before training, such as a causal mask."""
         self.scaled = precision == "fp16"
         self.skipped = 0
         self.next_sequence = 0
@@ -163,7 +163,7 @@ class Block(nn.Module):
         return state
 
     def _modules_by_name(self) -> dict[str, nn.Module]:
-        """The block's modules, called as in ``named_state``."""
+        """The block's modules, by the names that ``named_state`` uses."""
         heads = [self.head_module] if self.head_module is not None else []
         own = {id(module) for root in [*self.unit_modules, *heads] for module in root.modules()}
         found = {name: module for name, module in self.chain.model.named_modules() if id(module) in own}
@@ -251,7 +251,7 @@ class Block(nn.Module):
         output = self.forward(message)
         if self.auxiliary is None:
             return output, self.chain.head(output).x
-        if torch.compiler.is_compiling():  # a graph has no versions
+        if torch.compiler.is_compiling():  # while it traces, tensors have no version counters
             return output, self.auxiliary(output, message.bank)
         sent = {
             **{f"feature {name!r}": value for name, value in output.features.items()},

@@ -34,7 +34,7 @@ def recomputing(wanted: bool) -> Iterator[None]:
 
 
 def run_recomputed(unit: Unit, message: Message) -> Message:
-    """Run a unit so that autograd keeps its input alone; backward recomputes the rest.
+    """Run a unit so that autograd keeps only its input; backward recomputes the rest.
 
     Raises:
         ValueError: the unit changes its input in place, so recomputation would start from a different input.

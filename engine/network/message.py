@@ -145,7 +145,7 @@ class Message:
 
 
 def versions(tree: Any) -> list[int]:
-    """How often each tensor of ``tree`` has been changed in place. Those made in inference mode do not count it."""
+    """How often each tensor of ``tree`` was changed in place; 0 for tensors of inference mode, which keep no count."""
     tensors = (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
@@ -155,7 +155,7 @@ def unchanged(named: Mapping[str, Any], who: str) -> Iterator[None]:
     """A context in which no tensor may be changed in place, because the next block gets these very tensors.
 
     Args:
-        named: trees of tensors, each with what to call it in the error.
+        named: trees of tensors, each under the name that the error uses.
         who: what runs in the context.
 
     Raises:

@@ -25,7 +25,7 @@ def infer_shapes(forward: Callable[[Message], Message], message: Message, module
 def changes(
     forward: Callable[[Message], Message], message: Message, modules: Iterable[nn.Module]
 ) -> tuple[Message, frozenset[str]]:
-    """As ``infer_shapes``, and the names of the features of ``message`` that ``forward`` changes in place."""
+    """What ``infer_shapes`` returns, and the names of the features of ``message`` that ``forward`` changes in place."""
     # Two nested fake modes refuse each other's tensors, so reuse the caller's if there is one.
     active = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)]
     fake = active[-1] if active else FakeTensorMode(allow_non_fake_inputs=True)

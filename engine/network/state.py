@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 EXTRA = "_extra_state"
-"""How ``state_dict`` calls what a module's ``get_extra_state`` returns."""
+"""The name under which ``state_dict`` holds what a module's ``get_extra_state`` returns."""
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ class Unsaved:
     Extra state is what ``get_extra_state`` returns. It can be saved if it is a tensor or can be written as JSON.
 
     Args:
-        modules: the modules by name; of each, only what it holds itself counts, not what its children hold.
+        modules: the modules by name; only what a module holds itself counts, not what its children hold.
 
     Raises:
         ValueError: the extra state of a module cannot be saved. The message names it.
@@ -46,7 +46,7 @@ class Unsaved:
         return {**buffers, **{name: value for name, value in self._extra().items() if isinstance(value, Tensor)}}
 
     def values(self) -> dict[str, Any]:
-        """Extra state that is no tensor, by name.
+        """Extra state that is not a tensor, by name.
 
         Raises:
             ValueError: as the class.

@@ -124,19 +124,19 @@ def read_state(path: Path, *, verify: bool = True) -> dict[str, Any]:
 
 
 def seal(state: Mapping[str, Any]) -> str:
-    """A checksum of the content of ``state.json``, which lies in it under ``seal``."""
+    """A checksum of the content of ``state.json``, which holds it under the key ``seal``."""
     content = json.dumps({key: value for key, value in state.items() if key != "seal"}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _check_state(state: Mapping[str, Any]) -> None:
-    """Check that ``state.json`` is as it was written, and whole.
+    """Check that ``state.json`` is unaltered and complete.
 
     Raises:
         KeyError: something is missing.
         ValueError: something is not what was written, or makes no sense.
     """
-    if "seal" in state and state["seal"] != seal(state):  # versions before it wrote none
+    if "seal" in state and state["seal"] != seal(state):  # earlier versions wrote no seal
         raise ValueError("altered since it was written")
     for key in ("cut", "auxiliary", "optimizer"):
         state[key]

@@ -23,7 +23,7 @@ class Course:
     Args:
         position: where training stands. The trainer advances it while it carries out the orders.
         last_step: number of optimizer steps in the whole run.
-        unscored: whether the position is the end of an epoch whose evaluation a kill has cut short.
+        unscored: whether the position is the end of an epoch whose evaluation was cut short by a kill.
     """
 
     def __init__(

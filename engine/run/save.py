@@ -60,7 +60,7 @@ class Snapshot:
 
 
 def infinite_buffers(block: Block) -> frozenset[str]:
-    """The names of a block's buffers that are not finite now, as ``named_state`` calls them."""
+    """The names, as in ``named_state``, of a block's buffers that are not finite now."""
     return frozenset(
         name
         for name, tensor in block.named_state().items()

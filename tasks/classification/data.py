@@ -30,7 +30,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Images(Dataset[tuple[Tensor, int]]):
     """A data set with transforms whose randomness depends on (seed, epoch, index) alone.
 
-    Items are asked for as (epoch, index).
+    Items are indexed by (epoch, index).
     """
 
     def __init__(self, source: Any, labels: Sequence[int], classes: Sequence[str], transform: Any, seed: int) -> None:
@@ -164,11 +164,11 @@ def _image_folder(root: Path, splits: Sequence[str]) -> Any:
 
 
 HEADERS = 50_000
-"""As many files are looked into before training starts. More would hold it up for minutes on a slow disk."""
+"""At most this many files are checked before training starts. More would delay it by minutes on a slow disk."""
 
 
 def _check_headers(paths: Sequence[str]) -> None:
-    """Find files that are no images, as far as their headers show it, before training starts.
+    """Find files that are not images, as far as their headers show, before training starts.
 
     Raises:
         ValueError: a file is not an image; the message names it.
@@ -199,7 +199,7 @@ def _named(path: str) -> Iterator[Image.Image]:
 
 
 def _unpacked(archive: Path) -> Path:
-    """The folder in a tar file, unpacked into ``data/`` unless it is there already; it is complete or not there."""
+    """The folder in a tar file, unpacked into ``data/`` unless it is there already; it is complete or absent."""
     # Archives of the same name, or another version of one, get folders of their own.
     about = archive.stat()
     mark = hashlib.sha256(f"{archive.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:8]

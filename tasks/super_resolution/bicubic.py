@@ -29,7 +29,7 @@ def cropped(image: Any, scale: int) -> Any:
 
 
 def low_resolution(high: Mapping[str, Path], scale: int, folder: Path) -> dict[str, Path]:
-    """Files with the images of ``high`` scaled down, by the same names; made in ``folder`` unless they are there.
+    """Files with the images of ``high`` scaled down, by the same names; made in ``folder`` unless they exist.
 
     If the size or time of any file changes, all are made again.
 

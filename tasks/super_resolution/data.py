@@ -86,7 +86,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
 class Patches(Dataset[tuple[Tensor, Tensor]]):
     """Random patches, ``repeat`` of each image; which ones depends on (seed, epoch, index) alone.
 
-    Items are asked for as (epoch, index): the low-resolution patch (3, p, p) and the high-resolution one.
+    Items are indexed by (epoch, index): the low-resolution patch (3, p, p) and the high-resolution one.
 
     Raises:
         ValueError: data.subset is larger than the set.

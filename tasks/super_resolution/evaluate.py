@@ -24,7 +24,7 @@ from tasks.tiles import Tile
 STRIP_SIDE = 240
 """Side in pixels of the middle part of each image that a strip shows."""
 TRUTHS = "truths.json"
-"""File that says of which images an evaluation's pictures are: the digest of each truth by name."""
+"""File that records which images an evaluation's pictures show: the digest of each true image, by name."""
 TITLE = 14
 """Height in pixels of the line of text above each image."""
 
@@ -113,7 +113,7 @@ def digest(image: Any) -> str:
 def shared_images(folder: Path, truths: Mapping[str, str]) -> list[str]:
     """Which of the images in ``truths`` (see ``digest``) have a result in the folder of an evaluation.
 
-    They are compared by content. Evaluations of earlier versions wrote no digests; there, names have to do.
+    They are compared by content. Evaluations of earlier versions wrote no digests; for those, the names decide.
     """
     file = folder / TRUTHS
     there: Mapping[str, str] = json.loads(file.read_text()) if file.is_file() else truths

@@ -55,8 +55,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def images_at(key: str, root: Path, place: str) -> dict[str, Path]:
-    """The images in a folder, by name, or those that a pattern with one ``*`` in the file name matches, by the text
-    there.
+    """The images in a folder, by name, or those that match a pattern with one ``*`` in the file name, by the text that
+    stands for the ``*``.
 
     Raises:
         ValueError: the folder does not exist, or has no such image.

@@ -152,7 +152,7 @@ class LocalSRModel(SRModel):
         self.net_g.train(self.is_train)
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
-        """Save as BasicSR does, but to a file that is complete or not there, with optimizer state by parameter name."""
+        """Save as BasicSR does, but to a file that is complete or absent, with optimizer state by parameter name."""
         if current_iter == -1 or self.opt["rank"] != 0:
             return
         parts = [block.state() for block in self.blocks]
@@ -214,7 +214,7 @@ _init = BaseModel.__init__
 
 
 def _init_without_local(self: BaseModel, opt: dict[str, Any]) -> None:
-    """BasicSR's other models would train without blocks, and say nothing."""
+    """Refuse ``local`` for BasicSR's other models, which would ignore it and silently train without blocks."""
     if opt.get("is_train") and opt.get("local") is not None and not isinstance(self, LocalSRModel):
         raise ValueError(
             f"local: model_type {opt.get('model_type')} has no blocks; set model_type: LocalSRModel, or remove local"

@@ -1,4 +1,4 @@
-"""Have BasicSR's own commands know ``model_type: LocalSRModel``: python -m tasks.super_resolution.startup
+"""Make ``model_type: LocalSRModel`` known to BasicSR's own commands: python -m tasks.super_resolution.startup
 
 BasicSR 1.4.2 does not start with current versions of torchvision, and has no option to import a user's module. So this
 command writes a file of one line, ``local_learning_basicsr.pth``, to the environment's site-packages. With it, Python

@@ -47,7 +47,7 @@ def in_use(lock: Path) -> bool:
         age = time.time() - lock.stat().st_mtime
     except FileNotFoundError:
         return False
-    # What other hosts have open cannot be seen, nor on a system without /proc.
+    # Which files other hosts have open cannot be seen; without /proc, not even those of this host.
     several = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")  # torchrun sets both
     if not Path("/proc/self/fd").is_dir() or several:
         return age < PATIENCE

@@ -27,9 +27,9 @@ class GLCAN(AuxiliaryNetwork):
     GLCAN (Feiyu Zhu et al., arXiv 2406.00446; later versions call the method Memory-augmented Auxiliary Network and
     FBA) is a design rule for auxiliary networks, so that one rule serves every task::
 
-        block's output -> reduce -> narrow -> first unit of each stage to come -> head -> prediction
-                                                                                   ^
-        bank: key features of the blocks before this one --------------------------+
+        block's output -> reduce -> narrow -> first units of each stage to come -> head -> prediction
+                                                                                    ^
+        bank: key features of the blocks before this one ---------------------------+
 
     Where each part comes from:
 

@@ -123,8 +123,8 @@ class Images:
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
     """Pairs of a photograph and a painting for training, ``data.repeat`` of them for each photograph.
 
-    An item is asked for as (epoch, index). It consists of a random square of each of the two, (3, crop, crop) from 0 to
-    1, mirrored half of the time; the squares depend only on (seed, epoch, index). Photographs take turns by index.
+    Items are indexed by (epoch, index). An item consists of a random square of each of the two, (3, crop, crop) from 0
+    to 1, mirrored half of the time; the squares depend only on (seed, epoch, index). Photographs take turns by index.
     Paintings take turns too, shuffled anew whenever all have been used; their order depends only on (seed, epoch).
     Within an epoch, no painting is used more than once more often than another.
 
@@ -161,7 +161,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
 class TestPairs(Dataset[tuple[Tensor, Tensor, int]]):
     """At most ``data.tests`` photographs and paintings, spread evenly over the test sets, each with each.
 
-    An item is asked for as (epoch, index), and is the same for every epoch: the middle squares of the two, (3, crop,
+    Items are indexed by (epoch, index), and are the same for every epoch: the middle squares of the two, (3, crop,
     crop) from 0 to 1, and the index. For testing, images are scaled to the size of the squares, so that these show the
     whole of the shorter side; for training they are larger, by ``data.resize``.
 
