@@ -73,8 +73,11 @@ def profile_of(*network: str) -> Profile:
 @pytest.mark.parametrize(
     "network",
     [
-        ["--model.name", "resnet14", "--data.batch", "256"],
-        ["--model.name", "resnet14", "--data.batch", "64", "--train.accumulate", "2", "--local.auxiliary", "dgl"],
+        ["--model.name", "resnet8", "--data.batch", "256"],
+        pytest.param(
+            ["--model.name", "resnet14", "--data.batch", "64", "--train.accumulate", "2", "--local.auxiliary", "dgl"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["--model.name", "resnet32", "--data.batch", "256"], marks=pytest.mark.slow),
         pytest.param(
             ["--model.name", "timm:vit_tiny_patch16_224", "--data.size", "64", "--optimizer.name", "adamw"],

@@ -26,7 +26,7 @@ def scin(**changes: Any) -> SCINConfig:
     """A config with dotted changes, as ``scin(local__blocks=2)``."""
     made = SCINConfig(task="style_transfer/scin", model=model(), loss=loss())
     made.optimizer.name, made.optimizer.lr, made.optimizer.weight_decay = "adamw", 1e-3, 0.0
-    made.data.crop = made.data.resize = 64
+    made.data.crop = made.data.resize = 32
     made.data.batch = 2
     for name, value in changes.items():
         section, key = name.split("__")

@@ -131,7 +131,7 @@ def estimated(way: str, recompute: str) -> Footprint:
     ("way", "recompute"),
     [
         ("local", "units"),
-        ("end to end", "none"),
+        pytest.param("end to end", "none", marks=pytest.mark.slow),
         pytest.param("local", "none", marks=pytest.mark.slow),
         pytest.param("end to end", "units", marks=pytest.mark.slow),
     ],
@@ -145,6 +145,7 @@ def test_bytes_on_fake_tensors_are_those_of_real_ones(way: str, recompute: str) 
     assert real.peak["loss"] > 0
 
 
+@pytest.mark.slow
 def test_blocks_save_memory_and_recomputation_saves_more() -> None:
     whole, recomputed = (estimated("end to end", each).peak_bytes for each in ("none", "units"))
     local, both = (estimated("local", each).peak_bytes for each in ("none", "units"))
