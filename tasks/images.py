@@ -52,13 +52,13 @@ def turns(image: Image.Image) -> bool:
 
 
 def pixels_of(image: Image.Image) -> Pixels:
-    """The pixels of a picture as a person sees it, (H, W, 3) RGB uint8: one rule for every task and pipeline.
+    """The pixels of a picture as a person sees it, (H, W, 3) RGB uint8: classification's and style transfer's rule.
 
     It is rotated as its EXIF data says. Grey is repeated in all channels, 16 bits are scaled to 8, palettes and CMYK
     become RGB, and transparent pixels are laid on white.
 
     Raises:
-        ValueError: its pixels are floating-point numbers, or whole numbers beyond 16 bits, whose range nothing tells.
+        ValueError: its pixels are floating-point numbers, or whole numbers beyond 16 bits, whose range is unknown.
     """
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)

@@ -44,6 +44,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ``activations`` while gradients are enabled: by the forward pass or its recomputation
     ``temporary``   while gradients are disabled: by the backward pass or the update
     ``auxiliary``   while ``made_in_forward`` says so: by the forward pass of an auxiliary network
+    ``loss``        while ``made_in_forward`` says so: by a loss that has networks of its own
     =============== ============================================================================
 
     Args:

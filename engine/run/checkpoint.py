@@ -1,8 +1,9 @@
 """The format of checkpoints: tensors under the framework's own names, and nothing that must be unpickled.
 
-A checkpoint is a folder. It holds ``model.K``, ``auxiliary.K`` and ``optimizer.K`` (safetensors) for every block K, and
-``state.json`` with the position in training and the size and SHA-256 of every file. A checkpoint is complete or absent:
-``save`` writes it under another name and renames it. ``resume`` reads it.
+A checkpoint is a folder. It holds ``model.K``, ``auxiliary.K`` and ``optimizer.K`` (safetensors) for every block K,
+``unsaved.K`` where training has changed buffers that no ``state_dict`` has, and ``state.json`` with the position in
+training, the size and SHA-256 of every file, and a checksum of its own. A checkpoint is complete or absent: ``save``
+writes it under another name and renames it. ``resume`` reads it.
 """
 
 from __future__ import annotations
