@@ -37,7 +37,7 @@ def find_task(name: str) -> TaskEntry:
     """The task in the folder ``tasks/<name>``; those of several methods are one level down (``style_transfer/scin``).
 
     Raises:
-        ValueError: no such task; has the nearest known one.
+        ValueError: there is no such task; the message names the nearest known one.
     """
     root = Path(__file__).parent
     known = sorted(folder.parent.relative_to(root).as_posix() for folder in root.glob("**/configs"))

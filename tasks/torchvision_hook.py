@@ -1,4 +1,4 @@
-"""Whenever torchvision is first imported, by whomever, its operators are seen to before and after."""
+"""Define missing torchvision operators whenever torchvision is first imported, whoever imports it."""
 
 from __future__ import annotations
 

@@ -12,10 +12,13 @@ _library: torch.library.Library | None = None
 
 
 def define_operators() -> bool:
-    """Define ``torchvision::nms`` and ``qnms`` on the CPU, unless torchvision's own operators load; whether it did.
+    """Define ``torchvision::nms`` and ``qnms`` on the CPU, unless torchvision's own operators load.
 
-    To be called before torchvision is imported: without them that fails with "operator torchvision::nms does not
-    exist". ``tasks.torchvision_hook`` does.
+    Call this before torchvision is imported; without these operators the import fails with "operator torchvision::nms
+    does not exist". ``tasks.torchvision_hook`` calls it.
+
+    Returns:
+        whether it defined them.
     """
     global _library
     spec = importlib.util.find_spec("torchvision")

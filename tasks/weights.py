@@ -20,7 +20,7 @@ from engine.utilities.console import console
 from engine.utilities.text import one_line
 
 KEYS = ("state_dict", "model_state_dict", "model", "net")
-"""Keys under which people's training scripts save the weights."""
+"""Keys under which training scripts usually save weights."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DataParallel, torch.compile and Lightning put before every name."""
 
@@ -74,8 +74,8 @@ def load_weights(
         allowed: harmless classes that a framework's files hold besides tensors.
         keys: keys under which a framework's files hold the weights; the first that a file has is used.
         key: config key that names the file, for error messages.
-        head: names of tensors that start fresh, which is said, if the file has none of them or has them for another
-            number of classes.
+        head: names of tensors that start fresh, with a printed notice, if the file has none of them or has them for
+            another number of classes.
 
     Raises:
         ValueError: there is no such file, it does not hold tensors, or names or shapes differ from the model's.

@@ -42,8 +42,8 @@ def balance(seconds: Sequence[float], stages: int, sizes: Sizes | None = None, b
         assert sizes is not None
         least, _ = best_bounds(len(seconds), stages, lambda start, stop: (sizes.stage(start, stop), 0))[-1]
         raise ValueError(
-            f"placement.memory: no placement on {stages} stages keeps {budget}; the least is {size_text(least)}; "
-            "start more ranks, or raise local.blocks"
+            f"placement.memory: no placement on {stages} stages stays within {budget}; the smallest possible is "
+            f"{size_text(least)}; start more ranks, or raise local.blocks"
         )
     return bounds
 

@@ -13,7 +13,7 @@ from engine.distributed.world import World
 from engine.memory.stages import Sizes
 from engine.task import Task
 
-REMEDY = "give one stage a block, or [] to have blocks timed"
+REMEDY = "give one stage per block, or [] to have the blocks timed"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,10 @@ def _named(wish: Sequence[int], stages: int, blocks: int) -> list[int]:
                 f"placement.stages: block {block} is on stage {stage}, there are stages 0 to {stages - 1}; {REMEDY}"
             )
         if stage < before:
-            raise ValueError(f"placement.stages: block {block} is on stage {stage}, before the block before it")
+            raise ValueError(
+                f"placement.stages: block {block} is on stage {stage}, but block {block - 1} is on stage {before}; "
+                "stages must not decrease"
+            )
     empty = sorted(set(range(stages)) - set(wish))
     if empty:
         raise ValueError(f"placement.stages: stage {empty[0]} of {stages} has no block; start fewer ranks, or {REMEDY}")

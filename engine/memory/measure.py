@@ -214,14 +214,16 @@ class Stepper:
             ValueError: the network is compiled but on a CPU, or fp16's loss scaler skipped every update.
         """
         if self.config.local.compile and self.device.type == "cpu":
-            raise ValueError("local.compile: a CPU has no allocator to ask what compiled code takes; set it false")
+            raise ValueError(
+                "local.compile: the memory of compiled code can be measured on a GPU only; set it to false"
+            )
         for number in range(20):
             self.step()
             # A loss scaler skips updates until its scale has come down; only an update creates optimizer state.
             if all(block.skipped <= number for block in self.blocks):
                 break
         else:
-            raise ValueError("local.precision: fp16's loss scaler has left out every one of 20 updates; use bf16")
+            raise ValueError("local.precision: fp16's loss scaler skipped all of 20 updates; use bf16")
         cuda = self._cuda(snapshot) if self.device.type == "cuda" else None
         footprint = count_bytes(self.blocks, self.config, self.message)
         if self.device.type == "cuda":

@@ -162,7 +162,7 @@ def check_free(path: Path) -> None:
         ValueError: the path exists and is not a plan.
     """
     if path.exists() and not (path.is_file() and path.read_text().startswith(MARK)):
-        raise ValueError(f"--out: {path} exists and is no plan; choose another file")
+        raise ValueError(f"--out: {path} exists and is not a plan; choose another file")
 
 
 def write_plan(plan: Plan, path: Path) -> None:
@@ -273,5 +273,5 @@ def _why(least: Option, budget: int) -> str:
     return (
         f"--memory: no plan fits {size_text(budget)}; the smallest achievable is {size_text(least.peak_bytes)} "
         f"({least.name}, micro-batch {least.micro_batch}), where block {number} ({least.estimate.units[number]}) "
-        f"binds with {size_text(size)} of {name}"
+        f"sets it with {size_text(size)} of {name}"
     )

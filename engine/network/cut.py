@@ -123,7 +123,7 @@ def _weights(chain: Chain, balance: Balance) -> list[float]:
     weights = [float(weight) for weight in balance]
     if len(weights) != len(chain) or min(weights) < 0:
         raise ValueError(
-            f"local.balance: {len(weights)} weights for {len(chain)} units; give one weight of 0 or more a unit"
+            f"local.balance: {len(weights)} weights for {len(chain)} units; give one weight of 0 or more per unit"
         )
     return weights
 

@@ -166,7 +166,7 @@ def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source:
         if here != there:
             shown = ("nothing" if shape is None else shape for shape in (there, here))
             raise ValueError(
-                "{} is of another model: {!r} is {} there, {} in this network".format(source, name, *shown)
+                "{} belongs to another model: {!r} is {} in it, {} in this network".format(source, name, *shown)
             )
 
 

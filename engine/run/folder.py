@@ -82,7 +82,7 @@ def find_start(config: Config, folder: Path, job: str) -> Path | None:
         return None
     path = find_checkpoint(checkpoints, console.print) if wish == "auto" else Path(wish)
     if path is not None and not path.is_dir():
-        raise ValueError(f"train.resume: {path} is no checkpoint; give `auto` or a folder checkpoints/step_N")
+        raise ValueError(f"train.resume: {path} is not a checkpoint; give `auto` or a folder checkpoints/step_N")
     if path is None:
         console.print(f"train.resume: no checkpoint in {checkpoints}; starting at step 0")
     elif wish != "auto":

@@ -368,7 +368,7 @@ class Trainer:
         self.world.gather(None)  # a barrier: all ranks have read the checkpoint before any is renamed
         if self.world.main:
             for name in set_aside(self.folder / "checkpoints", self.position.step):
-                console.print(f"{name} is later than that and of another course: now superseded_{name}")
+                console.print(f"{name} is later than the checkpoint resumed from; renamed to superseded_{name}")
             console.print(f"resumed {saved.path} at step {self.position.step}")
 
     def _account(self) -> RankAccount:

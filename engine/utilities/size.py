@@ -39,5 +39,7 @@ def parse_size(text: str, key: str = "--memory") -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
     sizes = {unit.lower(): size for unit, size in SIZES.items()}
     if not match or match[2].lower() not in sizes or float(match[1]) <= 0:
-        raise ValueError(f"{key}: {text!r} is no size; write a number above 0 and one of {', '.join(SIZES)}: 4GiB")
+        raise ValueError(
+            f"{key}: {text!r} is not a size; write a number above 0 and one of {', '.join(SIZES)}, such as 4GiB"
+        )
     return int(float(match[1]) * sizes[match[2].lower()])

@@ -160,7 +160,7 @@ def _image_folder(root: Path, splits: Sequence[str]) -> Any:
                 return found
             except FileNotFoundError as error:
                 raise ValueError(f"data.root: {root / split}: {one_line(error)}") from error
-    raise ValueError(f"data.root: {root} has no folder {' or '.join(splits)}/ with one folder a class")
+    raise ValueError(f"data.root: {root} has no folder {' or '.join(splits)}/ with one folder per class")
 
 
 HEADERS = 50_000

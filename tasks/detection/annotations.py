@@ -110,7 +110,7 @@ def check_classes(classes: Sequence[str], origin: str, found: Sequence[str], use
         ValueError: one is missing; the message names it and lists the classes that there are.
     """
     if len(set(classes)) < len(classes):
-        raise ValueError(f"{origin}: a class is there twice: {', '.join(classes)}")
+        raise ValueError(f"{origin}: a class is listed twice: {', '.join(classes)}")
     strange = [name for name in classes if name not in found]
     if strange:
         raise ValueError(
@@ -123,7 +123,7 @@ def check_classes(classes: Sequence[str], origin: str, found: Sequence[str], use
 
 def _check_image(image: Path, named_by: Path) -> None:
     if not os.path.isfile(image):
-        raise ValueError(f"{named_by}: it names image {image}, which is not there")
+        raise ValueError(f"{named_by}: it names image {image}, which does not exist")
 
 
 def _json(file: Path) -> Any:

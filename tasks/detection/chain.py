@@ -100,7 +100,7 @@ def detector_chain(detector: BaseDetector) -> Chain:
         )
     if not detector.with_neck or not (hasattr(detector, "bbox_head") or hasattr(detector, "rpn_head")):
         raise ValueError(
-            f"model.config: {kind} is no detector of backbone, neck and bbox_head (or rpn_head and roi_head)"
+            f"model.config: {kind} is not a detector of backbone, neck and bbox_head (or rpn_head and roi_head)"
         )
     dense = dense_head(detector)
     if isinstance(detector.neck, nn.Sequential) or not hasattr(getattr(dense, "prior_generator", None), "strides"):

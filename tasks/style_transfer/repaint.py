@@ -42,7 +42,7 @@ STYLES_KEPT = 32
 TILE = 1024
 """Side of a tile in pixels, unless the user gives one."""
 WHITE = np.full((1, 1, 3), 255, np.uint8)
-"""Stands on the sheet for an artist of whom there is no picture."""
+"""Placeholder on the sheet for an artist without a picture."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class ArtistStyles:
         for artist in self.all:
             if artist not in painter.artists:
                 known = ", ".join(sorted(painter.artists))
-                raise ValueError(f"--style: {artist!r} is no artist that {options.run} knows; they are: {known}")
+                raise ValueError(f"--style: {artist!r} is not an artist that {options.run} knows; they are: {known}")
         self._samples = {artist: painter.work(artist) for artist in self.all[:ON_SHEET]}
 
     def prepare(self, style: str) -> None:

@@ -68,7 +68,7 @@ class VGG(nn.Module):
         known = [f"relu{stage}_{n}" for stage, count in enumerate(counts, 1) for n in range(1, count + 1)]
         for layer in layers:
             if layer not in known:
-                raise ValueError(f"{layer!r} is no layer of {config.name}; its layers are {', '.join(known)}")
+                raise ValueError(f"{layer!r} is not a layer of {config.name}; its layers are {', '.join(known)}")
         names = known[: 1 + max(known.index(layer) for layer in layers)]
         weights = _weights(config, names) if load and config.weights != "random" else {}
         before = 3

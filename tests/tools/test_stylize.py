@@ -299,9 +299,9 @@ def test_an_artist_is_shown_by_a_work_or_by_nothing(room: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--style", "monte"], r"^--style: 'monte' is no artist that runs/r knows; they are: cezanne, monet$"),
-        (["--style", "monet,"], r"^--style: '' is no artist that runs/r knows"),
-        (["--style", "style"], r"^--style: 'style' is no artist that runs/r knows"),
+        (["--style", "monte"], r"^--style: 'monte' is not an artist that runs/r knows; they are: cezanne, monet$"),
+        (["--style", "monet,"], r"^--style: '' is not an artist that runs/r knows"),
+        (["--style", "style"], r"^--style: 'style' is not an artist that runs/r knows"),
         (["--tile", "512"], r"^--tile: 512 has no effect: runs/r paints whole pictures, by artist; leave it out$"),
         (["--style-size", "64"], r"^--style-size: 64 has no effect"),
         (["--alpha", "2"], r"^--alpha: 2.0 is not from 0 to 1"),

@@ -108,7 +108,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     before = (tmp_path / "runs/r/summary.json").read_text()
     done = call(*SMOKE, "--output.name", "r", "--train.resume", "auto", "--model.name", "resnet14", cwd=tmp_path)
     assert done.returncode == 2
-    assert "is of another model: 'layer1.1.conv1.weight' is nothing there" in done.stderr
+    assert "belongs to another model: 'layer1.1.conv1.weight' is nothing in it" in done.stderr
     assert (tmp_path / "runs/r/summary.json").read_text() == before
 
 

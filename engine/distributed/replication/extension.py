@@ -29,7 +29,7 @@ def prepare_extension() -> None:
             console.print(f"waiting for another process that is building DeepSpeed's extension; it holds {lock}")
         else:
             lock.unlink(missing_ok=True)
-            console.print(f"removed {lock}, which a build of DeepSpeed's extension that was killed had left")
+            console.print(f"removed {lock}, left by a killed build of DeepSpeed's extension")
     if not any(root.glob("**/deepspeed*/*.so")):
         console.print(f"building DeepSpeed's extension in {root}, once, about two minutes")
 

@@ -160,7 +160,7 @@ class ArtistPipeline(StochasticInversion):
         """
         pictures = batch_of("image", image)
         if not isinstance(artist, str):
-            raise ValueError(f"artist: {artist!r} is no name; a call paints in one artist's style")
+            raise ValueError(f"artist: {artist!r} is not a name; a call paints in one artist's style")
         prompt = self.bank[artist]
         if not 0 <= strength <= 1:
             raise ValueError(f"strength: {strength} is not from 0 to 1")

@@ -128,7 +128,7 @@ def check_artist(artist: str) -> None:
         ValueError: it cannot.
     """
     if not _NAME.fullmatch(artist):
-        raise ValueError(f"artist: {artist!r} is no name; letters, digits, spaces, '_' and '-' make one")
+        raise ValueError(f"artist: {artist!r} is not a name; letters, digits, spaces, '_' and '-' make one")
 
 
 def load_bank(path: Path, make: Any, method: str, width: int = 0) -> PromptBank:

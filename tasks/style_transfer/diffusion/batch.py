@@ -42,7 +42,7 @@ def batch_of(key: str, image: Any) -> Tensor:
     elif isinstance(image, Tensor):
         found = image
     else:
-        raise ValueError(f"{key}: {type(image).__name__} is no picture; give Pillow's image, an array or a tensor")
+        raise ValueError(f"{key}: {type(image).__name__} is not a picture; give Pillow's image, an array or a tensor")
     if found.ndim not in (3, 4) or found.shape[-3] != 3 or not found.numel():
         wanted = "(3, H, W) or (N, 3, H, W)" if isinstance(image, Tensor) else "(H, W, 3) or (N, H, W, 3)"
         raise ValueError(f"{key}: has shape {tuple(image.shape)}; give {wanted}")

@@ -50,7 +50,7 @@ def check_controlnet(controlnet: Any, unet: UNet2DConditionModel) -> None:
         ValueError: it is not a ControlNet, or its widths differ from the denoiser's.
     """
     if not isinstance(controlnet, ControlNetModel):
-        raise ValueError(f"controlnet: {type(controlnet).__name__} is no ControlNetModel; give a single one")
+        raise ValueError(f"controlnet: {type(controlnet).__name__} is not a ControlNetModel; give a single one")
     for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
         own, wanted = (_plain(network.config[key]) for network in (controlnet, unet))
         if own != wanted:

@@ -44,7 +44,7 @@ def route(network: nn.Module, form: str) -> None:
     levels = sorted({depth for depth in depths.values() if depth >= 0}, reverse=True)  # from the innermost
     if form == "paper" and len(levels) < LAYERS:
         raise ValueError(
-            f"prompt.form: the paper's wants {LAYERS} resolutions with cross-attention, this denoiser has "
+            f"prompt.form: the paper's form needs {LAYERS} resolutions with cross-attention, this denoiser has "
             f"{len(levels)}; take `released`"
         )
     for name, module in network.named_modules():

@@ -135,7 +135,7 @@ class SCINConfig(Config):
         if loss.temperature <= 0:
             raise ValueError(f"loss.temperature: {loss.temperature} must be above 0")
         if not loss.style_layers or not loss.content_layers:
-            raise ValueError("loss.style_layers, loss.content_layers: name at least one layer each, as relu4_1")
+            raise ValueError("loss.style_layers, loss.content_layers: name at least one layer each, such as relu4_1")
         if model.style_encoder == "pe" and not model.reads_style_features:
             raise ValueError("model.style_encoder: without attention and SCIN nothing reads pe; set it to vgg")
         micro_batch = data.batch // self.train.accumulate
@@ -145,7 +145,7 @@ class SCINConfig(Config):
                 "micro-batch; choose another data.batch"
             )
         if model.scin_width % 4:
-            raise ValueError(f"model.scin_width: {model.scin_width} is no multiple of 4, its number of heads")
+            raise ValueError(f"model.scin_width: {model.scin_width} is not a multiple of 4, its number of heads")
         if data.crop % 16:
             raise ValueError(f"data.crop: {data.crop}; the network needs a multiple of 16")
         if data.batch % self.train.accumulate:

@@ -72,8 +72,8 @@ def _divided(key: str, folders: list[str], test_folders: list[str], hold_out: in
         images, held = divided(images, hold_out)
         if not images:
             raise ValueError(
-                f"data.{key}: 1 image ({held[0]}), which testing takes, so that none is left to train on; add images, "
-                f"or name folders in data.test_{key}"
+                f"data.{key}: 1 image ({held[0]}), which is held out for testing, so none is left for training; "
+                f"add images, or name folders in data.test_{key}"
             )
     trained = {path.resolve(): path for path in images}
     for path in held:

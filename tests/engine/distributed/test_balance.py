@@ -40,9 +40,11 @@ def test_a_budget_moves_blocks_though_it_costs_time() -> None:
     seconds = [1.0, 1.0, 1.0, 9.0]
     assert balance(seconds, 2) == [0, 3, 4]
     assert balance(seconds, 2, FourEach(), "9KiB") == [0, 2, 4]
-    with pytest.raises(ValueError, match=r"no placement on 2 stages keeps 8KiB; the least is 9.0 KiB"):
+    with pytest.raises(
+        ValueError, match=r"no placement on 2 stages stays within 8KiB; the smallest possible is 9.0 KiB"
+    ):
         balance(seconds, 2, FourEach(), "8KiB")
-    with pytest.raises(ValueError, match="placement.memory: 'much' is no size"):
+    with pytest.raises(ValueError, match="placement.memory: 'much' is not a size"):
         balance(seconds, 2, FourEach(), "much")
 
 
@@ -108,7 +110,7 @@ def test_a_plan_for_ranks_keeps_a_budget() -> None:
     task = Toy(depth=6, width=64)
     settings = config()
     settings.placement.memory = "1KiB"
-    with pytest.raises(ValueError, match="no placement on 3 stages keeps 1KiB; the least is"):
+    with pytest.raises(ValueError, match="no placement on 3 stages stays within 1KiB; the smallest possible is"):
         plan_ranks(settings, task, 3, CPU)
     settings.placement.memory = "1GiB"
     assert len(plan_ranks(settings, task, 3, CPU).config.placement.stages) == 3

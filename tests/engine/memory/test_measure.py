@@ -142,7 +142,7 @@ def test_a_loss_scaler_that_never_comes_down_is_an_error() -> None:
 
 
 def test_compiled_code_cannot_be_counted_on_a_cpu() -> None:
-    with pytest.raises(ValueError, match="local.compile: a CPU has no allocator to ask"):
+    with pytest.raises(ValueError, match="local.compile: the memory of compiled code can be measured on a GPU only"):
         Stepper(*load([*SMOKE, "--local.compile", "true"])).memory()
 
 

@@ -36,7 +36,7 @@ def bounds_of(option: Option, argv: list[str]) -> list[int]:
 
 @pytest.mark.parametrize("text", ["4", "4G", "GiB", "-1GiB", "0MiB", "4 GiBs", "", "four GiB", "1e3MiB"])
 def test_a_size_without_number_or_unit_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="--memory: .* is no size; write a number above 0 and one of KiB, KB, MiB"):
+    with pytest.raises(ValueError, match="--memory: .* is not a size; write a number above 0 and one of KiB, KB, MiB"):
         parse_size(text)
 
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_is_said_with_what_can() -> None:
     ) as e:
         planned(argv, int(0.9 * MIB))
     size, block = str(e.value).split("achievable is ")[1].split(" MiB")[0], str(e.value)
-    assert "binds with" in block
+    assert "sets it with" in block
     # What is said to be achievable is.
     assert planned(argv, int((float(size) + 0.1) * MIB)).chosen.peak_bytes <= (float(size) + 0.1) * MIB
 
@@ -178,7 +178,7 @@ def test_a_plan_is_a_config_that_train_reads(tmp_path) -> None:
     assert (tmp_path / "plan.yaml").read_text().startswith("# Planned for 40.0 MiB: ")
     check_free(tmp_path / "plan.yaml")
     (tmp_path / "mine.yaml").write_text("task: classification\n")
-    with pytest.raises(ValueError, match="exists and is no plan"):
+    with pytest.raises(ValueError, match="exists and is not a plan"):
         check_free(tmp_path / "mine.yaml")
 
 

@@ -161,7 +161,7 @@ def test_a_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     _, blocks, _ = blocks_of(Toy(depth=3, norm=True), config(local__blocks=2))
     before = state(blocks)
-    with pytest.raises(ValueError, match=r"step_2 is of another model: 'layers.3[.\w]+' is \(.*\) there, nothing"):
+    with pytest.raises(ValueError, match=r"step_2 belongs to another model: 'layers.3[.\w]+' is \(.*\) in it, nothing"):
         load_checkpoint(folder / "step_2", blocks, "greedy", print)
     assert_equal(state(blocks), before)
     with pytest.raises(ValueError, match=r"'layers.0.norm.weight' is \(6,\) there, \(5,\) in this network"):
@@ -202,7 +202,7 @@ def test_names_are_compared_before_loading() -> None:
     model = Toy(depth=1).build_chain().model
     good = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_names(model, good, "here")
-    with pytest.raises(ValueError, match="here is of another model: 'extra' is"):
+    with pytest.raises(ValueError, match="here belongs to another model: 'extra' is"):
         check_names(model, {**good, "extra": (1,)}, "here")
 
 

@@ -163,13 +163,17 @@ REFUSED = [
         {"placement__stages": [0, 0, 1, 2]},
         "block 3 is on stage 2, there are stages 0 to 1; give",
     ),
-    (2, {"placement__stages": [0, 1, 0, 1]}, "block 2 is on stage 0, before the block before it"),
+    (
+        2,
+        {"placement__stages": [0, 1, 0, 1]},
+        "block 2 is on stage 0, but block 1 is on stage 1; stages must not decrease",
+    ),
     (2, {"placement__stages": [0, 0, 0, 0]}, "stage 1 of 2 has no block; start fewer ranks"),
-    (2, {"placement__stages": [0, 1]}, "2 stages for 4 blocks; give one stage a block"),
+    (2, {"placement__stages": [0, 1]}, "2 stages for 4 blocks; give one stage per block"),
     (3, {"placement__replicas": 2}, "2 does not divide the 3 ranks"),
     (4, {"placement__replicas": 4, "local__blocks": 1}, "the smallest micro-batch has 2 samples for 4 replicas"),
     (2, {"local__schedule": "end_to_end"}, "end_to_end is one block, which 2 ranks can only share; set"),
-    (2, {"placement__memory": "1KiB"}, "no placement on 2 stages keeps 1KiB; the least is"),
+    (2, {"placement__memory": "1KiB"}, "no placement on 2 stages stays within 1KiB; the smallest possible is"),
 ]
 REAL = REFUSED[-2:]
 """Before and after ranks have told each other something."""

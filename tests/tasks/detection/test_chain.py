@@ -77,7 +77,7 @@ def test_what_is_no_such_chain_is_refused_by_name() -> None:
         detector_chain(detector)
     detector, _ = build_detector("retinanet")
     del detector.neck
-    with pytest.raises(ValueError, match="RetinaNet is no detector of backbone, neck"):
+    with pytest.raises(ValueError, match="RetinaNet is not a detector of backbone, neck"):
         detector_chain(detector)
 
 

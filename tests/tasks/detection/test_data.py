@@ -361,7 +361,7 @@ def test_what_is_wrong_with_voc_files_is_said(voc: DataConfig) -> None:
         load_samples(voc, None, 0)
     (root / "Annotations/b.xml").write_text(whole)
     (root / "JPEGImages/b.jpg").unlink()
-    with pytest.raises(ValueError, match=r"Annotations/b.xml: it names image .*JPEGImages/b.jpg, which is not there"):
+    with pytest.raises(ValueError, match=r"Annotations/b.xml: it names image .*JPEGImages/b.jpg, which does not exist"):
         load_samples(voc, None, 0)
     (root / "ImageSets/Main/train.txt").write_text("")
     with pytest.raises(ValueError, match=r"train.txt: it lists no images"):
@@ -379,7 +379,7 @@ def test_class_lists_must_match(coco: DataConfig, voc: DataConfig) -> None:
     refused(coco, ["ant", "cat"], r"in another order; MMDetection numbers them in this file's order: cat, ant")
     refused(voc, ["RBC", "WBC", "dog"], r"train.txt: it has no class 'dog', which data.classes names; .* RBC, WBC")
     refused(voc, ["WBC"], r"train.txt: it has boxes of class 'RBC', which data.classes lacks")
-    refused(voc, ["WBC", "RBC", "WBC"], r"data.classes: a class is there twice")
+    refused(voc, ["WBC", "RBC", "WBC"], r"data.classes: a class is listed twice")
     voc.classes = ["WBC", "RBC"]
     assert load_samples(voc, None, 0)[0][0, 0]["data_samples"].gt_instances.labels.tolist() == [1, 0]
 

@@ -60,7 +60,7 @@ def test_a_box_stays_on_what_was_annotated(turned: bool, said: tuple[int, int], 
 @pytest.mark.parametrize("turned", [False, True])
 def test_an_image_of_another_size_is_refused(turned: bool, tmp_path: Path) -> None:
     sides = r"64 x 96" if turned else r"96 x 64"
-    said = rf"^\S+/images/0.png: has {sides} px, its annotations say 48 x 32, so its boxes would lie in other places; "
+    said = rf"^\S+/images/0.png: has {sides} px, its annotations say 48 x 32, so its boxes would be misplaced; "
     with pytest.raises(ValueError, match=said) as error:
         load_samples(coco(tmp_path, turned=turned, said=(48, 32), box=[1, 1, 9, 9]), None, 0)
     assert "\n" not in str(error.value)

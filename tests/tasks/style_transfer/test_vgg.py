@@ -70,7 +70,7 @@ def test_real_weights_as_far_as_they_go() -> None:
 
 
 def test_bad_names_and_files_are_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'relu4_4' is no layer of vgg16; its layers are relu1_1, .*relu5_3$"):
+    with pytest.raises(ValueError, match=r"'relu4_4' is not a layer of vgg16; its layers are relu1_1, .*relu5_3$"):
         VGG(VGGConfig("vgg16", "random"), ["relu4_4"], saved=False)
     with pytest.raises(ValueError, match=r"^model.vgg.weights: no such file"):
         VGG(VGGConfig("vgg16", str(tmp_path / "no.pth")), ["relu1_1"], saved=False)

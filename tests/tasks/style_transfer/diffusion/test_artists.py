@@ -156,7 +156,7 @@ def test_artists_come_and_go_and_the_others_stay(checkpoint: Path, method: str) 
     assert torch.equal(p.paint(made, "cezanne"), other)
     with pytest.raises(ValueError, match=r"^artist: 'monet' is unknown; known: cezanne$"):
         p.paint(made)
-    with pytest.raises(ValueError, match=r"^artist: \['cezanne'\] is no name; a call paints in one artist's style$"):
+    with pytest.raises(ValueError, match=r"^artist: \['cezanne'\] is not a name; a call paints in one artist's style$"):
         p.paint(made, ["cezanne"])
     assert repr(made.bank) == f"PromptBank({made.method!r}, artists=['cezanne'])"
     made.bank.add("monet", monet)
@@ -299,7 +299,7 @@ def test_prompts_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path, m
             {"image": np.zeros((48, 64, 3), np.uint8)},
             r"^image: 64 x 48 px; sides must be multiples of 32; resize or pad it, or use tools/stylize.py, which",
         ),
-        ({"image": "hill.png"}, r"^image: str is no picture"),
+        ({"image": "hill.png"}, r"^image: str is not a picture"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_computed(

@@ -94,7 +94,9 @@ def test_names_that_files_and_texts_can_hold(name: str) -> None:
     "name", ["", " monet", "-", "_a", "a.b", "a/b", "..", "a\nb", "monet\n", "*", "{artist}", "Édouard"]
 )
 def test_names_that_they_cannot(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^artist: '.*' is no name; letters, digits, spaces, '_' and '-' make one$"):
+    with pytest.raises(
+        ValueError, match=r"^artist: '.*' is not a name; letters, digits, spaces, '_' and '-' make one$"
+    ):
         bank_of(name)
 
 
@@ -282,7 +284,7 @@ def test_artists_that_a_bank_would_not_take_are_named_with_their_file(tmp_path: 
         load_bank(path, artbank_prompt, "artbank")
     tensors = {f"a/b.{key}": tensor for key, tensor in one["monet"].state_dict().items()}
     save_file(tensors, path, {"method": "artbank", "artists": json.dumps({"a/b": one["monet"].settings})})
-    with pytest.raises(ValueError, match=rf"^{path}: the prompt of 'a/b' cannot be made: artist: 'a/b' is no name"):
+    with pytest.raises(ValueError, match=rf"^{path}: the prompt of 'a/b' cannot be made: artist: 'a/b' is not a name"):
         load_bank(path, artbank_prompt, "artbank")
 
 

@@ -50,7 +50,7 @@ def test_grey_and_transparent_pictures_become_rgb() -> None:
 @pytest.mark.parametrize(
     ("image", "said"),
     [
-        ("hill.png", r"^image: str is no picture; give Pillow's image, an array or a tensor"),
+        ("hill.png", r"^image: str is not a picture; give Pillow's image, an array or a tensor"),
         ([], r"^image: the pictures are none; give one or more of one size"),
         ([PIXELS, noise(5, 6)], r"^image: the pictures have 6 x 4, 6 x 5 px; give one or more of one size"),
         (PIXELS[..., 0], r"^image: has shape \(4, 6\); give \(H, W, 3\) or \(N, H, W, 3\)"),

@@ -355,7 +355,7 @@ def test_artists_in_another_order_or_of_another_name_are_not_mistaken(finished: 
     for artist, prompt in run.task.bank().items():
         assert torch.equal(prompt.matrix, state[f"conditioner.prompts.artist_{artist}.matrix"])
     renamed = ["--data.collections", '{photos: ["scikit-image:photographs"], textures: ["scikit-image:textures"]}']
-    with pytest.raises(ValueError, match=r"is of another model: 'conditioner.prompts.artist_photo"):
+    with pytest.raises(ValueError, match=r"belongs to another model: 'conditioner.prompts.artist_photo"):
         open_run(room / "run", renamed)
 
 
@@ -418,7 +418,11 @@ def test_isolated_blocks_without_a_loss_are_refused_with_the_reason(tmp_path: Pa
 @pytest.mark.parametrize(
     ("config", "overrides", "message"),
     [
-        (ARTBANK, ["--data.collections", '{"van/gogh": ["scikit-image:textures"]}'], r"^artist: 'van/gogh' is no name"),
+        (
+            ARTBANK,
+            ["--data.collections", '{"van/gogh": ["scikit-image:textures"]}'],
+            r"^artist: 'van/gogh' is not a name",
+        ),
         (ARTBANK, ["--prompt.template", "a painting"], r"^prompt.template: 'a painting' must have one '\*'"),
         (ARTBANK, ["--prompt.template", "* *"], r"^prompt.template: '\* \*' must have one '\*'"),
         (ARTBANK, ["--prompt.rows", "16", "--prompt.tokens", "3"], r"^prompt.rows: 16 cannot be pooled to 3 tokens"),

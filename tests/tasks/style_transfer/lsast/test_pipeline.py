@@ -292,7 +292,7 @@ def test_controlnets_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"^controlnet: .*nowhere cannot be read: ") as caught:
         LSASTPipeline.from_pretrained(checkpoint, controlnet=tmp_path / "nowhere")
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"controlnet: Linear is no ControlNetModel; give a single one$"):
+    with pytest.raises(ValueError, match=r"controlnet: Linear is not a ControlNetModel; give a single one$"):
         LSASTPipeline.from_pretrained(checkpoint, controlnet=nn.Linear(1, 1))
 
 
@@ -304,7 +304,7 @@ def test_controlnets_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Pat
             r"^control_image: 1 of 32 x 32 px, while image is 1 of 64 x 32 px; give one of each",
         ),
         (torch.rand(2, 3, 32, 64), r"^control_image: 2 of 64 x 32 px, while image is 1 of 64 x 32 px"),
-        ("edges.png", r"^control_image: str is no picture"),
+        ("edges.png", r"^control_image: str is not a picture"),
     ],
 )
 def test_control_images_that_do_not_fit_are_refused(checkpoint: Path, given: Any, said: str) -> None:
@@ -323,6 +323,6 @@ def test_a_denoiser_with_few_resolutions_cannot_have_the_papers_form(tmp_path: P
         base.save(tmp_path / "two", type(base.unet()).from_config(config), base.vae())
     made = p.pipeline("lsast", tmp_path / "two", "monet")
     made.bank.add("cezanne", p.prompt("lsast", form="released"))
-    with pytest.raises(ValueError, match=r"^prompt.form: the paper's wants 3 resolutions with cross-attention"):
+    with pytest.raises(ValueError, match=r"^prompt.form: the paper's form needs 3 resolutions with cross-attention"):
         p.paint(made)
     p.paint(made, "cezanne")

@@ -100,7 +100,7 @@ def few(levels: int) -> UNet2DConditionModel:
 @pytest.mark.parametrize("levels", [0, 1, 2])
 def test_few_resolutions_are_refused_for_the_papers_form_alone(levels: int) -> None:
     network = few(levels)
-    said = rf"^prompt.form: the paper's wants 3 resolutions with cross-attention, .* {levels}; take `released`$"
+    said = rf"^prompt.form: the paper's form needs 3 resolutions with cross-attention, .* {levels}; take `released`$"
     for each in (network, ControlNetModel.from_unet(network)):
         with pytest.raises(ValueError, match=said):
             route(each, "paper")
