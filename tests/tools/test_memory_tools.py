@@ -12,6 +12,7 @@ from tests.ranks import forked, run_ranks, values
 from tests.tools.commands import ALONE, ROOT, SMOKE, assert_refused, call, run, typed
 
 
+@pytest.mark.slow
 def test_estimate_measure_and_compare(tmp_path: Path) -> None:
     files = ["--json", "m.json", "--html", "m.html"]
     for what, count in (("estimate", 4), ("measure", 4), ("compare", 6)):
@@ -72,6 +73,7 @@ def test_imagenet_in_two_gibibytes(tmp_path: Path) -> None:
     assert local["peak_bytes"] > 5 * 2**30
 
 
+@pytest.mark.slow
 def test_a_plan_trains_as_it_is(tmp_path: Path) -> None:
     with forked():
         done = call(*SMOKE, "--memory", "4.5MiB", "--json", "p.json", tool="plan", cwd=tmp_path)

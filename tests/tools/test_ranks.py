@@ -77,6 +77,7 @@ def wait_for(run: Path, step: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_from_the_newest_checkpoint(tmp_path: Path) -> None:
     """A rank killed once, in a job that may restart: the same weights as the job that was left in peace."""
     runs = tmp_path / "runs"

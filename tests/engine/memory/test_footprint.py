@@ -153,7 +153,7 @@ def test_accumulated_gradients_of_all_blocks_stay_alive() -> None:
     assert two.peak == many.peak, "more micro-batches only repeat the second"
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_other_precisions_and_transformers_are_estimated(precision: str) -> None:
     more = ("--model.name", "timm:vit_tiny_patch16_224", "--local.blocks", "3", "--local.precision", precision)
     found, full = peak(*more, "--data.batch", "256"), peak(*more[:4], "--data.batch", "256")

@@ -60,6 +60,7 @@ def load_toy(argv: Sequence[str]) -> tuple[Config, Task]:
     return config(local__blocks=2, train__device="cpu"), HungryToy(argv[-1])
 
 
+@pytest.mark.slow
 def test_a_variant_without_memory_does_not_end_the_others() -> None:
     found = measure([Variant(how, (how,)) for how in ("raises", "no", "dies", "asks")], [], load_toy, steps=2)
     assert "CUDA out of memory" in found["raises"].failure

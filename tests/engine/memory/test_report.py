@@ -128,6 +128,7 @@ def test_neighbours_with_the_same_figures_share_a_line_and_empty_columns_go() ->
     assert sheet.rows == [["0: a", "3.0", "3.0"], ["1-3: b ... e", "2.0", "2.0"], ["4: f", "1.0", "1.0"]]
 
 
+@pytest.mark.slow
 def test_a_plan_shows_all_ways_and_says_what_micro_batches_change() -> None:
     argv = [*SMOKE, "--model.name", "resnet14", "--data.batch", "64"]
     plan = make_plan(load(argv)[0], find_task("classification").build, 8 * 2**20, SPEED)

@@ -65,6 +65,7 @@ def test_offload_pays_the_transfer_both_ways() -> None:
     assert counted(Speed(1e30, 1e30, 1.0), run) == 2 * 1024
 
 
+@pytest.mark.slow
 def test_predicted_times_rank_as_measured() -> None:
     """benchmarks/results: measured ratios 1.00, 1.13 (glcan K=4), 1.38 (checkpointing), 1.45 (K=16)."""
     speed = Speed(130e9, 14e9, 7e9)

@@ -72,7 +72,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return tuple(word for key, value in data.items() for word in (f"--data.{key}", str(value)))
 
 
-@pytest.fixture(scope="module", params=list(NETWORKS))
+@pytest.fixture(scope="module", params=["atss", pytest.param("multi-scale retinanet", marks=pytest.mark.slow)])
 def alone(request: pytest.FixtureRequest, few: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Any:
     network, room = (*few, *NETWORKS[request.param]), tmp_path_factory.mktemp("alone")
     (state,) = values(run_ranks(1, fit, room, *network))
@@ -181,6 +181,7 @@ def test_replicas_normalise_by_the_boxes_of_all(few: tuple[str, ...], tmp_path: 
         assert (change - wanted).norm() <= 2e-3 * wanted.norm() + 1e-6, name
 
 
+@pytest.mark.slow
 def test_an_estimate_reads_no_data_and_is_the_measurement_to_the_byte() -> None:
     """On the CPU, whose focal loss keeps more than a GPU's."""
     for overrides in ((), ("--local.recompute", "units"), ("--local.schedule", "end_to_end")):
@@ -193,6 +194,7 @@ def test_an_estimate_reads_no_data_and_is_the_measurement_to_the_byte() -> None:
         assert predicted.footprint.by_block_bytes == pytest.approx(measured.by_block_bytes, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_head_is_recomputed_where_its_block_says_so_not_where_its_config_did() -> None:
     """A planner tries ways of training that are not the config's, with one task."""
     config, task = small_task("--train.device", "cpu")
@@ -209,6 +211,7 @@ def test_a_head_is_recomputed_where_its_block_says_so_not_where_its_config_did()
     assert sizes["units"] == own.footprint.peak_bytes < sizes["none"]
 
 
+@pytest.mark.slow
 def test_a_plan_finds_a_cut_for_a_budget(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     words = [

@@ -391,7 +391,8 @@ def test_a_run_whose_data_are_gone_still_paints(tmp_path: Path) -> None:
     assert painter.work("someone") is None
 
 
-@pytest.mark.parametrize("form", [pytest.param("artbank ssam", marks=pytest.mark.slow), "lsast paper"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["artbank ssam", "lsast paper"])
 def test_two_replicas_learn_what_one_process_learns(tmp_path: Path, form: str) -> None:
     config, own = FORMS[form]
     overrides = [*small(), *own, *BRIEF, "--data.batch", "2"]
