@@ -6,6 +6,7 @@ import codecs
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,19 +46,27 @@ def read_weights(path: Path, key: str, allowed: Sequence[Any] = ()) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([*_numpy(), *allowed]):
+        with torch.serialization.safe_globals([*_numpy(), *allowed]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a TorchScript program, which the error names
             return torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # PyTorch's message advises weights_only=False, with which a file may run whatever code it likes.
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"{named[1]}, which is no tensor and could run code" if named else "something that is no tensor"
-        raise ValueError(
-            f"{key}: {path} cannot be read: it holds {what}; save the weights alone, by "
-            "torch.save(model.state_dict(), FILE)"
-        ) from error
     except Exception as error:
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # PyTorch's message is coloured
-        raise ValueError(f"{key}: {path} cannot be read: {one_line(plain, 200)}") from error
+        raise ValueError(f"{key}: {path} cannot be read: {why_unreadable(error)}") from error
+
+
+def why_unreadable(error: BaseException) -> str:
+    """In one line, why a file of weights cannot be read.
+
+    Where a file holds more than tensors, PyTorch advises weights_only=False, with which it may run whatever code it
+    likes; that advice is left out.
+    """
+    text = one_line(re.sub(r"\x1b\[[0-9;]*m", "", str(error)))  # PyTorch's message is coloured
+    if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in text:
+        return text[:200]
+    named = re.search(r"GLOBAL ([\w.]+)", text)
+    what = f"{named[1]}, which is no tensor and could run code" if named else "something that is no tensor"
+    if "TorchScript" in text:
+        what = "a TorchScript program"
+    return f"it holds {what}; save the weights alone, by torch.save(model.state_dict(), FILE)"
 
 
 def load_weights(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +24,16 @@ def main(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(list(argv))
     run = open_run(arguments.run)
-    written = run.task.write_export(arguments.out)
-    if written is None:
-        export_model(run.chain.model, arguments.out, run.task.export)
-        written = f"{len(tensors_of(run.chain.model))} tensors in {arguments.out}"
+    try:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(arguments.out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        written = run.task.write_export(arguments.out)
+        if written is None:
+            export_model(run.chain.model, arguments.out, run.task.export)
+            written = f"{len(tensors_of(run.chain.model))} tensors in {arguments.out}"
+    except OSError as error:
+        raise ValueError(f"--out: {arguments.out} cannot be written: {error.strerror or error}") from error
     print(f"step {run.step}: {written}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -24,6 +25,7 @@ class ToolParser(argparse.ArgumentParser):
 def run_tool(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command-line tool. A ValueError, which is a user's error, becomes one line on stderr and exit code 2.
 
+    So does Ctrl-C where nothing else handles it, with the exit code 130, by which shells know an interrupted command.
     Under torchrun, only the first rank of each host prints.
     """
     try:
@@ -32,3 +34,7 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None

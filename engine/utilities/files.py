@@ -83,10 +83,14 @@ def made_once(target: Path) -> Iterator[Path]:
     Several processes may do this for the same ``target`` at once: the first to finish wins, and the others drop theirs.
 
     Raises:
-        ValueError: ``target`` does not exist at the end, neither from this process nor from another.
+        ValueError: ``target`` cannot be written, or does not exist at the end, neither from this process nor from
+            another.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
+    except OSError as error:
+        raise ValueError(f"{target}: cannot be written: {error.strerror}") from error
     try:
         whole = temporary / target.name  # mkdtemp makes its folder with mode 0700, so that only its owner could read it
         whole.mkdir()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.utilities.text import one_line
+from tasks.weights import why_unreadable
 
 
 class CLIPFeatures(nn.Module):
@@ -19,7 +19,7 @@ class CLIPFeatures(nn.Module):
 
             model = CLIPVisionModelWithProjection.from_pretrained(name)
         except Exception as error:
-            raise ValueError(f"{key}: no CLIP model can be loaded from {name!r}: {one_line(error, 200)}") from error
+            raise ValueError(f"{key}: no CLIP model can be loaded from {name!r}: {why_unreadable(error)}") from error
         self.side, self.width = int(model.config.image_size), int(model.config.projection_dim)
         self.model = _frozen(model)
         mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

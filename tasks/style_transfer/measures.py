@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.image import FrechetInceptionDistance, LearnedPerceptualImagePatchSimilarity
 
-from engine.utilities.text import one_line
+from tasks.weights import why_unreadable
 
 
 def as_bytes(pictures: Tensor) -> Tensor:
@@ -56,4 +56,4 @@ def load_fid(weights: Path, paintings: int, key: str = "data.fid_weights") -> Fr
 
 def first_sentence(error: BaseException) -> str:
     """The first sentence of an error, cut to one line; PyTorch's messages go on for paragraphs."""
-    return f"{type(error).__name__}: {one_line(error)}".split(". ")[0][:200]
+    return f"{type(error).__name__}: {why_unreadable(error)}".split(". ")[0]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from engine.config import at_least
-from engine.utilities.console import progress_bar
-from engine.utilities.files import write_named
+from engine.utilities.console import console, progress_bar
+from engine.utilities.files import check_writable, write_named
+from engine.utilities.text import did_you_mean
 from tasks.images import Pixels
 from tasks.run import open_run
 from tasks.style_transfer.images import (
@@ -34,7 +35,7 @@ from tasks.style_transfer.images import (
 from tasks.style_transfer.sheet import SIDE, contact_sheet
 from tasks.style_transfer.stylize import LEAST_SIDE, OfArtists, Painter, paint_whole, stylize
 
-SHEET = "sheet.png"
+SHEET, REPORT = "sheet.png", "report.json"
 ON_SHEET = 16
 """The contact sheet shows at most this many photographs and this many styles."""
 STYLES_KEPT = 32
@@ -105,6 +106,7 @@ def repaint(options: Options) -> list[dict[str, Any]]:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out: {options.out} cannot be made: {error.strerror}") from error
+    check_writable(*targets.values(), options.out / SHEET, options.out / REPORT)
     pictures = _paint_all(styles, contents, targets, options)
     report = {
         "run": str(run.folder),
@@ -115,7 +117,7 @@ def repaint(options: Options) -> list[dict[str, Any]]:
         "device": str(run.device),
         "pictures": pictures,
     }
-    write_named(options.out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_named(options.out / REPORT, json.dumps(report, indent=2) + "\n")
     return pictures
 
 
@@ -162,6 +164,11 @@ class PaintingStyles:
         self.tile = options.tile or TILE
         self.settings = {"tile": self.tile}
         place = Path(options.style)
+        if not place.exists():
+            raise ValueError(
+                f"--style: there is no file or folder {place}{_near(place)}; {options.run} paints in the style "
+                "of a painting: give one, or a folder of them"
+            )
         self.all = _files("--style", place)
         _check_out("--style", place, options.out)
         self.size = options.style_size or painter.style_size
@@ -213,9 +220,14 @@ class ArtistStyles:
         self.all = list(dict.fromkeys(name.strip() for name in options.style.split(",")))
         for artist in self.all:
             if artist not in painter.artists:
-                known = ", ".join(sorted(painter.artists))
-                raise ValueError(f"--style: {artist!r} is not an artist that {options.run} knows; they are: {known}")
+                hint, known = did_you_mean(artist, painter.artists), ", ".join(sorted(painter.artists))
+                raise ValueError(
+                    f"--style: {artist!r} is not an artist that {options.run} knows{hint}; they are: {known}"
+                )
         self._samples = {artist: painter.work(artist) for artist in self.all[:ON_SHEET]}
+        unseen = [artist for artist, work in self._samples.items() if work is None]
+        if unseen:
+            console.print(f"{SHEET} shows no work by {', '.join(unseen)}: the run's collections have none here")
 
     def prepare(self, style: str) -> None:
         pass
@@ -301,8 +313,13 @@ def _files(key: str, place: Path) -> list[Path]:
     if place.is_dir():
         return find_images(key, [place])
     if not place.is_file():
-        raise ValueError(f"{key}: there is no file or folder {place}")
+        raise ValueError(f"{key}: there is no file or folder {place}{_near(place)}")
     return [place]
+
+
+def _near(place: Path) -> str:
+    """A suggestion for a path that does not exist: the most similar name in its folder, if there is any."""
+    return did_you_mean(place.name, [each.name for each in place.parent.glob("*")])
 
 
 def _targets(out: Path, contents: Sequence[Path], styles: Sequence[Path | str]) -> dict[tuple[Path, Any], Path]:

@@ -142,7 +142,13 @@ def test_images_are_read_as_seldom_as_may_be(room: Path, monkeypatch: pytest.Mon
         (["--tile", "8"], r"--tile: 8 is too small; the least is 16"),
         (["--style-size", "0"], r"--style-size: 0 is too small; the least is 1"),
         (["--content-size", "-3"], r"--content-size: -3 is too small"),
-        (["--content", "nowhere"], r"--content: there is no file or folder nowhere"),
+        (["--content", "contend"], r"--content: there is no file or folder contend, did you mean 'content'\?$"),
+        (
+            ["--style", "style/nois.png"],
+            r"--style: there is no file or folder style/nois.png, did you mean 'noise.png'\?; runs/r paints in "
+            "the style of a painting: give one, or a folder of them$",
+        ),
+        (["--style", "vangogh"], r"--style: there is no file or folder vangogh; runs/r paints in the style of a paint"),
         (["--style", "empty"], r"--style: no image in empty and its subfolders"),
         (["--style", "style/bad.txt"], r"style/bad.txt: cannot be read: not an image, or damaged"),
         (["--power", "1"], r"unrecognized arguments: --power 1; --help lists what there is"),
@@ -274,7 +280,7 @@ def test_every_content_by_every_artist(
         "width": 53,
         "height": 40,
     }
-    assert capsys.readouterr().out.startswith("4 pictures in out/new, ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("4 pictures in out/new, ")
 
 
 def test_what_an_artists_painter_is_asked_for(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,9 +294,13 @@ def test_what_an_artists_painter_is_asked_for(room: Path, monkeypatch: pytest.Mo
     ], "filled up to multiples of 8, painted whole"
 
 
-def test_an_artist_is_shown_by_a_work_or_by_nothing(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artist_is_shown_by_a_work_or_by_nothing_which_is_said(
+    room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     use(OfArtists(["cezanne", "monet"], works={"monet": np.full((9, 9, 3), 77, np.uint8)}), monkeypatch)
     main(words(content="content/hill.png", style="cezanne,monet"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sheet.png shows no work by cezanne: the run's collections have none here" in said
     sheet = read_image(Path("out/new/sheet.png"))
     assert sheet[SIDE // 2, SIDE // 2 :: SIDE + GAP, 0].tolist() == [255, 255, 77]
     assert sheet.shape == (2 * SIDE + GAP, 3 * SIDE + 2 * GAP, 3)
@@ -299,7 +309,10 @@ def test_an_artist_is_shown_by_a_work_or_by_nothing(room: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--style", "monte"], r"^--style: 'monte' is not an artist that runs/r knows; they are: cezanne, monet$"),
+        (
+            ["--style", "monte"],
+            r"^--style: 'monte' is not an artist that runs/r knows, did you mean 'monet'\?; they are: cezanne, monet$",
+        ),
         (["--style", "monet,"], r"^--style: '' is not an artist that runs/r knows"),
         (["--style", "style"], r"^--style: 'style' is not an artist that runs/r knows"),
         (["--tile", "512"], r"^--tile: 512 has no effect: runs/r paints whole pictures, by artist; leave it out$"),
@@ -335,3 +348,26 @@ def test_pictures_are_not_written_among_what_is_painted(room: Path, monkeypatch:
     with pytest.raises(ValueError, match=r"^--out: .* is in --(content|style), whose images would then be repainted"):
         main([*words()[:-1], out])
     assert not list(Path().glob("**/sheet.png"))
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_painted(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    painter = Normalising()
+    use(painter, monkeypatch)
+    Path("out/new/hill_noise.png").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^out/new/hill_noise.png: cannot be written: it is a folder$"):
+        main(words())
+    Path("out/new/hill_noise.png").rmdir()
+    monkeypatch.setattr("os.access", lambda *_: False)  # whoever runs the tests may write anywhere
+    with pytest.raises(ValueError, match=r"^out/new/\S+.png: cannot be written: not permitted$"):
+        main(words())
+    assert not painter.seen
+
+
+def test_pictures_that_are_there_are_replaced(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(Copying(), monkeypatch)
+    main(words())
+    before = {path: path.read_bytes() for path in Path("out/new").glob("*.png")}
+    for path in before:
+        path.write_bytes(b"old")
+    main(words())
+    assert {path: path.read_bytes() for path in Path("out/new").glob("*.png")} == before

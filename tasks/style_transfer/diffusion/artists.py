@@ -13,16 +13,26 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from engine.config import at_least
-from engine.utilities.text import one_line
+from engine.utilities.text import did_you_mean, one_line
 from tasks.style_transfer.diffusion.bank import Prompt, PromptBank, load_bank
 from tasks.style_transfer.diffusion.base import Base
 from tasks.style_transfer.diffusion.batch import batch_of
+from tasks.style_transfer.diffusion.checkpoint import (
+    check_index,
+    check_single,
+    check_tokenizer,
+    check_tokenizer_files,
+    check_unet,
+    check_width,
+)
 from tasks.style_transfer.diffusion.conditioner import encode_layers, prompt_tokens
 from tasks.style_transfer.diffusion.inversion import StochasticInversion
 from tasks.style_transfer.diffusion.text import encode, tokens
+from tasks.weights import why_unreadable
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 """Options of ``from_pretrained`` that configure access to the hub."""
+OUTPUTS = ("pil", "np", "pt", "latent")
 PROMPTS = "prompts.safetensors"
 """Name of the bank's file in the folder of a saved pipeline."""
 
@@ -45,6 +55,7 @@ class ArtistPipeline(StochasticInversion):
     vae_scale_factor: int
     get_timesteps: Any
     maybe_free_model_hooks: Any
+    _callback_tensor_inputs: Sequence[str]
     _execution_device: Any
     # State of the call that is running: prompts (times, tokens, width).
     _prompts: Tensor | None = None
@@ -68,21 +79,58 @@ class ArtistPipeline(StochasticInversion):
         """
         name = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        base = Base(name, key="pretrained_model_name_or_path", hub=hub)
+        base = Base(name, key="pretrained_model_name_or_path", hub=hub, variant=kwargs.get("variant") or "")
         if base.made:
             raise ValueError(f"{name!r} names networks that are made for training; give a folder or a name on the hub")
         base.scheduler  # noqa: B018 (raises unless it is Stable Diffusion 1.x or 2.x)
-        if kwargs.get("safety_checker") is None:
-            kwargs |= {"safety_checker": None, "requires_safety_checker": False}
-            kwargs.setdefault("feature_extractor", None)
+        if "tokenizer" not in kwargs:
+            check_tokenizer_files(base.key, name)
+        kwargs["variant"] = base.variant_of("unet")
+        check_index(Path(name))
         above: Any = super()
+        return cls._loaded(above.from_pretrained, name, prompts, kwargs)
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | Path, prompts: str | Path | None = None, **kwargs: Any
+    ) -> Any:
+        """A pipeline with the networks of a checkpoint in a single file, as ``from_pretrained`` of a folder.
+
+        Args:
+            pretrained_model_link_or_path: a file, or its address on the hub, of Stable Diffusion 1.x or 2.x.
+            prompts: the file of a bank.
+            kwargs: as for diffusers' ``from_single_file``; without the hub it needs ``config``, a folder in diffusers'
+                layout of the same architecture.
+
+        Raises:
+            ValueError: as ``from_pretrained``.
+        """
+        name = str(pretrained_model_link_or_path)
+        if not name.startswith(("http://", "https://")):
+            if not Path(name).is_file():
+                raise ValueError(f"pretrained_model_link_or_path: there is no file {name}")
+            check_single("pretrained_model_link_or_path", Path(name))
+        above: Any = super()
+        return cls._loaded(above.from_single_file, name, prompts, kwargs)
+
+    @classmethod
+    def _loaded(cls, load: Callable[..., Any], name: str, prompts: str | Path | None, options: dict[str, Any]) -> Any:
+        """What diffusers loads with ``options``, in one precision, and with DDIM and the bank."""
+        if options.get("safety_checker") is None:
+            options = {"feature_extractor": None, **options, "safety_checker": None, "requires_safety_checker": False}
         try:
-            pipeline = above.from_pretrained(name, **kwargs)
+            pipeline = load(name, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {one_line(error, 300)}") from error
         except Exception as error:
-            raise ValueError(f"{name}: cannot be read: {type(error).__name__}: {one_line(error, 300)}") from error
-        if "scheduler" not in kwargs:
+            raise ValueError(f"{name}: cannot be read: {type(error).__name__}: {why_unreadable(error)}") from error
+        if not {"dtype", "torch_dtype", "text_encoder"} & options.keys():
+            # transformers keeps the precision of the file, while diffusers makes its networks fp32 unless told not to.
+            pipeline.text_encoder.to(pipeline.unet.dtype)
+        check_unet(pipeline.unet.config, "unet", name)
+        check_width(pipeline.unet.config, pipeline.text_encoder.config.hidden_size, "text_encoder", name)
+        check_tokenizer(pipeline.tokenizer, pipeline.text_encoder.config.to_dict(), "tokenizer", name)
+        if "scheduler" not in options:
             own = pipeline.scheduler.config
             changes = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
             pipeline.scheduler = DDIMScheduler.from_config(own, **changes)
@@ -120,8 +168,8 @@ class ArtistPipeline(StochasticInversion):
 
     @property
     def multiple(self) -> int:
-        """The sides of a picture must be multiples of this: the autoencoder's reduction times the denoiser's."""
-        return int(self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
+        """The sides of a picture must be multiples of this, the autoencoder's reduction, as for diffusers' own."""
+        return int(self.vae_scale_factor)
 
     @torch.no_grad()
     def __call__(
@@ -133,7 +181,8 @@ class ArtistPipeline(StochasticInversion):
         guidance_scale: float = 10.0,
         num_inference_steps: int = 50,
         inversion: str = "stochastic",
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
+        num_images_per_prompt: int = 1,
         generator: Any = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -150,7 +199,9 @@ class ArtistPipeline(StochasticInversion):
             guidance_scale: how far to move from ``negative_prompt`` towards the artist's prompt; 1 uses only the
             latter.
             inversion: the noise to start from, ``stochastic`` (see ``inversion``) or ``none`` for plain noise.
-            generator: a generator of torch, or a list with one per picture.
+            negative_prompt: one text for all pictures; None is the empty text.
+            num_images_per_prompt: how many pictures are made of each one in ``image``; they follow one another.
+            generator: a generator of torch, or a list with one per picture that is made.
             callback_on_step_end: called as diffusers does; as ``prompt_embeds`` it gets what the next step will read.
 
         The other arguments and the return value are those of diffusers.
@@ -171,6 +222,24 @@ class ArtistPipeline(StochasticInversion):
         if num_inference_steps >= times:
             raise ValueError(f"num_inference_steps: {num_inference_steps} is too large; the most is {times - 1}")
         self.check_inversion(inversion)
+        if not isinstance(negative_prompt, str | None):
+            raise ValueError(f"negative_prompt: {negative_prompt!r} is no text; a call has one for all pictures")
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type: {output_type!r} is none of {', '.join(OUTPUTS)}")
+        at_least(("num_images_per_prompt", num_images_per_prompt, 1))
+        pictures = pictures.repeat_interleave(num_images_per_prompt, 0)
+        if isinstance(generator, list | tuple):
+            generator = list(generator)
+            if len(generator) != len(pictures):
+                raise ValueError(
+                    f"generator: a list of {len(generator)} for {len(pictures)} pictures; give one, or one per picture"
+                )
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                hint, known = did_you_mean(name, self._callback_tensor_inputs), ", ".join(self._callback_tensor_inputs)
+                raise ValueError(f"callback_on_step_end_tensor_inputs: {name!r} is unknown{hint}; known: {known}")
         height, width = pictures.shape[2:]
         if height % self.multiple or width % self.multiple:
             raise ValueError(
@@ -182,12 +251,10 @@ class ArtistPipeline(StochasticInversion):
             return self._reconstructed(pictures, output_type, return_dict)
         self.scheduler.set_timesteps(num_inference_steps)
         timesteps, _ = self.get_timesteps(num_inference_steps, strength, "cpu")
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         more = self.prepare(pictures, prompt)
         try:
             self.inversion = inversion
-            self._prompts, nothing = self._encoded(artist, negative_prompt)
+            self._prompts, nothing = self._encoded(artist, negative_prompt or "")
             nothing = nothing.expand(len(pictures), -1, -1)
             if len(self._prompts) > 1:
                 callback_on_step_end = self._turning(timesteps, nothing, callback_on_step_end)

@@ -19,12 +19,23 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engine.utilities.seed import seeded
+from tasks.style_transfer.diffusion.checkpoint import (
+    check_folder,
+    check_tokenizer,
+    check_tokenizer_files,
+    check_unet,
+    check_variant,
+    check_width,
+    variant_in,
+)
 from tasks.style_transfer.diffusion.tokenizer import LENGTH, tiny_tokenizer
 from tasks.style_transfer.measures import first_sentence
 
 SCALE = 8
 """Pixels per latent along a side, for every autoencoder of Stable Diffusion 1.x and 2.x."""
 TRAINING_TIMES = 1000
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+"""What a denoiser may predict: the noise, the velocity, or the latents without noise."""
 
 _SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": TRAINING_TIMES,
@@ -114,6 +125,7 @@ class Base:
         seed: seed of untrained networks.
         key: config key or argument that gives the name, for error messages.
         hub: options for access to the hub (``revision``, ``token``, ``cache_dir``, ...), as diffusers takes them.
+        variant: variant of the weights' files, as ``fp16``; empty takes files without one, or a folder's only variant.
 
     Every part raises a ValueError of one line if the checkpoint does not exist or is not Stable Diffusion 1.x or 2.x.
     """
@@ -122,11 +134,17 @@ class Base:
     seed: int = 0
     key: str = "model.pretrained"
     hub: dict[str, Any] = field(default_factory=dict)
+    variant: str = ""
 
     @property
     def made(self) -> bool:
         """Whether the networks are newly made and untrained."""
         return self.name in SIZES
+
+    @property
+    def _known(self) -> str | None:
+        """The size of the networks, where no config has to be read for it."""
+        return self.name if self.made else HUB.get(self.name)
 
     def unet(self, *, weights: bool = True) -> UNet2DConditionModel:
         """The denoiser; without ``weights`` all its parameters hold the same value, and only their shapes matter."""
@@ -140,7 +158,10 @@ class Base:
             with seeded(self.seed, "tokens"):
                 nn.init.normal_(encoder.get_input_embeddings().weight)
             return encoder.eval()
-        return self._part("text_encoder", CLIPTextModel, _new_text, weights).eval()
+        encoder = self._part("text_encoder", CLIPTextModel, _new_text, weights).eval()
+        if self._known is None:
+            check_width(self._unet_config, encoder.config.hidden_size, self.key, self.name)
+        return encoder
 
     def vae(self) -> AutoencoderKL | AutoencoderTiny:
         """The autoencoder; for ``tiny`` an untrained one, whose weights must still be loaded."""
@@ -156,9 +177,12 @@ class Base:
             tokenizer = tiny_tokenizer()
             tokenizer.model_max_length = LENGTH if self.name == "tiny" else 77
             return tokenizer
-        return self._loaded(
+        check_tokenizer_files(self.key, self._checked)
+        tokenizer = self._loaded(
             "tokenizer", lambda: CLIPTokenizer.from_pretrained(self._checked, subfolder="tokenizer", **self.hub)
         )
+        check_tokenizer(tokenizer, self._config("text_encoder"), self.key, self.name)
+        return tokenizer
 
     def tokenizer_like(self, *, weights: bool) -> CLIPTokenizer:
         """The tokenizer; without ``weights`` only its length matters, so another of that length saves a download."""
@@ -168,8 +192,11 @@ class Base:
 
     def text_shape(self) -> tuple[int, int]:
         """Number of tokens and width of an encoded text."""
-        known = self.name if self.made else HUB.get(self.name)
-        config = SIZES[known]["text_encoder"] if known else self._config("text_encoder")
+        if self._known is None:
+            config = self._config("text_encoder")
+            check_width(self._unet_config, config["hidden_size"], self.key, self.name)
+        else:
+            config = SIZES[self._known]["text_encoder"]
         return config.get("max_position_embeddings", 77), config["hidden_size"]
 
     @functools.cached_property
@@ -177,9 +204,16 @@ class Base:
         """The amount of noise at each timestep, and what the denoiser predicts (``prediction_type``)."""
         if self.made:
             return DDPMScheduler(**{key: value for key, value in _SCHEDULE.items() if key != "set_alpha_to_one"})
-        return self._loaded(
+        scheduler: DDPMScheduler = self._loaded(
             "scheduler", lambda: DDPMScheduler.from_pretrained(self._checked, subfolder="scheduler", **self.hub)
         )
+        kind = scheduler.config.prediction_type
+        if kind not in PREDICTIONS:
+            raise ValueError(
+                f"{self.key}: the denoiser of {self.name} predicts {kind!r}, as its scheduler says; known: "
+                f"{', '.join(PREDICTIONS)}"
+            )
+        return scheduler
 
     def sampler(self) -> DDIMScheduler:
         """A DDIM sampler with the same noise schedule."""
@@ -201,10 +235,14 @@ class Base:
             requires_safety_checker=False,
         ).save_pretrained(folder)
 
+    def variant_of(self, part: str) -> str | None:
+        """The variant of the files of ``unet``, ``text_encoder`` or ``vae`` that is read; None for plain files."""
+        folder, wanted = Path(self._checked), self.variant or None
+        return variant_in(self.key, folder / part, wanted) if folder.is_dir() else wanted
+
     def _part(self, part: str, kind: Any, make: Any, weights: bool) -> Any:
-        known = self.name if self.made else HUB.get(self.name) if not weights else None
-        if known:
-            config = SIZES[known][part]
+        if self._known and (self.made or not weights):
+            config = SIZES[self._known][part]
             if not weights:
                 return _for_shapes(lambda: make(**config))
             with seeded(self.seed, part):
@@ -215,7 +253,8 @@ class Base:
                 return _for_shapes(lambda: CLIPTextModel(CLIPTextConfig.from_dict(config)))
             return _for_shapes(lambda: kind.from_config(config))
         # fp32, whatever precision the file has: weights that learn need it, and so do the weights they work with.
-        return self._loaded(part, lambda: kind.from_pretrained(self._checked, subfolder=part, **self.hub)).float()
+        options = {"subfolder": part, "variant": self.variant_of(part), **self.hub}
+        return self._loaded(part, lambda: kind.from_pretrained(self._checked, **options)).float()
 
     def _config(self, part: str) -> dict[str, Any]:
         kind = CLIPTextConfig if part == "text_encoder" else None
@@ -227,28 +266,28 @@ class Base:
 
         return dict(self._loaded(part, read))
 
-    @functools.cached_property
+    @property
     def _checked(self) -> str:
         """The name of the checkpoint, after a check that it is of the right kind."""
-        folder = Path(self.name)
-        if not folder.is_dir():
-            if self.name.count("/") != 1 or self.name.startswith((".", "/", "runs/")):
-                raise ValueError(f"{self.key}: there is no folder {self.name}; {_HINT}")
-        elif not (folder / "unet/config.json").is_file():
-            other = next((part for part in ("transformer", "prior") if (folder / part).is_dir()), None)
-            why = f"it has {other}/ and no unet/" if other else "it has no unet/config.json"
-            raise ValueError(f"{self.key}: {_KIND}, {self.name} is not: {why}; {_HINT}")
+        assert self._unet_config
+        return self.name
+
+    @functools.cached_property
+    def _unet_config(self) -> dict[str, Any]:
+        """The config of the denoiser, after a check of the kind of checkpoint and of the variant."""
+        check_folder(self.key, self.name)
         try:
             with quiet(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # from the hub's own library
                 config = UNet2DConditionModel.load_config(self.name, subfolder="unet", **self.hub)
         except Exception as error:
-            where = "" if folder.is_dir() else "it is no folder here, and the hub does not give it: "
-            raise ValueError(
-                f"{self.key}: {self.name} cannot be read: {where}{first_sentence(error)}; {_HINT}"
-            ) from error
-        check_unet(config, f"{self.key}: {_KIND}, {self.name} is not")
-        return self.name
+            here = Path(self.name).is_dir()
+            where = "" if here else "it is no folder here, and the hub does not give it: "
+            raise ValueError(f"{self.key}: {self.name} cannot be read: {where}{first_sentence(error)}") from error
+        check_unet(config, self.key, self.name)
+        if self.variant and Path(self.name).is_dir():
+            check_variant(self.key, Path(self.name), self.variant)
+        return dict(config)
 
     def _loaded(self, part: str, load: Any) -> Any:
         name = self._checked
@@ -257,36 +296,6 @@ class Base:
                 return load()
         except Exception as error:
             raise ValueError(f"{self.key}: {part} of {name} cannot be read: {first_sentence(error)}") from error
-
-
-_KIND = "Stable Diffusion 1.x and 2.x in diffusers' layout are taken"
-_HINT = (
-    "give a folder in diffusers' layout or a checkpoint's name on the hub; "
-    "tasks/style_transfer/denoiser/configs/denoiser_tiny.yaml trains a small one"
-)
-
-
-def check_unet(config: Any, trouble: str) -> None:
-    """Check by its config that a UNet is that of Stable Diffusion 1.x or 2.x, or a smaller one of the same kind.
-
-    Raises:
-        ValueError: the message is ``trouble`` and the first key that differs.
-    """
-    plain = (
-        *("center_input_sample", "class_embed_type", "addition_embed_type", "num_class_embeds", "encoder_hid_dim_type"),
-        *("encoder_hid_dim", "time_cond_proj_dim", "dual_cross_attention", "class_embeddings_concat"),
-        *("cross_attention_norm", "time_embedding_act_fn"),
-    )
-    wanted: dict[str, tuple[Any, ...]] = dict.fromkeys(plain, (None, False))
-    wanted |= {"in_channels": (4,), "out_channels": (4,), "mid_block_type": ("UNetMidBlock2DCrossAttn",)}
-    for key, values in wanted.items():
-        if key in config and config[key] not in values:
-            raise ValueError(f"{trouble}: its UNet has {key} {config[key]!r}, not {values[0]!r}")
-    kinds = {"down": ("CrossAttnDownBlock2D", "DownBlock2D"), "up": ("CrossAttnUpBlock2D", "UpBlock2D")}
-    for way, known in kinds.items():
-        for kind in config.get(f"{way}_block_types") or ():
-            if kind not in known:
-                raise ValueError(f"{trouble}: its UNet has a {kind}; known: {', '.join(known)}")
 
 
 def _new_text(**config: Any) -> CLIPTextModel:

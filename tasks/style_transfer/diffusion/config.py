@@ -15,6 +15,9 @@ class ModelConfig:
     pretrained: str = "tiny"
     """A Stable Diffusion 1.x or 2.x checkpoint in diffusers' layout: a folder, or a name on the hub. `tiny`, `sd1` and
     `sd2` make untrained networks of that size."""
+    variant: str = ""
+    """Variant of the checkpoint's files, as `fp16` for `diffusion_pytorch_model.fp16.safetensors`. If empty, files
+    without a variant are used, or the only variant that a folder has."""
     autoencoder: str = ""
     """For `tiny`: file with TAESD's weights. If empty, ../shared/weights/taesd_fp16.safetensors is used if it exists;
     otherwise an autoencoder is trained on the pictures for a minute."""

@@ -20,7 +20,7 @@ from engine.utilities.files import made_once
 from engine.utilities.seed import derive
 from tasks import scikit_image
 from tasks.images import divided
-from tasks.style_transfer.diffusion.base import SCALE, to_latents
+from tasks.style_transfer.diffusion.base import PREDICTIONS, SCALE, to_latents
 from tasks.style_transfer.diffusion.describe import describe
 from tasks.style_transfer.images import as_tensor, find_images, read_image, resized
 
@@ -166,16 +166,11 @@ class Noisy:
 
 
 def noisy(square: tuple[Tensor, Tensor], t: Tensor, noise: Tensor, scheduler: DDPMScheduler) -> Noisy:
-    """A square from ``Latents.draw`` with ``noise`` (4, s, s) at timestep ``t`` (a scalar).
-
-    Raises:
-        ValueError: the checkpoint predicts something unknown.
-    """
+    """A square from ``Latents.draw`` with ``noise`` (4, s, s) at timestep ``t`` (a scalar)."""
     latents, small = square
     one = latents[None], noise[None], t[None]
     kind = scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"model.pretrained: its denoiser predicts {kind!r}; known: epsilon, v_prediction, sample")
+    assert kind in PREDICTIONS, f"Base refuses a scheduler of {kind!r}"
     target = {"epsilon": noise, "sample": latents}.get(kind)
     if target is None:
         target = scheduler.get_velocity(*one)[0]

@@ -42,7 +42,7 @@ class DiffusionTask(Task, ABC):
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__(config)
-        self.base = Base(config.model.pretrained, config.train.seed)
+        self.base = Base(config.model.pretrained, config.train.seed, variant=config.model.variant)
         self.model: nn.Module | None = None
         """The network that is or was trained; evaluation makes pictures with it."""
         self._collections: list[Collection] | None = None
@@ -162,6 +162,7 @@ class DiffusionTask(Task, ABC):
     def steps_per_epoch(self) -> int:
         # Whatever takes long or may fail happens before training.
         self._trains = True
+        _ = self.base.scheduler, self.base.tokenizer
         self.metrics()
         for test in (False, True):
             self.latents(test=test)

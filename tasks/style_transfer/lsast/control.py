@@ -7,7 +7,8 @@ from typing import Any
 
 from diffusers import ControlNetModel, UNet2DConditionModel
 
-from engine.utilities.text import one_line
+from tasks.style_transfer.diffusion.checkpoint import variant_in
+from tasks.weights import why_unreadable
 
 
 class NoControl(ControlNetModel):
@@ -37,9 +38,9 @@ def load_controlnet(name: str | Path) -> ControlNetModel:
         ValueError: it does not exist, or it is damaged.
     """
     try:
-        return ControlNetModel.from_pretrained(str(name))
+        return ControlNetModel.from_pretrained(str(name), variant=variant_in("controlnet", Path(name)))
     except Exception as error:
-        cause = f"{type(error).__name__}: {one_line(error, 200)}"
+        cause = f"{type(error).__name__}: {why_unreadable(error)}"
         raise ValueError(f"controlnet: {name} cannot be read: {cause}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
     At each step the denoiser reads the prompts of the current stage, each layer the prompt for that layer. If there is
     a ControlNet, it sees the edges of the content. Two choices are ours: the ControlNet reads the same prompts, layer
     by layer, and both networks do so for the first prediction of the stochastic inversion too.
+
+    ``from_pretrained`` and ``from_single_file`` also take ``controlnet``: a ControlNet, or its folder or name on the
+    hub. By default it is the checkpoint's own, if it has one.
 
     A call sets the attention processors of the denoiser and of the ControlNet (``lsast.routing``) and leaves them set.
 
@@ -91,26 +95,15 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
         self.bank = PromptBank(self.method) if bank is None else bank
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        prompts: str | Path | None = None,
-        controlnet: ControlNetModel | str | Path | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As ``ArtistPipeline.from_pretrained``.
-
-        Args:
-            controlnet: a ControlNet, or its folder or name on the hub; by default the checkpoint's own, if it has one.
-        """
-        if isinstance(controlnet, str | Path):
-            loaded = load_controlnet(controlnet)
-            pipeline = super().from_pretrained(pretrained_model_name_or_path, prompts, controlnet=loaded, **kwargs)
-            loaded.to(pipeline.unet.dtype)
-            return pipeline
-        if controlnet is not None:
-            kwargs["controlnet"] = controlnet
-        return super().from_pretrained(pretrained_model_name_or_path, prompts, **kwargs)
+    def _loaded(cls, load: Callable[..., Any], name: str, prompts: str | Path | None, options: dict[str, Any]) -> Any:
+        given = options.pop("controlnet", None)
+        controlnet = load_controlnet(given) if isinstance(given, str | Path) else given
+        if controlnet is not None:  # otherwise the checkpoint's own, if it has one
+            options["controlnet"] = controlnet
+        pipeline = super()._loaded(load, name, prompts, options)
+        if controlnet is not given:
+            controlnet.to(pipeline.unet.dtype)
+        return pipeline
 
     @property
     def controlled(self) -> bool:
@@ -153,6 +146,8 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
             route(_plain(self.controlnet), prompt.settings["form"])
             if self._control is None:
                 self._control = torch.stack([as_tensor(canny(as_pixels(picture))) for picture in pictures])
+        if len(self._control) > 1:
+            self._control = self._control.repeat_interleave(len(pictures) // len(self._control), 0)
         return {
             "control_image": self._control.expand(len(pictures), -1, -1, -1),
             "controlnet_conditioning_scale": self._scale,

@@ -231,7 +231,10 @@ def test_checkpoints_with_what_is_not_wanted(checkpoint: Path, tmp_path: Path, m
     ("change", "said"),
     [
         (lambda f: shutil.rmtree(f), r"there is no folder .*sd"),
-        (lambda f: (f / "unet").rename(f / "transformer"), r"sd is not: it has transformer/ and no unet/"),
+        (
+            lambda f: (f / "unet").rename(f / "transformer"),
+            r"sd is of another architecture: it has transformer/ and no unet/",
+        ),
         (lambda f: (f / "vae/config.json").unlink(), r"sd: cannot be read: .*vae"),
         (
             lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"damaged"),
@@ -254,7 +257,7 @@ def test_other_architectures_are_refused_before_they_are_read(checkpoint: Path, 
     folder = copied(checkpoint, tmp_path / "xl", "unet/config.json", addition_embed_type="text_time")
     shutil.rmtree(folder / "vae")
     with pytest.raises(
-        ValueError, match=r"xl is not: its UNet has addition_embed_type 'text_time', not None"
+        ValueError, match=r"xl is an SDXL checkpoint: its UNet has addition_embed_type 'text_time', not None"
     ) as caught:
         CLASSES[method].from_pretrained(folder)
     assert "\n" not in str(caught.value)
@@ -296,8 +299,8 @@ def test_prompts_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path, m
         ({"num_inference_steps": 1000}, r"^num_inference_steps: 1000 is too large; the most is 999$"),
         ({"inversion": "ddim"}, r"^inversion: 'ddim' is none of stochastic, none$"),
         (
-            {"image": np.zeros((48, 64, 3), np.uint8)},
-            r"^image: 64 x 48 px; sides must be multiples of 32; resize or pad it, or use tools/stylize.py, which",
+            {"image": np.zeros((44, 64, 3), np.uint8)},
+            r"^image: 64 x 44 px; sides must be multiples of 8; resize or pad it, or use tools/stylize.py, which",
         ),
         ({"image": "hill.png"}, r"^image: str is not a picture"),
     ],
@@ -315,7 +318,7 @@ def test_what_cannot_be_is_said_before_anything_is_computed(
 
 def test_sides_are_those_of_the_networks(checkpoint: Path) -> None:
     made = p.pipeline("artbank", checkpoint, "monet")
-    assert made.multiple == 32
+    assert made.multiple == 8
     assert p.paint(made, image=p.content(1, 32, 96)).shape == (1, 4, 4, 12)
 
 

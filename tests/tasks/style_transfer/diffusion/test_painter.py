@@ -44,7 +44,7 @@ def test_it_paints_as_its_settings_say(painter: ArtistPainter) -> None:
         output_type="pt",
     ).images
     assert torch.equal(found, wanted)
-    assert (painter.alpha, painter.artists, painter.multiple) == (0.6, ["monet", "cezanne"], 32)
+    assert (painter.alpha, painter.artists, painter.multiple) == (0.6, ["monet", "cezanne"], 8)
 
 
 def test_the_noise_depends_on_seed_name_and_artist_alone(painter: ArtistPainter) -> None:
@@ -88,7 +88,7 @@ def test_a_work_is_shown_where_there_is_one(painter: ArtistPainter, tmp_path: Pa
 
 
 def _copy(_: Any, image: torch.Tensor, artist: str, **__: Any) -> Any:
-    assert image.shape == (1, 3, 64, 64)
+    assert image.shape == (1, 3, 40, 56)
     assert (as_pixels(image[0])[:40, :50] == noise(40, 50)).all()
 
     class Output:
