@@ -169,8 +169,8 @@ class LocalSRModel(SRModel):
             },
         }
         target = Path(self.opt["path"]["training_states"]) / f"{current_iter}.state"
-        with replaced(target) as partial:
-            torch.save(state, partial)
+        with replaced(target) as partial, partial.open("wb") as file:
+            torch.save(state, file)
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         """Resume from a training state of the same blocks, of others, or of SRModel; weights are already loaded."""

@@ -17,6 +17,7 @@ import torch
 from basicsr.utils import options
 
 import tasks.super_resolution  # noqa: F401  repairs BasicSR and registers LocalSRModel
+from engine.utilities.files import write_text
 
 _parse_options = options.parse_options
 
@@ -65,7 +66,7 @@ def _stay(storage: Any, device: Any = None, *args: Any, **kwargs: Any) -> Any:
 def install(folder: Path) -> Path:
     """Write the file into ``folder``."""
     target = folder / FILE
-    target.write_text(LINE)
+    write_text(target, LINE)
     return target
 
 

@@ -116,7 +116,6 @@ class PromptBank(Mapping[str, Prompt]):
             for name, tensor in prompt.state_dict().items()
         }
         settings = {artist: prompt.settings for artist, prompt in self._prompts.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as partial:
             save_file(tensors, partial, {"method": self.method, "artists": json.dumps(settings)})
 
