@@ -38,11 +38,12 @@ def prepare() -> None:
 
     BasicSR writes experiments/ beside its package, in site-packages, but looks for runs to resume in the current
     folder; with this correction it does both in the current folder. It also loads training states onto the current GPU,
-    which fails if there is none.
+    which fails if there is none, and divides ranks by the number of GPUs.
     """
     if Path(options.__file__).is_relative_to(sysconfig.get_path("purelib")):
         options.parse_options = _parse_options_here
     if not torch.cuda.is_available():
+        options.init_dist = _refuse_ranks
         torch.cuda.current_device = lambda: 0
         torch.UntypedStorage.cuda = _stay  # type: ignore[assignment,method-assign]
 
@@ -57,6 +58,14 @@ class _OptionsHere(OrderedDict[str, Any]):
 def _parse_options_here(root: str, is_train: bool = True) -> tuple[Any, Any]:
     parsed, arguments = _parse_options(str(Path.cwd()), is_train)
     return _OptionsHere(parsed), arguments
+
+
+def _refuse_ranks(launcher: str, **kwargs: Any) -> None:
+    """Raises ValueError: BasicSR itself would divide by the number of GPUs, which is 0."""
+    raise ValueError(
+        f"--launcher {launcher}: BasicSR puts each rank on a GPU, and there is none here; leave --launcher out and "
+        "start one process, or use this project's tools/train.py, whose ranks may be on a CPU"
+    )
 
 
 def _stay(storage: Any, device: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -70,10 +70,10 @@ def test_artists_are_added_replaced_and_removed() -> None:
 @pytest.mark.parametrize(
     ("artists", "asked", "said"),
     [
-        (["monet", "cezanne"], "monte", "artist: 'monte' is unknown, did you mean 'monet'?; known: cezanne, monet"),
-        (["monet", "cezanne"], "Monet", "artist: 'Monet' is unknown, did you mean 'monet'?; known: cezanne, monet"),
-        (["monet", "cezanne"], "turner", "artist: 'turner' is unknown; known: cezanne, monet"),
-        ([], "monet", "artist: 'monet' is unknown; known: none"),
+        (["monet", "cezanne"], "monte", "artist: 'monte' is none of cezanne, monet; did you mean 'monet'?"),
+        (["monet", "cezanne"], "Monet", "artist: 'Monet' is none of cezanne, monet; did you mean 'monet'?"),
+        (["monet", "cezanne"], "turner", "artist: 'turner' is none of cezanne, monet"),
+        ([], "monet", "artist: 'monet' is unknown; there are none yet"),
     ],
 )
 def test_an_unknown_artist_is_told_who_is_known(artists: list[str], asked: str, said: str) -> None:
