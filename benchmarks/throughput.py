@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import parallel
-from engine.config import at_least, words
+from engine.config import at_least
 from engine.learning.auxiliary import known_families
 from engine.memory.report import header, report_rows, write_json
 from engine.memory.variant import END_TO_END, RECOMPUTED, local_variant
 from engine.utilities.command import ToolParser, run_tool
 from engine.utilities.files import check_writable
+from engine.utilities.options import words
 from engine.utilities.page import write_page
 from engine.utilities.sheet import Sheet
 from engine.utilities.size import MIB

@@ -9,9 +9,8 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +21,9 @@ import yaml
 
 from engine.utilities.console import console
 from engine.utilities.files import write_text
-from engine.utilities.text import did_you_mean, one_line
+from engine.utilities.kinds import takes_none
+from engine.utilities.options import check_keys, colon_hint, flat, hints, joined, loaded, parser_message, words
+from engine.utilities.text import one_line
 
 # A process-wide switch: without it, --help ignores the docstrings below the fields. jsonargparse has no setting per
 # parser.
@@ -242,11 +243,6 @@ def at_least(*checks: tuple[str, float, float]) -> None:
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
-def words(argv: Sequence[str]) -> list[str]:
-    """Command-line words, with every ``--key=value`` split into two words."""
-    return [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-
-
 def config_file(argv: Sequence[str]) -> Path | None:
     """The file that ``--config`` names; the last one if ``--config`` occurs several times, None without it."""
     files = [value for key, value in pairwise(words(argv)) if key == "--config"]
@@ -279,11 +275,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config: no such file: {path}")
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {one_line(error)}") from error
+        hints_ = filter(None, (colon_hint(line.strip()) for line in text.splitlines()))
+        raise ValueError(f"{path}: not YAML: {one_line(error)}{next(hints_, '')}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a config is a mapping of sections, this is {type(content).__name__}")
+        raise ValueError(
+            f"{path}: a config is a mapping of sections, this is {type(content).__name__}{colon_hint(content)}"
+        )
     return content  # sections and keys are checked in ``parse``
 
 
@@ -295,8 +297,8 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
             ``Config.check`` refuses it.
     """
     argv = _renamed_words(words(argv))
-    known, sections = keys(config_class), typing.get_type_hints(config_class)
-    file, auxiliary = config_file(argv), LocalConfig.auxiliary
+    known, sections = hints(config_class), typing.get_type_hints(config_class)
+    file, auxiliary, given = config_file(argv), LocalConfig.auxiliary, {}
     if file is not None:
         content = read_yaml(file)
         if renamed_keys(content.get("local")):
@@ -305,26 +307,36 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
             at = max(number for number, word in enumerate(argv) if word == "--config")
             argv[at + 1] = json.dumps(content, default=str)
         # Check keys here: jsonargparse reports an unknown key without the file's name or a suggestion.
-        _check_keys(_flat(content), known, f"{file}: ")
+        given = flat(content)
+        check_keys(given, known, f"{file}: ")
         for name, value in content.items():
             if dataclasses.is_dataclass(sections.get(name)) and not isinstance(value, dict):
-                raise ValueError(f"{file}: {name}: a section is a mapping of keys, this is {type(value).__name__}")
+                raise ValueError(
+                    f"{file}: {name}: a section is a mapping of keys, this is {type(value).__name__}{colon_hint(value)}"
+                )
+        for name, value in given.items():
+            if value is None and name in known and not takes_none(known[name]):
+                raise ValueError(f"{file}: {name}: no value given; leave the key out, or give one")
+            if name not in sections and isinstance(value, dict) and (hint := colon_hint(value)):
+                raise ValueError(f"{file}: {name}{hint}")
         auxiliary = (content.get("local") or {}).get("auxiliary", auxiliary)
     # Remember the name itself: --local.auxiliary.option turns it into a mapping that no longer holds the name.
     auxiliary = next((value for key, value in reversed(list(pairwise(argv))) if key == "--local.auxiliary"), auxiliary)
-    _check_keys(
-        [word[2:].rstrip("+") for word in argv if word.startswith("--")], {*known, "config", "help", "print_config"}, ""
-    )
+    typed = {word[2:].rstrip("+"): following for word, following in pairwise([*argv, ""]) if word.startswith("--")}
+    check_keys(typed, {**known, "config": str, "help": str, "print_config": str}, "")
+    for name, value in typed.items():
+        if value.startswith("{") and (hint := colon_hint(loaded(value))):
+            raise ValueError(f"{name}{hint}")
     parser = jsonargparse.ArgumentParser(
         prog=program, exit_on_error=False, description=(config_class.__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--config", action="config", help="YAML file with the sections below")
     parser.add_class_arguments(config_class)
     try:
-        values = vars(parser.instantiate(parser.parse_args(argv)))
+        values = vars(parser.instantiate(parser.parse_args(joined(argv))))
         config = config_class(**{name: value for name, value in values.items() if name != "config"})
     except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(parser_message(error)) from error
+        raise ValueError(parser_message(error, known, {**given, **typed})) from error
     chosen = config.local.auxiliary
     if isinstance(chosen, dict):
         # Overrides of options arrive as text, because the annotation ``dict[str, Any]`` gives jsonargparse no type.
@@ -340,17 +352,6 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     return config
 
 
-def keys(config_class: type[Any], prefix: str = "") -> set[str]:
-    """The dotted names of all sections and keys of a config class."""
-    found: set[str] = set()
-    hints = typing.get_type_hints(config_class)
-    for item in dataclasses.fields(config_class):
-        found.add(prefix + item.name)
-        if dataclasses.is_dataclass(hints[item.name]):
-            found |= keys(hints[item.name], f"{prefix}{item.name}.")
-    return found
-
-
 def to_yaml(config: Config) -> str:
     """The complete, resolved config as YAML text, in the order of the fields."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
@@ -359,29 +360,6 @@ def to_yaml(config: Config) -> str:
 def save(config: Config, path: Path) -> None:
     """Write the complete, resolved config to ``path``."""
     write_text(path, to_yaml(config))
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> list[str]:
-    names = []
-    for key, value in content.items():
-        names.append(f"{prefix}{key}")
-        if isinstance(value, dict) and not prefix:
-            names += _flat(value, f"{key}.")
-    return names
-
-
-def _check_keys(names: Sequence[str], known: set[str], where: str) -> None:
-    for name in names:
-        # Each auxiliary network has options of its own; ``build_auxiliary`` checks those.
-        if name in known or name.startswith("local.auxiliary."):
-            continue
-        raise ValueError(f"{where}unknown key {name!r}{did_you_mean(name, known)}")
-
-
-def parser_message(error: Exception) -> str:
-    """The message of a jsonargparse error, as one line that begins with the key."""
-    text = re.sub(r"^Parser key \"?([\w.]+)\"?:", r"\1:", str(error).strip())
-    return one_line(text.replace("<class '", "").replace("'>", "").replace("typing.", ""))
 
 
 RECOMPUTE = {"true": "units", "yes": "units", "false": "none", "no": "none"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config, parse, task_name
-from engine.utilities.text import did_you_mean
+from engine.utilities.text import none_of
 from tasks import torchvision_hook
 
 torchvision_hook.install()
@@ -42,7 +42,7 @@ def find_task(name: str) -> TaskEntry:
     root = Path(__file__).parent
     known = sorted(folder.parent.relative_to(root).as_posix() for folder in root.glob("**/configs"))
     if name not in known:
-        raise ValueError(f"task: {name!r} is unknown{did_you_mean(name, known)}; known: {', '.join(known)}")
+        raise ValueError(f"task: {none_of(name, known)}")
     entry: TaskEntry = importlib.import_module(f"tasks.{name.replace('/', '.')}").TASK
     return entry
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import jsonargparse
 
-from engine.config import Config, LocalConfig, TrainConfig, parser_message, renamed_keys
+from engine.config import Config, LocalConfig, TrainConfig, renamed_keys
+from engine.utilities.options import hints, parser_message
 from engine.utilities.text import did_you_mean
 
 KEYS = ("blocks", "cut", "balance", "auxiliary", "recompute", "offload")
@@ -46,7 +47,8 @@ def local_settings(
             parser.parse_object({"local": {key: value for key, value in local.items() if key in KEYS}})
         ).local
     except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(parser_message(error)) from error
+        given = {f"local.{key}": value for key, value in local.items()}
+        raise ValueError(parser_message(error, hints(LocalConfig, "local."), given)) from error
     settings = Config(local=parsed, train=TrainConfig(seed=seed))
     settings.check()
     return settings

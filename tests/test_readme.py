@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import pytest
 import yaml
 
-from engine.config import Config, config_file, keys, parse, task_name
+from engine.config import Config, config_file, parse, task_name
 from engine.utilities.command import ToolParser
+from engine.utilities.options import hints
 from tasks import find_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,7 +166,7 @@ def check_overrides_of_run(name: str, argv: list[str]) -> None:
     if not configs:
         assert name in ("NAME", "OTHER", "tiny", "lora") or any(name in path for path in saved("docs/extend.md")), name
         return
-    known = keys(find_task(task_name(["--config", str(configs[0])])).config)
+    known = hints(find_task(task_name(["--config", str(configs[0])])).config)
     for word in argv:
         assert not word.startswith("--") or word[2:] in known, word
 
@@ -214,7 +215,7 @@ def test_commands_are_understood(page: str, parsing_only: None, monkeypatch: pyt
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_it_names_exist(page: str) -> None:
     """`--section.key` and `section.key` in running text are keys of a config."""
-    known = keys(Config)
+    known = hints(Config)
     named = re.findall(r"`(?:--)?((?:local|optimizer|train|placement|output)\.[a-z_.]+)", FENCE.sub("", text(page)))
     for key in named:
         old = key == "local.checkpoint"  # is understood, and pages say so

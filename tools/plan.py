@@ -20,7 +20,7 @@ from engine.memory.work import Speed
 from engine.utilities.command import ToolParser, run_tool
 from engine.utilities.console import console
 from engine.utilities.device import device_at_hand
-from engine.utilities.files import check_writable, write_named
+from engine.utilities.files import check_writable, write_text
 from engine.utilities.sheet import Sheet
 from engine.utilities.size import parse_size
 from tasks import find_task, load
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
         show_ranks(ranks_plan, known.ranks, out)
         if known.json:
             found = {"header": header("Plan", argv, known.threads, config.train.device), **ranks_plan.to_json()}
-            write_named(known.json, json.dumps(found, indent=1) + "\n")
+            write_text(known.json, json.dumps(found, indent=1) + "\n")
         return
     speed = Speed.measure_apart(device_at_hand(config.train.device), DTYPES[config.local.precision])
     with console.status("planning"):
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"wrote {out}: torchrun --standalone --nproc-per-node 1 tools/train.py --config {out}")
     if known.json:
         about = {"header": header("Plan", argv, known.threads, config.train.device), "budget_bytes": budget}
-        write_named(
+        write_text(
             known.json, json.dumps({**about, **row.to_json(), "cut": plan.chosen.config.local.cut}, indent=1) + "\n"
         )
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from engine.distributed.transport import Inbox, LinkError, Outbox
 from engine.distributed.wire import GroupWire
 from engine.learning.outcome import BlockError
+from engine.utilities.command import report_failure
 
 T = TypeVar("T")
 
@@ -139,7 +140,9 @@ class World:
         error.told = True  # type: ignore[attr-defined]
         # torchrun sends SIGTERM to all ranks as soon as one has ended, which must not cut off the message.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if self._first(str(error)):
+        first = self._first(f"rank {self.rank}: {error}")
+        report_failure(f"error: {first}")
+        if first == f"rank {self.rank}: {error}":
             if isinstance(error, ValueError | LinkError):
                 print(f"error: {error}", file=sys.stderr)
             elif isinstance(error, BlockError) and _lost(error.cause):
@@ -150,12 +153,12 @@ class World:
         sys.stdout.flush()
         sys.stderr.flush()
 
-    def _first(self, text: str) -> bool:
+    def _first(self, mine: str) -> str:
+        """What the first rank that failed has said; ``mine`` if that is this one."""
         try:
-            store, mine = dist.distributed_c10d._get_default_store(), f"rank {self.rank}: {text}"
-            return bool(store.compare_set("first_failure", "", mine).decode() == mine)
+            return str(dist.distributed_c10d._get_default_store().compare_set("first_failure", "", mine).decode())
         except Exception:
-            return True  # the store is gone with the process that served it, so there is nothing left to ask
+            return mine  # the store is gone with the process that served it, so there is nothing left to ask
 
     @contextmanager
     def one_of_a_host_first(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from matplotlib.transforms import Bbox
 
 from engine.memory.footprint import CATEGORIES
 from engine.memory.report import Row, notes, sheets
-from engine.utilities.files import write_named
+from engine.utilities.files import write_text
 from engine.utilities.page import svg_text, write_page
 from engine.utilities.size import MIB
 
@@ -56,7 +56,7 @@ def write_figure(path: Path, rows: Sequence[Row]) -> None:
     timed = with_time(rows)
     if not timed:
         raise ValueError(f"{path}: no variant has a time to draw; give --steps 1 or more")
-    write_named(path, svg_text(front_figure(timed)))
+    write_text(path, svg_text(front_figure(timed)))
 
 
 def with_time(rows: Sequence[Row]) -> list[Row]:

@@ -16,7 +16,7 @@ from engine.memory.work import Speed
 from engine.network.cut import best_bounds
 from engine.network.shapes import shapes_of
 from engine.task import Task
-from engine.utilities.files import write_named
+from engine.utilities.files import write_text
 from engine.utilities.size import size_text
 
 MARK = "# Planned for"
@@ -182,7 +182,7 @@ def write_planned(path: Path, aim: str, about: str, config: Config) -> None:
     Raises:
         ValueError: the file cannot be written.
     """
-    write_named(path, f"{MARK} {aim}: {about}.\n{to_yaml(config)}")
+    write_text(path, f"{MARK} {aim}: {about}.\n{to_yaml(config)}")
 
 
 class _Search:

@@ -25,7 +25,7 @@ from engine.memory.tracker import Moment
 from engine.memory.variant import Load, Variant, estimate_variant
 from engine.memory.work import Speed
 from engine.utilities.device import choose_device, device_at_hand
-from engine.utilities.files import write_named
+from engine.utilities.files import write_text, writing
 from engine.utilities.sheet import Sheet
 from engine.utilities.size import MIB, size_text
 
@@ -95,10 +95,8 @@ def report_rows(
     if snapshots is not None:
         if device.type != "cuda":
             raise ValueError("--snapshots: only CUDA's allocator keeps such a history, and training is on a CPU here")
-        try:
+        with writing(snapshots):
             snapshots.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--snapshots: {snapshots} cannot be made: {error.strerror}") from error
     speed = Speed.measure_apart(device, DTYPES[config.local.precision])
     estimates = [estimate_variant(variant, argv, load, speed) for variant in variants]
     found: dict[str, Measured] = {}
@@ -317,4 +315,4 @@ def write_json(path: Path, about: dict[str, Any], rows: Sequence[Any]) -> None:
     Raises:
         ValueError: the file cannot be written.
     """
-    write_named(path, json.dumps({"header": about, "rows": [*rows]}, indent=1) + "\n")
+    write_text(path, json.dumps({"header": about, "rows": [*rows]}, indent=1) + "\n")

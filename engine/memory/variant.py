@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engine.config import Config, words
+from engine.config import Config
 from engine.learning.build import fresh_blocks
 from engine.memory.estimate import Estimate, estimate_step
 from engine.memory.work import Speed
 from engine.network.shapes import shapes_of
 from engine.task import Task
+from engine.utilities.options import words
 
 Load = Callable[[Sequence[str]], tuple[Config, Task]]
 """A function that makes a config and its task from a command line, such as ``tasks.load``."""

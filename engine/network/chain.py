@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from engine.network.message import Message
 from engine.network.shapes import infer_shapes
 from engine.network.state import tensors_of
+from engine.utilities.text import none_of
+
+LAYOUTS = ("NCHW", "NHWC", "NLC")
 
 Forward = Callable[[nn.Module, Message], Message]
 
@@ -113,8 +116,8 @@ class Chain:
         shared: Unit | None = None,
         shared_names: Sequence[str] = (),
     ) -> None:
-        if layout not in ("NCHW", "NHWC", "NLC"):
-            raise ValueError(f"layout {layout!r} is none of NCHW, NHWC, NLC")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: {none_of(layout, LAYOUTS)}")
         self.model, self.units, self.head, self.example, self.layout = model, list(units), head, example, layout
         assert (shared is None) == (not shared_names), "a shared encoder, and the features it adds"
         self.shared, self.shared_names = shared, tuple(shared_names)

@@ -76,7 +76,7 @@ class Incomplete(ValueError):
 
 
 def clean(folder: Path) -> None:
-    """Remove the partial checkpoints that a killed job left in ``folder``; no other job may be writing there."""
+    """Remove the partial checkpoints that a job left in ``folder``; no other job may be writing there."""
     for partial in folder.glob(".step_*.writing"):
         shutil.rmtree(partial)
 

@@ -26,7 +26,6 @@ def export_model(
         target: the file to write; with the suffix ``.safetensors`` in that format, otherwise as a torch file.
         form: turns the weights into the object that a torch file holds (see ``Task.export``).
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory or are not contiguous, and tied weights do share it.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors_of(model).items()}
     with replaced(target) as partial:
@@ -34,4 +33,6 @@ def export_model(
             save_file(state, partial)
         else:
             extra = {name: value for name, value in model.state_dict().items() if name not in state}
-            torch.save(form({**state, **extra}, target), partial)
+            content = form({**state, **extra}, target)
+            with partial.open("wb") as file:
+                torch.save(content, file)

@@ -51,7 +51,7 @@ def claim(folder: Path, config: Config) -> Path:
             except FileExistsError:
                 continue
     except OSError as error:
-        raise ValueError(f"output.root: {folder} cannot be made: {error.strerror}") from error
+        raise ValueError(f"output.root: {folder} cannot be made: {error.strerror}: {error.filename}") from error
     raise AssertionError("there is no last number")
 
 

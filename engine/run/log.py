@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,20 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine.learning.block import Block
 from engine.run.checkpoint import Position
-from engine.utilities.console import progress_bar
-from engine.utilities.files import write_text
+from engine.utilities.console import console, progress_bar
+from engine.utilities.files import write_text, writing
+from engine.utilities.size import size_text
+
+_report = threading.excepthook
+
+
+def _report_others(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread ends with the error of a full disk, and its next call raises the same in the caller."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        _report(args)
+
+
+threading.excepthook = _report_others
 
 
 class RunLog:
@@ -22,18 +38,34 @@ class RunLog:
 
     Lines and points after ``step`` are dropped first: an interrupted run wrote them after its last checkpoint, and the
     resumed run writes them again.
+
+    Raises:
+        WriteError: the disk is full, for example; a line is then written whole or not at all.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if line.get("step", 0) <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.events = folder / "tensorboard"
+        with writing(self.events):
+            self.curves: SummaryWriter | None = SummaryWriter(str(self.events), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl`` and one point per number to the curves; a list has one number per block."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        with writing(self.path):
+            end = self.path.stat().st_size
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"step": step, **values}) + "\n")
+            except OSError:
+                os.truncate(self.path, end)
+                raise
+        with writing(self.events):
+            self._draw(step, values)
+
+    def _draw(self, step: int, values: Mapping[str, Any]) -> None:
+        assert self.curves is not None, "the log is closed"
         for name, value in values.items():
             for number, item in enumerate(value if isinstance(value, list) else [value]):
                 tag = f"{name}/block_{number}" if isinstance(value, list) else name
@@ -41,7 +73,11 @@ class RunLog:
                     self.curves.add_scalar(tag, item, step)
 
     def close(self) -> None:
-        self.curves.close()
+        """Write what is pending; a second call does nothing."""
+        curves, self.curves = self.curves, None
+        if curves is not None:
+            with writing(self.events):
+                curves.close()
 
 
 def is_scored(checkpoint: Path, position: Position) -> bool:
@@ -95,11 +131,32 @@ def _counts(units: int, parameters: int, extra: int) -> list[str]:
     return [str(units), f"{parameters:,}", f"{extra:,}", f"{extra / max(1, parameters + extra):.0%}"]
 
 
+class Pace:
+    """How fast training goes; saving and evaluating do not count."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin to count now."""
+        self._began, self._steps, self._samples = time.monotonic(), 0, 0
+
+    def step(self, samples: int) -> None:
+        """Count an optimizer step and the samples of its batch."""
+        self._steps, self._samples = self._steps + 1, self._samples + samples
+
+    def take(self) -> tuple[float, float]:
+        """Samples per second and seconds per step since the start or the last call; the host must not be ahead."""
+        seconds, steps, samples = time.monotonic() - self._began, self._steps, self._samples
+        self.start()
+        return samples / seconds, seconds / max(1, steps)
+
+
 class Progress:
-    """The progress bar of the current epoch; nothing if it is not ``shown`` or there is no terminal."""
+    """The progress bar of the current epoch on a terminal, plain lines elsewhere; nothing if it is not ``shown``."""
 
     def __init__(self, epochs: int, steps: int, *, shown: bool) -> None:
-        self._epochs, self._steps, self._epoch = epochs, steps, -1
+        self._epochs, self._steps, self._epoch, self._shown = epochs, steps, -1, shown
         self._bar = progress_bar(shown)
         self._task = self._bar.add_task("", total=steps)
 
@@ -116,3 +173,15 @@ class Progress:
             self._epoch = epoch
             self._bar.reset(self._task, total=self._steps, description=f"epoch {epoch + 1}/{self._epochs}")
         self._bar.update(self._task, completed=step)
+
+    def line(self, step: int, last_step: int, values: Mapping[str, Any], step_seconds: float) -> None:
+        """Print the ``values`` of ``metrics.jsonl`` after ``step`` steps of the run, where there is no progress bar."""
+        if not self._shown or console.is_terminal:
+            return
+        left = timedelta(seconds=round((last_step - step) * step_seconds))
+        text = (
+            f"epoch {-(-step // self._steps)}/{self._epochs}, step {step}/{last_step}: "
+            f"loss {values['train_loss'][-1]:.4f}, lr {values['lr']:.3g}, "
+            f"{values['samples_per_second']:.1f} samples/s, {size_text(values['peak_memory_bytes'])}, ETA {left}"
+        )
+        console.print(text, soft_wrap=True)

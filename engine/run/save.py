@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.learning.block import Block
-from engine.run.checkpoint import FORMAT, Position, fingerprint, saved_steps, seal
-from engine.utilities.files import flush, write_text
+from engine.run.checkpoint import FORMAT, Position, clean, fingerprint, saved_steps, seal
+from engine.utilities.files import WriteError, flush, write_text, writing
 
 LAST_SECONDS = 5.0
 """Seconds that a failing job still waits for other ranks to write their part of a checkpoint."""
@@ -88,21 +88,34 @@ class Checkpoint:
         """The folder that holds the files until the checkpoint is complete."""
         return self.folder / f".step_{self.position.step}.writing"
 
+    @property
+    def target(self) -> Path:
+        """The folder of the complete checkpoint."""
+        return self.folder / f"step_{self.position.step}"
+
     def write(self, snapshots: Sequence[Snapshot]) -> None:
-        """Write the files of some blocks, and after those of each block a note that they are complete."""
-        self.partial.mkdir(parents=True, exist_ok=True)
-        for snapshot in snapshots:
-            files = []
-            for kind, tensors in snapshot.tensors.items():
-                files.append(self.partial / f"{kind}.{snapshot.index}.safetensors")
-                save_file(tensors, files[-1])
-                flush(files[-1])
-            note = {
-                "units": snapshot.units,
-                "counters": snapshot.counters,
-                "files": {path.name: fingerprint(path) for path in files},
-            }
-            write_text(self._note(snapshot.index), json.dumps(note))
+        """Write the files of some blocks, and after those of each block a note that they are complete.
+
+        Raises:
+            WriteError: the disk is full, for example.
+        """
+        with writing(self.target):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            for snapshot in snapshots:
+                self._write_block(snapshot)
+
+    def _write_block(self, snapshot: Snapshot) -> None:
+        files = []
+        for kind, tensors in snapshot.tensors.items():
+            files.append(self.partial / f"{kind}.{snapshot.index}.safetensors")
+            save_file(tensors, files[-1])
+            flush(files[-1])
+        note = {
+            "units": snapshot.units,
+            "counters": snapshot.counters,
+            "files": {path.name: fingerprint(path) for path in files},
+        }
+        write_text(self._note(snapshot.index), json.dumps(note))
 
     def commit(self, late: Callable[[], bool] = lambda: True) -> Path:
         """Wait until all ranks have written their files, turn them into a checkpoint, and delete old checkpoints.
@@ -115,6 +128,7 @@ class Checkpoint:
 
         Raises:
             ValueError: the files of a block were not written in time.
+            WriteError: the disk is full, for example.
         """
         for index in range(self.blocks):
             while not self._note(index).is_file():
@@ -131,20 +145,21 @@ class Checkpoint:
             "blocks": [note["counters"] for note in notes],
             "files": {name: print_ for note in notes for name, print_ in sorted(note["files"].items())},
         }
-        write_text(self.partial / "state.json", json.dumps({**state, "seal": seal(state)}, indent=1))
-        for index in range(self.blocks):
-            self._note(index).unlink()
-        # The order matters: first all files and the folder's entries are on disk, then the rename makes them a
-        # checkpoint, then the rename is on disk, and only then are older checkpoints deleted. Whenever the process is
-        # killed, a complete checkpoint exists.
-        flush(self.partial)
-        target = self.folder / f"step_{self.position.step}"
-        shutil.rmtree(target, ignore_errors=True)  # a damaged checkpoint of this step, which resume has passed over
-        os.replace(self.partial, target)
-        flush(self.folder)
-        for old in [step for step in saved_steps(self.folder) if step <= self.position.step][: -self.keep]:
-            shutil.rmtree(self.folder / f"step_{old}")
-        return target
+        with writing(self.target):
+            write_text(self.partial / "state.json", json.dumps({**state, "seal": seal(state)}, indent=1))
+            for index in range(self.blocks):
+                self._note(index).unlink()
+            # The order matters: first all files and the folder's entries are on disk, then the rename makes them a
+            # checkpoint, then the rename is on disk, and only then are older checkpoints deleted. Whenever the process
+            # is killed, a complete checkpoint exists.
+            flush(self.partial)
+            # A damaged checkpoint of this step may be there, which resume has passed over.
+            shutil.rmtree(self.target, ignore_errors=True)
+            os.replace(self.partial, self.target)
+            flush(self.folder)
+            for old in [step for step in saved_steps(self.folder) if step <= self.position.step][: -self.keep]:
+                shutil.rmtree(self.folder / f"step_{old}")
+        return self.target
 
     def _note(self, index: int) -> Path:
         return self.partial / f"block.{index}.json"
@@ -161,10 +176,16 @@ def save_checkpoint(folder: Path, blocks: Sequence[Block], position: Position, a
 
     Raises:
         ValueError: a parameter, a buffer or optimizer state is not finite. In this case nothing is written.
+        WriteError: the disk is full, for example. Nothing is left of the files.
     """
     checkpoint = Checkpoint(folder, position, len(blocks), auxiliary, blocks[0].optimizer_name, keep)
-    checkpoint.write([Snapshot.of(block, position.step) for block in blocks])
-    return checkpoint.commit()
+    snapshots = [Snapshot.of(block, position.step) for block in blocks]
+    try:
+        checkpoint.write(snapshots)
+        return checkpoint.commit()
+    except WriteError:
+        clean(folder)
+        raise
 
 
 class CheckpointWriter:

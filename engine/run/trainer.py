@@ -32,7 +32,7 @@ from engine.network.shapes import evaluating
 from engine.run.checkpoint import Position, clean, newest_checkpoint, set_aside
 from engine.run.course import Course
 from engine.run.folder import JOB, claim, find_start, run_folder
-from engine.run.log import Progress, RunLog, block_table, is_scored
+from engine.run.log import Pace, Progress, RunLog, block_table, is_scored
 from engine.run.losses import Losses
 from engine.run.resume import Saved
 from engine.run.save import Checkpoint, CheckpointWriter, infinite_buffers
@@ -40,7 +40,7 @@ from engine.run.summary import summarise
 from engine.task import Metrics, Task
 from engine.utilities.console import console
 from engine.utilities.device import deterministic, reset_peak, resident_bytes
-from engine.utilities.files import write_text
+from engine.utilities.files import WriteError, write_text
 from engine.utilities.recorder import Recorder, recording
 
 
@@ -98,7 +98,7 @@ class Trainer:
         unscored = world.from_main(saved is not None and world.main and not is_scored(saved.path, self.position))
         self.course = Course(config.train, task, world, self.position, self.last_step, unscored=unscored)
         self._first_step = self.position.step
-        self._losses = Losses()
+        self._losses, self._pace = Losses(), Pace()
         self._metrics: Metrics | None = None
         self._evaluation_mode: ExitStack | None = None
         self._values: dict[str, float] = {}
@@ -127,31 +127,53 @@ class Trainer:
             BlockError: a block failed.
             LinkError: a neighbouring rank failed or gave no sign of life.
         """
-        self._begin()
-        log = RunLog(self.folder, self.position.step) if self.world.main else None
-        self._started = time.monotonic() - self.position.seconds
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        reset_peak()
+        log: RunLog | None = None
         try:
+            self._begin()
+            log = RunLog(self.folder, self.position.step) if self.world.main else None
+            self._started = time.monotonic() - self.position.seconds
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            reset_peak()
+            self._pace.start()
             with self.course.stopped_by_signals(), deterministic(self.config.train.deterministic, self.device):
                 with Progress(self.config.train.epochs, self.steps_per_epoch, shown=self.world.main) as progress:
                     for order in self.pipeline.orders(self.course.orders()):
                         self._follow(order, log, progress)
                 self.writer.wait()
                 self.pipeline.close()
+            if log is not None:
+                log.close()
+            return self._finish()
         except Exception as error:
             if isinstance(error, LinkError):
                 error.args = (f"{error}; this rank is at step {self.position.step}",)
+            if isinstance(error, WriteError):
+                self.writer.hurry()
+                with suppress(Exception):
+                    self.writer.wait()  # the checkpoint that is being written may be the last good one
+                error.args = (f"{error}; make room or choose another output.root; {self._kept}",)
             # Tell before waiting for the writer: other ranks fail in the meantime, and the first to tell is printed.
             self.world.tell(error)
             self.writer.hurry()
             with suppress(Exception):  # the first error is the one to raise
                 self.writer.wait()
+            with suppress(Exception):
+                self._leave_nothing_half(log)
             raise
         finally:
             if log is not None:
                 log.close()
+
+    def _leave_nothing_half(self, log: RunLog | None) -> None:
+        """After an error, remove a checkpoint that is not complete, and write what the log still holds."""
+        if self.world.main:
+            clean(self.folder / "checkpoints")
+        if log is not None:
+            log.close()
+
+    def _finish(self) -> dict[str, Any]:
+        """Write ``summary.json`` and the report of the ranks; return the summary."""
         seconds = time.monotonic() - self._started
         ranks = self.world.gather(self._account())
         summary = summarise(
@@ -226,14 +248,16 @@ class Trainer:
         if order.kind == "train":
             self._trained(result, log, progress)
         elif order.kind == "save":
-            self._write_losses(log)
+            self._write_losses(log, progress)
             self.save()
+            self._pace.start()
         elif order.kind == "evaluate" and self.world.main:
             assert order.message is not None
             self._metrics = self._metrics or self.task.metrics()
             self._metrics.update(prediction, order.message.targets)
         elif order.kind == "score":
             self._score(log)
+            self._pace.start()
 
     def _evaluate_from_here(self) -> None:
         """Put the network into evaluation mode, with whole parameters, until the order to score.
@@ -280,13 +304,16 @@ class Trainer:
         position.step_in_epoch += 1
         if self.pipeline.outbox is None:
             self._losses.end_step(position.step)
+            assert order.message is not None
+            # The weight is the micro-batch's share of the batch, times the number of replicas.
+            self._pace.step(round(order.message.batch * self.world.replicas / order.weight))
         progress.show(position.epoch, position.step_in_epoch)
         if position.step_in_epoch == self.steps_per_epoch:
             position.epoch, position.step_in_epoch = position.epoch + 1, 0
         if position.step % self.config.train.log_every == 0:
-            self._write_losses(log)
+            self._write_losses(log, progress)
 
-    def _write_losses(self, log: RunLog | None) -> None:
+    def _write_losses(self, log: RunLog | None, progress: Progress) -> None:
         """Log the newest step, and check all losses since the last call. Only the last stage has any.
 
         Raises:
@@ -306,12 +333,15 @@ class Trainer:
         assert self.blocks[0].optimizer is not None
         values: dict[str, Any] = {"epoch": self.position.epoch, "train_loss": losses[-1]}
         values["seconds"] = time.monotonic() - self._epoch_started
+        values["samples_per_second"], step_seconds = self._pace.take()
+        values["peak_memory_bytes"] = self._peak_bytes
         values["lr"] = self.blocks[0].optimizer.param_groups[0]["lr"]
         if self.config.optimizer.clip_norm:
             values["gradient_norm"] = [float(report.gradient_norm) for report in reports]
         if any(report.skipped for report in reports):
             values["skipped_updates"] = [report.skipped for report in reports]
         log.write(steps[-1], values)
+        progress.line(steps[-1], self.last_step, values, step_seconds)
 
     def save(self) -> None:
         """Copy the current state and have it written as a checkpoint while training goes on.
@@ -332,17 +362,21 @@ class Trainer:
         try:
             with recording(self.recorder, -1, "save", -1):
                 self.writer.save(checkpoint, self.blocks.learners)
+        except WriteError:
+            raise
         except ValueError as error:
             raise ValueError(self._remedy(str(error))) from error
 
     def _remedy(self, trouble: str) -> str:
         """The error message for ``trouble``, with what to change and the last good checkpoint."""
         self.writer.wait()  # the checkpoint that is being written may be the last good one
-        kept = newest_checkpoint(self.folder / "checkpoints")
         return (
-            f"{trouble}; lower optimizer.lr (now {self.config.optimizer.lr}) or set optimizer.clip_norm; "
-            f"last good checkpoint: {kept or 'none'}"
+            f"{trouble}; lower optimizer.lr (now {self.config.optimizer.lr}) or set optimizer.clip_norm; {self._kept}"
         )
+
+    @property
+    def _kept(self) -> str:
+        return f"last good checkpoint: {newest_checkpoint(self.folder / 'checkpoints') or 'none'}"
 
     def _saved(self) -> Saved | None:
         """The checkpoint to resume from, or None. The main rank finds and verifies it, and every rank opens it.
@@ -371,8 +405,13 @@ class Trainer:
                 console.print(f"{name} is later than the checkpoint resumed from; renamed to superseded_{name}")
             console.print(f"resumed {saved.path} at step {self.position.step}")
 
+    @property
+    def _peak_bytes(self) -> int:
+        """The peak so far: of tensors on a GPU, otherwise of the resident set."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident_bytes()[1]
+
     def _account(self) -> RankAccount:
-        cuda, outbox = self.device.type == "cuda", self.pipeline.outbox
+        outbox = self.pipeline.outbox
         return RankAccount(
             rank=self.world.rank,
             stage=self.world.stage,
@@ -380,7 +419,7 @@ class Trainer:
             host=socket.gethostname(),
             steps=self.position.step - self._first_step,
             blocks=[block.index for block in self.blocks],
-            peak_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else resident_bytes()[1],
+            peak_bytes=self._peak_bytes,
             sent_bytes=outbox.train_bytes if outbox else 0,
             skipped=[block.skipped for block in self.blocks],
             entries=self.recorder.entries if self.recorder else [],

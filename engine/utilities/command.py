@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine.utilities.kinds import refusal
+from engine.utilities.text import nearest, none_of, one_line
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -18,14 +26,35 @@ class ToolParser(argparse.ArgumentParser):
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as ``argparse`` does, but take ``--memory -5GiB`` for a value, and suggest the nearest option."""
+        given = list(args)
+        for at, word in enumerate(given):
+            option, own = word.split("=")[0], self._option_string_actions
+            # Options of the config have dots, apart from --config and --task, which are not that close to any.
+            unknown = option.startswith("--") and option not in own and "." not in option
+            if unknown and (close := nearest(option, own, cutoff=0.85)):
+                self.error(f"unknown option {option}, did you mean {close}?")
+            takes_one = isinstance(own.get(word), argparse._StoreAction) and own[word].nargs is None
+            if takes_one and re.match(r"-[^-]", "".join(given[at + 1 : at + 2])):
+                given[at : at + 2] = [f"{word}={given[at + 1]}"]
+        return super().parse_known_args(given, namespace)
+
     def error(self, message: str) -> NoReturn:
+        about, _, trouble = message.removeprefix("argument ").partition(": ")
+        if match := re.match(r"invalid (int|float) value: '(.*)'", trouble):
+            message = refusal(about, {"int": int, "float": float}[match[1]], match[2])
+        elif match := re.match(r"invalid choice: '(.*)' \(choose from (.*)\)", trouble):
+            message = f"{about}: {none_of(match[1], [word.strip(chr(39)) for word in match[2].split(', ')])}"
+        elif re.match(r"expected (one|at least one) argument", trouble):
+            message = f"{about}: no value given"
         raise ValueError(f"{message}; --help lists what there is")
 
 
 def run_tool(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command-line tool. A ValueError, which is a user's error, becomes one line on stderr and exit code 2.
 
-    So does Ctrl-C where nothing else handles it, with the exit code 130, by which shells know an interrupted command.
+    Ctrl-C, where nothing else handles it, becomes one line as well, and exit code 130.
     Under torchrun, only the first rank of each host prints.
     """
     try:
@@ -33,8 +62,25 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> None:
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        report_failure(f"error: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        report_failure(f"error: {type(error).__name__}: {one_line(error)}")
+        raise
+
+
+def report_failure(line: str) -> None:
+    """Leave ``line`` to torchrun, whose report of the failure ends with it; without torchrun, do nothing.
+
+    The format is that of ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``, which would write a
+    traceback, and which takes seconds to import.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with suppress(OSError):  # on a full disk torchrun tells less
+            Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))

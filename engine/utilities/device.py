@@ -11,6 +11,10 @@ from pathlib import Path
 
 import torch
 
+from engine.utilities.text import none_of
+
+NAMES = ("auto", "cpu", "cuda", "cuda:N")
+
 
 def choose_device(name: str) -> torch.device:
     """The device that ``train.device`` names; ``auto`` takes a GPU if there is one.
@@ -23,9 +27,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"train.device: {name!r} is none of auto, cpu, cuda, cuda:N") from error
+        raise ValueError(f"train.device: {none_of(name, NAMES)}") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise ValueError(f"train.device: {name!r} is none of auto, cpu, cuda, cuda:N")
+        raise ValueError(f"train.device: {none_of(name, NAMES)}")
     if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"train.device: {name} asked for, but there are {torch.cuda.device_count()} GPUs")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -13,7 +13,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from engine.utilities.files import write_named
+from engine.utilities.files import write_text
 from engine.utilities.sheet import Sheet
 
 Pictures = Sequence[tuple[str, str]]
@@ -44,7 +44,7 @@ def write_page(
     template = jinja2.Template(resources.files("engine.utilities").joinpath("page.html").read_text(), autoescape=True)
     parts = {"charts": _embedded(pictures), "blocks": _embedded(blocks), "categories": categories}
     text = template.render(title=about["title"], about=about, sheets=tables, notes=lines, **parts)
-    write_named(path, text + "\n")
+    write_text(path, text + "\n")
 
 
 def _embedded(pictures: Pictures) -> list[tuple[str, str]]:

@@ -13,8 +13,26 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         >>> did_you_mean("shed", ["sgd", "adamw"]), did_you_mean("rmsprop", ["sgd", "adamw"])
         (", did you mean 'sgd'?", '')
     """
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    close = nearest(word, known)
+    return f", did you mean {close!r}?" if close else ""
+
+
+def none_of(word: object, known: Iterable[str]) -> str:
+    """The error for a ``word`` that is none of ``known``, with the nearest of them if one is near.
+
+    Example:
+        >>> none_of("shed", ["sgd", "adamw"]), none_of("rmsprop", ["sgd", "adamw"])
+        ("'shed' is none of sgd, adamw; did you mean 'sgd'?", "'rmsprop' is none of sgd, adamw")
+    """
+    known = list(known)
+    if not known:
+        return f"{word!r} is unknown; there are none yet"
+    return f"{word!r} is none of {', '.join(known)}{did_you_mean(str(word), known).replace(',', ';', 1)}"
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """The one of ``known`` that is most like ``word``; empty if none is like it."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), "")
 
 
 def one_line(error: object, limit: int = 0) -> str:

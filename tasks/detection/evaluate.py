@@ -124,7 +124,6 @@ class DetectionMetrics(Metrics):
             picture.paste(left, (0, top))
             picture.paste(right, (width // 2, top))
             top += left.height
-        folder.mkdir(parents=True, exist_ok=True)
         with replaced(folder / "predictions.png") as partial:
             picture.save(partial)
 

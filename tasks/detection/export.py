@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.config import Config as PlainConfig
 
-from engine.utilities.files import write_named
+from engine.utilities.files import write_text
 from tasks.detection.config import DataConfig
 from tasks.detection.datasets import metric_configs, own_datasets, with_root_and_classes
 
@@ -41,7 +41,7 @@ def write_config(plain: PlainConfig, data: DataConfig, classes: Sequence[str], t
     data = replace(data, root=os.path.abspath(data.root)) if data.root else data
     written = with_root_and_classes(data, plain) if data.name == "config" else _with_own_data(plain, data, classes)
     _without_local(written)
-    write_named(file, f"{MARK}\n{written.pretty_text}")
+    write_text(file, f"{MARK}\n{written.pretty_text}")
 
 
 def _without_local(plain: PlainConfig) -> None:

@@ -166,8 +166,5 @@ def write_image(path: Path, image: Pixels) -> None:
     options = kinds.get(path.suffix.lower())
     if options is None:
         raise ValueError(f"{path}: cannot be written: its name must end in {', '.join(kinds)}")
-    try:
-        with replaced(path) as partial:
-            Image.fromarray(image).save(partial, **options)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with replaced(path) as partial:
+        Image.fromarray(image).save(partial, **options)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.config import at_least
 from engine.utilities.console import console, progress_bar
-from engine.utilities.files import check_writable, write_named
+from engine.utilities.files import check_writable, write_text, writing
 from engine.utilities.text import did_you_mean
 from tasks.images import Pixels
 from tasks.run import open_run
@@ -102,10 +102,8 @@ def repaint(options: Options) -> list[dict[str, Any]]:
     alpha: float = painter.alpha if options.alpha is None else options.alpha
     styles = _styles(painter, options, alpha, run.device)
     targets = _targets(options.out, contents, styles.all)
-    try:
+    with writing(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: {options.out} cannot be made: {error.strerror}") from error
     check_writable(*targets.values(), options.out / SHEET, options.out / REPORT)
     pictures = _paint_all(styles, contents, targets, options)
     report = {
@@ -117,7 +115,7 @@ def repaint(options: Options) -> list[dict[str, Any]]:
         "device": str(run.device),
         "pictures": pictures,
     }
-    write_named(options.out / REPORT, json.dumps(report, indent=2) + "\n")
+    write_text(options.out / REPORT, json.dumps(report, indent=2) + "\n")
     return pictures
 
 

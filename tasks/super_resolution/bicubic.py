@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
-from basicsr.utils import imwrite
 from basicsr.utils.matlab_functions import imresize
 
 from engine.utilities.console import progress_bar
@@ -42,5 +42,6 @@ def low_resolution(high: Mapping[str, Path], scale: int, folder: Path) -> dict[s
     if not target.is_dir():
         with made_once(target) as made, progress_bar() as bar:
             for name, path in bar.track(high.items(), description=f"scaling images down, x{scale}"):
-                imwrite(resized(cropped(read_image(path), scale), 1 / scale), str(made / f"{name}.png"))
+                _, png = cv2.imencode(".png", resized(cropped(read_image(path), scale), 1 / scale))
+                (made / f"{name}.png").write_bytes(png.tobytes())  # cv2.imwrite may miss that the disk is full
     return {name: target / f"{name}.png" for name in high}

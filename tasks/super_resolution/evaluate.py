@@ -81,7 +81,6 @@ class SuperResolutionMetrics(Metrics):
         pictures = dict(self._results)
         # The other run's pictures are read before any is written, since they may be in the same folder.
         pictures.update({f"{name}_strip": self._strip(name, result) for name, result in self._results.items()})
-        folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             _write(folder / f"{name}.png", picture)
         truths = {name: digest(self.test.pair(name)[1]) for name in self._results}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,7 +89,7 @@ class LocalSRModel(SRModel):
         if self.auxiliary_tail not in ("direct", "own"):
             raise ValueError(f"local.auxiliary_tail: {self.auxiliary_tail!r}; give direct or own")
         self.settings = local_settings(_plain(local), ELSEWHERE, int(opt["manual_seed"]), OWN)
-        if opt["dist"] or opt["num_gpu"] > 1:
+        if opt["dist"] or opt["num_gpu"] > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(f"num_gpu: LocalSRModel trains on one device; on several {_TOOL}")
         for key in [*(f"train.{key}" for key in train if key not in TRAIN), *({"network_d"} & set(opt))]:
             raise ValueError(f"{key}: LocalSRModel does not read it; leave it out, or take another model")
@@ -169,8 +170,8 @@ class LocalSRModel(SRModel):
             },
         }
         target = Path(self.opt["path"]["training_states"]) / f"{current_iter}.state"
-        with replaced(target) as partial:
-            torch.save(state, partial)
+        with replaced(target) as partial, partial.open("wb") as file:
+            torch.save(state, file)
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         """Resume from a training state of the same blocks, of others, or of SRModel; weights are already loaded."""
@@ -223,3 +224,20 @@ def _init_without_local(self: BaseModel, opt: dict[str, Any]) -> None:
 
 
 BaseModel.__init__ = _init_without_local
+
+
+_resume = BaseModel.resume_training
+
+
+def _resume_without_blocks(self: BaseModel, resume_state: dict[str, Any]) -> None:
+    """BasicSR's other models have one optimizer, and say only that the numbers differ."""
+    if "local" in resume_state:
+        raise ValueError(
+            "path.resume_state: LocalSRModel wrote it, with an optimizer for each block; go on with model_type: "
+            f"LocalSRModel and a section local, or start {self.opt.get('model_type')} from the saved network: "
+            "path.pretrain_network_g, without resume_state and --auto_resume"
+        )
+    _resume(self, resume_state)
+
+
+BaseModel.resume_training = _resume_without_blocks

@@ -17,6 +17,7 @@ import torch
 from basicsr.utils import options
 
 import tasks.super_resolution  # noqa: F401  repairs BasicSR and registers LocalSRModel
+from engine.utilities.files import write_text
 
 _parse_options = options.parse_options
 
@@ -37,11 +38,12 @@ def prepare() -> None:
 
     BasicSR writes experiments/ beside its package, in site-packages, but looks for runs to resume in the current
     folder; with this correction it does both in the current folder. It also loads training states onto the current GPU,
-    which fails if there is none.
+    which fails if there is none, and divides ranks by the number of GPUs.
     """
     if Path(options.__file__).is_relative_to(sysconfig.get_path("purelib")):
         options.parse_options = _parse_options_here
     if not torch.cuda.is_available():
+        options.init_dist = _refuse_ranks
         torch.cuda.current_device = lambda: 0
         torch.UntypedStorage.cuda = _stay  # type: ignore[assignment,method-assign]
 
@@ -58,6 +60,14 @@ def _parse_options_here(root: str, is_train: bool = True) -> tuple[Any, Any]:
     return _OptionsHere(parsed), arguments
 
 
+def _refuse_ranks(launcher: str, **kwargs: Any) -> None:
+    """Raises ValueError: BasicSR itself would divide by the number of GPUs, which is 0."""
+    raise ValueError(
+        f"--launcher {launcher}: BasicSR puts each rank on a GPU, and there is none here; leave --launcher out and "
+        "start one process, or use this project's tools/train.py, whose ranks may be on a CPU"
+    )
+
+
 def _stay(storage: Any, device: Any = None, *args: Any, **kwargs: Any) -> Any:
     return storage
 
@@ -65,7 +75,7 @@ def _stay(storage: Any, device: Any = None, *args: Any, **kwargs: Any) -> Any:
 def install(folder: Path) -> Path:
     """Write the file into ``folder``."""
     target = folder / FILE
-    target.write_text(LINE)
+    write_text(target, LINE)
     return target
 
 

@@ -20,8 +20,9 @@ from engine.network.cut import Span
 from engine.network.message import Message
 from engine.task import Task
 from engine.utilities.imports import import_named
+from engine.utilities.kinds import refusal, takes_none
 from engine.utilities.seed import seeded
-from engine.utilities.text import did_you_mean
+from engine.utilities.text import did_you_mean, none_of
 
 
 class AuxiliaryNetwork(nn.Module, ABC):
@@ -109,8 +110,9 @@ def _find(name: str, task: Task) -> type[AuxiliaryNetwork]:
                 f"local.auxiliary: {name!r} is not a subclass of engine.learning.auxiliary.AuxiliaryNetwork"
             )
         return found
-    trouble = f"is not for {task.name}" if name in _families else f"is unknown{did_you_mean(name, families)}"
-    raise ValueError(f"local.auxiliary: {name!r} {trouble}; known: {', '.join(families)}")
+    if name in _families:
+        raise ValueError(f"local.auxiliary: {name!r} is not for {task.name}; known: {', '.join(families)}")
+    raise ValueError(f"local.auxiliary: {none_of(name, families)}")
 
 
 GIVEN = ("chain", "span", "bank", "task")
@@ -142,13 +144,11 @@ def _checked(name: str, family: type[AuxiliaryNetwork], options: Mapping[str, An
         parser.add_argument(f"--{key}", type=hints[key])
         try:
             # The parser takes None for "not given" and accepts it for every type.
-            if value is None and type(None) not in typing.get_args(hints[key]):
+            if value is None and not takes_none(hints[key]):
                 raise TypeError("the type does not include None")
             checked[key] = parser.parse_object({key: value})[key]
         except (argparse.ArgumentError, TypeError, ValueError) as error:
-            kind = getattr(hints[key], "__name__", "") if isinstance(hints[key], type) else ""
-            kind = kind or str(hints[key]).replace("typing.", "")
-            raise ValueError(f"local.auxiliary: {key} of {name} is {value!r}, expected {kind}") from error
+            raise ValueError(refusal(f"local.auxiliary: {key} of {name}", hints[key], value)) from error
     missing = [key for key, value in wanted.items() if value.default is value.empty and key not in checked]
     if missing:
         raise ValueError(

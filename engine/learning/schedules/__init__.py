@@ -8,7 +8,7 @@ from __future__ import annotations
 from engine.learning.schedules.end_to_end import EndToEnd
 from engine.learning.schedules.sequential import Schedule, Sequential
 from engine.learning.schedules.streams import Streams
-from engine.utilities.text import did_you_mean
+from engine.utilities.text import none_of
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "end_to_end": EndToEnd,
@@ -25,9 +25,7 @@ def find_schedule(name: str) -> type[Schedule]:
         ValueError: the name is unknown; the message suggests the nearest known one.
     """
     if name not in SCHEDULES:
-        raise ValueError(
-            f"local.schedule: {name!r} is unknown{did_you_mean(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}"
-        )
+        raise ValueError(f"local.schedule: {none_of(name, SCHEDULES)}")
     return SCHEDULES[name]
 
 

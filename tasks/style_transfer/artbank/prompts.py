@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.utilities.text import none_of
 from tasks.style_transfer.diffusion.bank import Prompt
 
 TEMPLATE = "a painting by {artist} *"
@@ -101,7 +102,7 @@ def new_prompt(
         ValueError: the form is unknown, or the numbers do not fit together.
     """
     if form not in FORMS:
-        raise ValueError(f"prompt.form: {form!r} is none of {', '.join(FORMS)}")
+        raise ValueError(f"prompt.form: {none_of(form, FORMS)}")
     settings = {"method": "artbank", "form": form, "template": template, "width": width, "tokens": tokens}
     settings |= {"rows": rows if form == "ssam" else 1, "scale": scale, "base": base}
     if form == "released":

@@ -18,7 +18,7 @@ from engine.network.frozen import leave_out_frozen
 from engine.network.message import Message
 from engine.network.shapes import evaluating
 from engine.utilities.console import console
-from engine.utilities.files import made_once
+from engine.utilities.files import made_once, replaced
 from engine.utilities.seed import derive
 from tasks.style_transfer.denoiser.config import DenoiserConfig
 from tasks.style_transfer.diffusion.base import freeze, quiet
@@ -145,7 +145,6 @@ class DenoiserTask(DiffusionTask):
                     ).images
                     rows[row, column] = as_pixels(picture)
         seconds = (time.perf_counter() - start) / max(1, len(rows))
-        folder.mkdir(parents=True, exist_ok=True)
         works = [next(path for path, number in self.works(test=True) if number == row) for row in range(len(names))]
         shown = [read_resized(path, self.config.data.size) for path in works]
         headings = [torch.ones(3, 8, 8)] * settings.count  # white squares: no painting heads a column
@@ -189,9 +188,9 @@ class DenoiserTask(DiffusionTask):
             raise ValueError(f"--out: {target} must end in .safetensors, as diffusers' load_lora_weights reads it")
         from peft import get_peft_model_state_dict
 
-        target.parent.mkdir(parents=True, exist_ok=True)
         matrices = get_peft_model_state_dict(self.unet)
-        StableDiffusionPipeline.save_lora_weights(target.parent, matrices, weight_name=target.name)
+        with replaced(target) as partial:
+            StableDiffusionPipeline.save_lora_weights(partial.parent, matrices, weight_name=partial.name)
         return f"{len(matrices)} matrices in {target}"
 
 

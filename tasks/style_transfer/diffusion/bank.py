@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.utilities.files import replaced
-from engine.utilities.text import did_you_mean, one_line
+from engine.utilities.text import none_of, one_line
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]*")
 
@@ -60,8 +60,7 @@ class PromptBank(Mapping[str, Prompt]):
     def __getitem__(self, artist: str) -> Prompt:
         """Raises ValueError if no artist has that name; the message lists the known ones."""
         if artist not in self._prompts:
-            hint, known = did_you_mean(artist, self._prompts), ", ".join(sorted(self._prompts))
-            raise ValueError(f"artist: {artist!r} is unknown{hint}; known: {known or 'none'}")
+            raise ValueError(f"artist: {none_of(artist, sorted(self._prompts))}")
         return self._prompts[artist]
 
     def __repr__(self) -> str:
@@ -116,7 +115,6 @@ class PromptBank(Mapping[str, Prompt]):
             for name, tensor in prompt.state_dict().items()
         }
         settings = {artist: prompt.settings for artist, prompt in self._prompts.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as partial:
             save_file(tensors, partial, {"method": self.method, "artists": json.dumps(settings)})
 

@@ -9,6 +9,8 @@ from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import Tensor
 
+from engine.utilities.text import none_of
+
 INVERSIONS = ("stochastic", "none")
 
 
@@ -83,7 +85,7 @@ class StochasticInversion:
             ValueError: it does not exist, or does not work with the scheduler.
         """
         if inversion not in INVERSIONS:
-            raise ValueError(f"inversion: {inversion!r} is none of {', '.join(INVERSIONS)}")
+            raise ValueError(f"inversion: {none_of(inversion, INVERSIONS)}")
         kind = self.scheduler.config.prediction_type
         known = kind == "epsilon" or (kind == "v_prediction" and isinstance(self.scheduler, DDIMScheduler))
         if inversion == "stochastic" and not known:

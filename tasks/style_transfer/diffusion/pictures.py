@@ -74,7 +74,6 @@ class Repainting:
             found["fid"] = float(self._fid.compute())
         if self._clip is not None:
             found["clip"] = self._likeness(made)
-        folder.mkdir(parents=True, exist_ok=True)
         firsts = [each[0] for each in self.works.values()]
         write_image(folder / "sheet.png", contact_sheet(self.contents, firsts, made))
         return found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.utilities.text import none_of
 from tasks.style_transfer.diffusion.bank import Prompt
 
 TEMPLATE = "*"
@@ -73,7 +74,7 @@ def new_prompt(
         ValueError: the form is unknown, or a number is out of range.
     """
     if form not in FORMS:
-        raise ValueError(f"prompt.form: {form!r} is none of {', '.join(FORMS)}")
+        raise ValueError(f"prompt.form: {none_of(form, FORMS)}")
     if tokens != 1:
         raise ValueError(f"prompt.tokens: a prompt of LSAST is a single vector, not {tokens}; set it to 1")
     if stages < 1:

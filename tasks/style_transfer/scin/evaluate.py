@@ -90,5 +90,4 @@ class StyleMetrics(Metrics):
             return
         contents = [self.test.content(number) for number in range(min(self.sheet, len(self.test.contents)))]
         styles = [self.test.style(number) for number in range(min(self.sheet, len(self.test.styles)))]
-        folder.mkdir(parents=True, exist_ok=True)
         write_image(folder / "sheet.png", contact_sheet(contents, styles, self._shown))

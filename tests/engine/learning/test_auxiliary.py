@@ -138,7 +138,7 @@ def test_dgl_is_pool_convolutions_and_three_layers() -> None:
 
 
 def test_bad_options_name_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"'glcn' is unknown, did you mean 'glcan'\?; known: dgl, glcan, greedy"):
+    with pytest.raises(ValueError, match=r"'glcn' is none of .*dgl, glcan, greedy.*; did you mean 'glcan'\?"):
         build("glcn")
     with pytest.raises(ValueError, match=r"glcan has no option 'widht', did you mean 'width'"):
         build({"type": "glcan", "widht": 1})
@@ -146,11 +146,11 @@ def test_bad_options_name_the_nearest() -> None:
         build({"type": "greedy", "depth": 1})
     with pytest.raises(ValueError, match="options width without `type`, which is one of dgl, glcan, greedy"):
         build({"width": 0.5})
-    with pytest.raises(ValueError, match="width of glcan is 'wide', expected float"):
+    with pytest.raises(ValueError, match="width of glcan: 'wide' is not a number"):
         build({"type": "glcan", "width": "wide"})
-    with pytest.raises(ValueError, match="depth of glcan is 1.5, expected int"):
+    with pytest.raises(ValueError, match="depth of glcan: 1.5 is not a whole number"):
         build({"type": "glcan", "depth": 1.5})
-    with pytest.raises(ValueError, match="is unknown"):
+    with pytest.raises(ValueError, match="is none of"):
         build({"type": ["a"]})
     with pytest.raises(ValueError, match="reduce >= 1"):
         build({"type": "glcan", "reduce": 0})

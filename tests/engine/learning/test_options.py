@@ -78,15 +78,21 @@ def test_options_of_every_annotated_kind_arrive() -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"type": "options", "kind": "wyde"}, r"kind of options is 'wyde', expected Literal\['plain', 'wide'\]"),
-        ({"type": "options", "deep": "perhaps"}, "deep of options is 'perhaps', expected bool"),
-        ({"type": "options", "sizes": [1, "two"]}, r"sizes of options is \[1, 'two'\], expected list\[int\] \| None"),
+        (
+            {"type": "options", "kind": "wyde"},
+            r"kind of options: 'wyde' is none of plain, wide; did you mean 'wide'",
+        ),
+        ({"type": "options", "deep": "perhaps"}, "deep of options: 'perhaps' is not true or false"),
+        (
+            {"type": "options", "sizes": [1, "two"]},
+            r"sizes of options: \[1, 'two'\] is not a list of whole numbers or",
+        ),
         ({"type": "options", "dep": True}, "options has no option 'dep', did you mean 'deep'?"),
         ({"type": "untyped", "depth": 1}, r"option 'depth' of untyped has no type; annotate it in Untyped.build"),
         ({"type": "untyped"}, r"option 'depth' of untyped has no type"),
         ({"type": "required"}, "required needs its option 'depth'; give --local.auxiliary.depth"),
-        ({"type": "required", "depth": None}, "depth of required is None, expected int"),
-        ({"type": "required", "depth": True}, "depth of required is True, expected int"),
+        ({"type": "required", "depth": None}, "depth of required: None is not a whole number"),
+        ({"type": "required", "depth": True}, "depth of required: True is not a whole number"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], error: str) -> None:

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import time
 from itertools import count
@@ -12,7 +13,7 @@ import torch
 
 from engine.network.message import Message
 from engine.run.trainer import Trainer
-from engine.utilities.device import choose_device
+from engine.utilities.device import choose_device, resident_bytes
 from tests.toy import Toy, config
 
 
@@ -42,6 +43,35 @@ def test_a_run_writes_what_the_design_says(tmp_path: Path) -> None:
     assert [line["step"] for line in losses] == list(range(1, 9))
     assert all(len(line["train_loss"]) == 2 for line in losses), "one loss a block"
     assert [line["epoch"] for line in lines if "error" in line] == [1, 2]
+
+
+def test_speed_and_memory_are_in_the_metrics_and_in_plain_lines_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trainer(tmp_path, train__log_every=3, train__accumulate=1)
+    scored = made._score
+    made._score = lambda log: (time.sleep(0.5), scored(log))[1]  # type: ignore[method-assign]
+    made.fit()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "train_loss" in line]
+    assert [line["step"] for line in logged] == [3, 4, 6, 8]
+    assert all(line["samples_per_second"] > 60 for line in logged), "evaluation does not count: 18 samples in 0.5 s"
+    assert all(2**20 < line["peak_memory_bytes"] <= resident_bytes()[1] for line in logged)
+    said = [line for line in capsys.readouterr().out.splitlines() if "samples/s" in line]
+    number = r"\d+\.\d+"
+    for line, step in zip(said, (3, 4, 6, 8), strict=True):
+        epoch = 1 + step // 5
+        wanted = (
+            f"epoch {epoch}/2, step {step}/8: loss {number}, lr [\\d.e-]+, {number} samples/s, {number} [MG]iB, ETA "
+        )
+        assert re.fullmatch(wanted + r"0:00:\d\d", line), line
+
+
+def test_samples_per_second_count_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, counted = trainer(tmp_path, train__log_every=1), []
+    monkeypatch.setattr(made._pace, "step", counted.append)
+    made.fit()
+    assert counted == [8, 8, 8, 2] * 2
 
 
 def test_end_to_end_has_one_block_and_no_auxiliary_network(tmp_path: Path) -> None:
@@ -208,7 +238,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     settings = config(train__epochs=1, local__blocks=2)
     settings.output.root, settings.output.name = str(tmp_path / "file"), "run"
-    with pytest.raises(ValueError, match=r"^output.root: \S+/file/run cannot be made: (Not a directory|File exists)$"):
+    with pytest.raises(ValueError, match=r"^output.root: \S+/file/run cannot be made: File exists: \S+/file$"):
         Trainer(settings, Toy()).fit()
 
 

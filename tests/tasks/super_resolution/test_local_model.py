@@ -17,9 +17,10 @@ import torch
 import yaml
 from basicsr.models import build_model
 from basicsr.models.sr_model import SRModel
+from basicsr.utils import options as basicsr_options
 
 from tasks.super_resolution.local_model import LocalSRModel
-from tasks.super_resolution.startup import FILE, LINE, install
+from tasks.super_resolution.startup import FILE, LINE, install, prepare
 from tests.tasks.super_resolution.networks import write_images
 
 
@@ -192,6 +193,37 @@ def test_it_goes_on_where_srmodel_stopped(tmp_path: Path) -> None:
     for model in (one, stock):
         steps(model, 4, 6)
     assert all(tensor.equal(state(stock)[name]) for name, tensor in state(one).items())
+
+
+def test_srmodel_does_not_resume_a_state_of_blocks_and_says_which_way_works(tmp_path: Path) -> None:
+    model = built(tmp_path)
+    steps(model, 1, 1)
+    model.save(0, 1)
+    saved = torch.load(tmp_path / "states/1.state", weights_only=False)
+    other = built(tmp_path, model_type="SRModel")
+    said = "LocalSRModel wrote it, .* or start SRModel from the saved network: path.pretrain_network_g"
+    with pytest.raises(ValueError, match=f"^path.resume_state: {said}"):
+        other.resume_training(saved)
+    built(tmp_path, model_type="SRModel", path__pretrain_network_g=str(tmp_path / "models/net_g_1.pth"))
+
+
+def test_ranks_are_refused_where_basicsr_would_divide_by_no_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for owner, name in ((basicsr_options, "init_dist"), (basicsr_options, "parse_options")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # ``prepare`` puts others in their places
+    monkeypatch.setattr(torch.cuda, "current_device", torch.cuda.current_device)
+    monkeypatch.setattr(torch.UntypedStorage, "cuda", torch.UntypedStorage.cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    prepare()
+    (tmp_path / "options.yml").write_text(yaml.safe_dump(json.loads(json.dumps(options(tmp_path)))))
+    words = ["train.py", "-opt", str(tmp_path / "options.yml"), "--launcher", "pytorch"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(ValueError, match="^--launcher pytorch: BasicSR puts each rank on a GPU, and there is none"):
+        basicsr_options.parse_options(str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^num_gpu: LocalSRModel trains on one device"):
+        built(tmp_path)
 
 
 def test_swinir_and_tiles_in_validation(tmp_path: Path) -> None:

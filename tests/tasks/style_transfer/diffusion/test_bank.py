@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from engine.utilities.files import WriteError
 from tasks.style_transfer.artbank.prompts import new_prompt as artbank_prompt
 from tasks.style_transfer.diffusion.bank import Prompt, PromptBank, check_artist, load_bank
 from tasks.style_transfer.lsast.prompts import new_prompt as lsast_prompt
@@ -69,10 +70,10 @@ def test_artists_are_added_replaced_and_removed() -> None:
 @pytest.mark.parametrize(
     ("artists", "asked", "said"),
     [
-        (["monet", "cezanne"], "monte", "artist: 'monte' is unknown, did you mean 'monet'?; known: cezanne, monet"),
-        (["monet", "cezanne"], "Monet", "artist: 'Monet' is unknown, did you mean 'monet'?; known: cezanne, monet"),
-        (["monet", "cezanne"], "turner", "artist: 'turner' is unknown; known: cezanne, monet"),
-        ([], "monet", "artist: 'monet' is unknown; known: none"),
+        (["monet", "cezanne"], "monte", "artist: 'monte' is none of cezanne, monet; did you mean 'monet'?"),
+        (["monet", "cezanne"], "Monet", "artist: 'Monet' is none of cezanne, monet; did you mean 'monet'?"),
+        (["monet", "cezanne"], "turner", "artist: 'turner' is none of cezanne, monet"),
+        ([], "monet", "artist: 'monet' is unknown; there are none yet"),
     ],
 )
 def test_an_unknown_artist_is_told_who_is_known(artists: list[str], asked: str, said: str) -> None:
@@ -187,10 +188,10 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch:
         raise OSError("no room left")
 
     monkeypatch.setattr(part, fail)
-    with pytest.raises(OSError, match="no room left"):
+    with pytest.raises(WriteError, match="cannot be written: no room left"):
         bank_of("monet", "cezanne").save(path)
     assert path.read_bytes() == before
-    with pytest.raises(OSError, match="no room left"):
+    with pytest.raises(WriteError, match="cannot be written: no room left"):
         bank_of("monet").save(tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
     monkeypatch.undo()
