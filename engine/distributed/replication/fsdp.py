@@ -54,7 +54,9 @@ class FSDP(Replication):
             # FSDP reduces the gradients in a callback at the end of backward, and queues it when backward reaches the
             # loss. A view of the loss comes before that, so the callback queued here runs before FSDP's.
             loss = loss.view_as(loss)
-            loss.register_hook(lambda _: Variable._execution_engine.queue_callback(self._fill_unused))
+            loss.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: Variable._execution_engine.queue_callback(self._fill_unused)
+            )
         super().train_backward(loss)
 
     def _fill_unused(self) -> None:
