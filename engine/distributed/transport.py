@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.distributed.order import KINDS, Order
 from engine.distributed.ticket import FORM, TICKET_BYTES, Ticket, pack, transfer_sizes, unpack
 from engine.distributed.wire import TENSORS, TICKETS, Wire, Work
-from engine.utilities.text import one_line
+from engine.utilities.text import described
 
 POLL_SECONDS = 0.2  # a wait wakes up this often, to notice an error of its threads and to let Python handle signals
 
@@ -123,7 +123,7 @@ class Outbox:
     def _raise(self) -> None:
         if self._error is not None:
             raise LinkError(
-                f"rank {self._names[0]}: the link to rank {self._names[1]} broke ({_cause(self._error)})"
+                f"rank {self._names[0]}: the link to rank {self._names[1]} broke ({described(self._error)})"
             ) from self._error
 
     def _start(self) -> None:
@@ -201,7 +201,7 @@ class Inbox:
                         f"{self._names[1]}; if it was only slow, raise placement.timeout"
                     ) from None
         if isinstance(order, BaseException):
-            cause = str(order) if isinstance(order, LinkError) else f"broke ({_cause(order)})"
+            cause = str(order) if isinstance(order, LinkError) else f"broke ({described(order)})"
             raise LinkError(f"rank {self._names[0]}: the link from rank {self._names[1]} {cause}") from order
         self._number += 1
         self._slots.release()
@@ -300,7 +300,3 @@ def _now_on(device: torch.device) -> Any:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event
-
-
-def _cause(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error, 200)}"

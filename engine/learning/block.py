@@ -14,7 +14,7 @@ from engine.learning.auxiliary import AuxiliaryNetwork
 from engine.learning.observer import Observer
 from engine.learning.offload import offloading
 from engine.learning.optimizer import MakeOptimizer, Named, load_state_by_name, state_by_name
-from engine.learning.outcome import BlockError, Report
+from engine.learning.outcome import BlockError, Refusal, Report
 from engine.learning.precision import autocast
 from engine.learning.recompute import recomputing, run_recomputed
 from engine.learning.replica import Replica
@@ -114,7 +114,7 @@ class Block(nn.Module):
         """Create the optimizer, over all parameters that the block trains (see ``named_state``)."""
         self.optimizer = make_optimizer(self.parameters_by_name())
         self.optimizer_name = type(self.optimizer).__name__
-        self.unsaved = Unsaved(self._modules_by_name())
+        self.unsaved = Unsaved(self.modules_by_name())
         # A disabled scaler passes losses through, so ``train_backward`` needs no case of its own.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaled)
 
@@ -162,7 +162,7 @@ class Block(nn.Module):
             state.update({f"auxiliary.{self.index}.criterion.{name}": tensor for name, tensor in own.items()})
         return state
 
-    def _modules_by_name(self) -> dict[str, nn.Module]:
+    def modules_by_name(self) -> dict[str, nn.Module]:
         """The block's modules, by the names that ``named_state`` uses."""
         heads = [self.head_module] if self.head_module is not None else []
         own = {id(module) for root in [*self.unit_modules, *heads] for module in root.modules()}
@@ -288,12 +288,15 @@ class Block(nn.Module):
             them), and a report.
 
         Raises:
-            BlockError: anything failed inside. It names the block and the micro-batch, and holds the cause.
+            Refusal: the block does something that this config cannot train.
+            BlockError: anything else failed inside. It names the block and the micro-batch, and holds the cause.
         """
         for observer in self.observers:
             observer.started()
         try:
             output, report = self._local_step(message.detach(), update, weight)
+        except Refusal as refusal:
+            raise Refusal(f"block {self.index}: {refusal}") from None
         except Exception as cause:
             raise BlockError(self.index, message.sequence, cause) from cause
         for observer in self.observers:
@@ -304,9 +307,8 @@ class Block(nn.Module):
         assert self.optimizer is not None, "attach an optimizer first"
         if message.sequence != self.next_sequence:
             raise ValueError(f"message {message.sequence} arrived, {self.next_sequence} expected")
-        # Seed per block and micro-batch, so that dropout does not depend on which blocks this process runs. Replicas
-        # have different samples, so each draws its own dropout.
-        replica = [] if self.replication is None else [self.replication.rank]
+        # Seed per block and micro-batch, so that dropout does not depend on which blocks this process runs.
+        replica = () if self.replication is None else self.replication.seed
         torch.manual_seed(derive(self.seed, "step", self.index, message.sequence, *replica))
         way = self.replication or self
         # The message is detached, so these become leaves of this block alone; backward leaves their gradients in them.
@@ -315,7 +317,7 @@ class Block(nn.Module):
         with self.autocast(), offloading(self.device) if self.offload else nullcontext():
             output, loss = way.train_forward(message, update)
         # Ready before backward begins: on streams, the next block starts from here while this one runs backward.
-        output = self._outgoing(output.detach(), message)
+        output = self._outgoing(output, message)
         leaves = {name: message.features[name] for name in self.chain.shared_names}
         for observer in self.observers:
             observer.output_ready()
@@ -339,10 +341,10 @@ class Block(nn.Module):
         return replace(output, bank=message.bank.add(self.index, key))
 
     def train_forward(self, message: Message, update: bool = True) -> tuple[Message, Tensor]:
-        """The output message and the loss. Only replication uses ``update``: it tells when to average gradients."""
+        """The detached output and the loss. Only replication uses ``update``: it tells when to average gradients."""
         output, prediction = self._predict(message)
         with recomputing(self.recompute != "none"), unchanged({"its targets": message.targets}, "the loss"):
-            return output, self.criterion(prediction, message.targets)
+            return output.detach(), self.criterion(prediction, message.targets)
 
     def train_backward(self, loss: Tensor) -> None:
         """Run backward from the loss, which an fp16 scaler scales first."""

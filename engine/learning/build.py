@@ -45,9 +45,11 @@ def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = B
         make: the class of the blocks.
 
     Raises:
-        ValueError: a schedule, cut, auxiliary network or option is unknown or does not fit. The message names it.
+        ValueError: a schedule, cut, auxiliary network or option is unknown or does not fit, a unit fails on the chain's
+            example, or batches lack a feature of that example. The message names it.
     """
     find_schedule(config.local.schedule)
+    _check_example(chain, task)
     local, spans = config.local, cut(chain, config.local)
     auxiliaries: list[AuxiliaryNetwork | None] = []
     bank = FeatureBank()
@@ -84,6 +86,21 @@ def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = B
         # It counts as one more block, so its files in a checkpoint and its random state have an index of their own.
         return Blocks(blocks, SharedEncoder(chain, task, index=len(blocks), **options))
     return Blocks(blocks)
+
+
+def _check_example(chain: Chain, task: Task) -> None:
+    """Check that batches have every feature that the chain's units were tried on.
+
+    Raises:
+        ValueError: a feature is missing. The message names it.
+    """
+    has = shapes_of(task.example).features
+    for name in chain.example.features:
+        if name not in has:
+            raise ValueError(
+                f"the network's example has feature {name!r}, which no batch of {task.name} has (they have "
+                f"{', '.join(has)}); let the units do without it, or let the task's message() and example() add it"
+            )
 
 
 def fresh_blocks(config: Config, task: Task) -> Blocks:

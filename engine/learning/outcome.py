@@ -15,6 +15,13 @@ class BlockError(RuntimeError):
         self.block, self.sequence, self.cause = block, sequence, cause
 
 
+class Refusal(ValueError):
+    """What a network does in a local step cannot be trained with this config; to be shown in one line.
+
+    Other errors in a local step become a ``BlockError``, which is shown with its traceback.
+    """
+
+
 @dataclass(frozen=True)
 class Report:
     """What a local step did. Its tensors are scalars that stay on the device, so that the host need not wait for them.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from engine.network.message import Message
 
@@ -20,6 +22,8 @@ class Replica(Protocol):
 
     rank: int
     """Rank of this process among the replicas."""
+    seed: tuple[int, ...]
+    """What tells this replica's random numbers from those of the others; empty if all replicas draw the same."""
 
     def train_forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
         """Return output and loss. With ``update``, the optimizer steps next, so backward must average gradients."""
@@ -52,3 +56,18 @@ class Replica(Protocol):
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Load whole optimizer state, as ``engine.learning.optimizer.load_state_by_name`` does."""
         ...
+
+
+def fill_unused(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Give each parameter that has a gradient on some replicas only a gradient of 0 on the others.
+
+    A network may drop layers at random or choose them by its input, and then replicas use different parameters. They
+    must still reduce the same gradients, or their collectives would not match. A parameter without a gradient on any
+    replica keeps none, so the optimizer leaves it alone, as in one process. This is a collective call.
+    """
+    # On the CPU, where the host need not wait for a GPU's backward pass.
+    replicas = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+    dist.all_reduce(replicas, group=group)
+    for parameter, used in zip(parameters, replicas.tolist(), strict=True):
+        if used and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)

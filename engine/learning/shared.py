@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.learning.block import Block
 from engine.learning.offload import offloading
 from engine.learning.outcome import BlockError
+from engine.learning.replica import fill_unused
 from engine.network.chain import Chain
 from engine.network.cut import Span
 from engine.network.message import Message
@@ -108,15 +109,9 @@ class SharedEncoder(Block):
             observer.ended(None)
 
     def _average(self, group: dist.ProcessGroup) -> None:
-        # All replicas must reduce the same parameters, or the collectives would not match. A parameter that took part
-        # in the loss on some replicas only counts as 0 on the others.
         learning = [parameter for _, parameter in self.parameters_by_name() if parameter.requires_grad]
-        asked = torch.tensor([float(parameter.grad is not None) for parameter in learning], device=self.device)
-        dist.all_reduce(asked, group=group)
-        for parameter, replicas in zip(learning, asked.tolist(), strict=True):
-            if not replicas:
-                continue  # without a gradient the optimizer leaves the parameter alone, as it would in one process
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=group)
-            parameter.grad /= dist.get_world_size(group)
+        fill_unused(learning, group)
+        for parameter in learning:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad, group=group)
+                parameter.grad /= dist.get_world_size(group)

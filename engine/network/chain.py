@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from engine.network.message import Message
 from engine.network.shapes import infer_shapes
 from engine.network.state import tensors_of
-from engine.utilities.text import none_of
+from engine.utilities.text import described, none_of
 
 LAYOUTS = ("NCHW", "NHWC", "NLC")
 
@@ -88,15 +90,16 @@ class Chain:
         units: the units in the order of the forward pass; a cut falls between two of them.
         head: maps the last unit's message to the prediction, which it leaves in ``x``. It belongs to the last block.
         example: a message as it reaches the first unit, with any batch size of at least 2; it serves to infer shapes.
-        layout: order of the axes of ``x`` between units: ``NCHW``, ``NHWC`` or ``NLC`` (tokens).
+        layout: order of the axes of ``x`` between units. Maps are ``NCHW`` or ``NHWC``; three axes are tokens (``NLC``)
+            and two a flat vector in any layout, so units may differ.
         shared: an encoder of shared conditioning (a style, a prompt), which several units read. It runs before the
             first unit and adds tensors to the message's features, where they stay. It learns from all blocks (see
             ``engine.learning.shared``).
         shared_names: names of the features that ``shared`` adds.
 
     Raises:
-        ValueError: two units have the same name, or a parameter or buffer is in no unit or in several units. The
-            message names it.
+        ValueError: two units have the same name, or a parameter or buffer is in no unit or in several units, or has no
+            shape yet (in a lazy module). The message names it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -122,6 +125,7 @@ class Chain:
         assert (shared is None) == (not shared_names), "a shared encoder, and the features it adds"
         self.shared, self.shared_names = shared, tuple(shared_names)
         self._shapes: list[Message] | None = None
+        self._prediction: Any = None
 
         self.check()
 
@@ -156,15 +160,31 @@ class Chain:
         return names.index(name)
 
     def shapes(self) -> list[Message]:
-        """The message after each unit, as meta tensors: shapes and types without the arithmetic."""
+        """The message after each unit, as meta tensors: shapes and types without the arithmetic.
+
+        Raises:
+            ValueError: a unit or the head fails on what the units before it make of ``example``, or returns something
+                other than a message with a tensor ``x``. The message names it, and what it got.
+        """
         if self._shapes is None:
-            message, self._shapes = self.example, []
+            message, shapes = self.example, list[Message]()
             if self.shared is not None:
-                message = infer_shapes(self.shared, message, [self.shared.module])
+                message = _run(self.shared, message)
             for unit in self.units:
-                message = infer_shapes(unit, message, [unit.module])
-                self._shapes.append(message)
+                message = _run(unit, message)
+                shapes.append(message)
+            self._prediction = _run(self.head, message, prediction=True).features["x"]
+            self._shapes = shapes
         return self._shapes
+
+    def prediction(self) -> Any:
+        """The prediction for the example, as meta tensors.
+
+        Raises:
+            ValueError: as ``shapes``.
+        """
+        self.shapes()
+        return self._prediction
 
     def __call__(self, message: Message) -> Tensor:
         """The plain forward pass of the whole network."""
@@ -175,7 +195,44 @@ class Chain:
         return self.head(message).x
 
 
+def _run(unit: Unit, message: Message, prediction: bool = False) -> Message:
+    """The message that ``unit`` makes of ``message``, as meta tensors. A ``prediction`` in ``x`` may be any nesting."""
+    got = f"unit {unit.name!r}, given {_described(message)},"
+
+    def forward(message: Message) -> Message:
+        try:
+            output = unit(message)
+        except Exception as error:  # the user's own code may raise anything
+            raise ValueError(f"{got} fails: {described(error)}") from error
+        if not isinstance(output, Message):
+            kind = "a tensor" if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"{got} returns {kind}, not a Message; see docs/extend.md")
+        if not prediction and not isinstance(output.features.get("x"), Tensor):
+            kind = type(output.features["x"]).__name__ if "x" in output.features else "nothing"
+            raise ValueError(
+                f"{got} returns {kind} as x, not a tensor; give the unit a forward that puts the tensor into x and "
+                "anything else into other features"
+            )
+        return output
+
+    return infer_shapes(forward, message, [unit.module])
+
+
+def _described(message: Message) -> str:
+    def shape(value: object) -> str:
+        return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+    return ", ".join(f"{name} {shape(value)}" for name, value in message.features.items())
+
+
 def _check_exact(model: nn.Module, units: Sequence[Unit]) -> None:
+    for unit in units:
+        for name, given in [*unit.module.named_parameters(), *unit.module.named_buffers()]:
+            if is_lazy(given):
+                raise ValueError(
+                    f"{name!r} of unit {unit.name!r} has no shape yet, because it is in a lazy module; run the model "
+                    "on an example before making the chain"
+                )
     seen: set[str] = set()
     for unit in units:
         if unit.name in seen:

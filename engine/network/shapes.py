@@ -17,7 +17,8 @@ def infer_shapes(forward: Callable[[Message], Message], message: Message, module
     """The message that ``forward`` returns for a message shaped like ``message``, as meta tensors.
 
     Args:
-        modules: the modules that ``forward`` runs. They are in evaluation mode meanwhile, so that no statistic changes.
+        modules: the modules that ``forward`` runs. They are in evaluation mode meanwhile, so that no statistic changes,
+            and keep nothing of this pass (see ``restored``).
     """
     return changes(forward, message, modules)[0]
 
@@ -29,7 +30,8 @@ def changes(
     # Two nested fake modes refuse each other's tensors, so reuse the caller's if there is one.
     active = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)]
     fake = active[-1] if active else FakeTensorMode(allow_non_fake_inputs=True)
-    with evaluating(modules):
+    modules = list(modules)
+    with evaluating(modules), restored(modules):
         with fake, torch.no_grad():
             # Fake tensors on the CPU, not meta tensors: real parameters are on the CPU, and some operators and modules
             # choose their path by the device.
@@ -43,6 +45,26 @@ def shapes_of(make: Callable[[], Message]) -> Message:
     """The message that ``make`` returns, as meta tensors; none of its tensors is allocated."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return make().map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+
+
+@contextmanager
+def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context after which ``modules`` have the attributes that they had before, also in their dicts and lists.
+
+    A pass on fake tensors may leave some of them behind, in a cache for example, and a real pass would then compute
+    with tensors that have no values.
+    """
+    kept = [(module, dict(vars(module))) for root in modules for module in root.modules()]
+    contents = [(value, value.copy()) for _, held in kept for value in held.values() if type(value) in (dict, list)]
+    try:
+        yield
+    finally:
+        for module, held in kept:
+            vars(module).clear()
+            vars(module).update(held)
+        for value, content in contents:
+            value.clear()
+            value.update(content) if isinstance(value, dict) else value.extend(content)
 
 
 @contextmanager

@@ -34,38 +34,42 @@ class Unsaved:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._owners = {f"{name}." if name else "": module for name, module in modules.items()}
         self._start = {name: (buffer, buffer._version) for name, buffer in self._buffers().items()}
-        self.values()
+        self.save()  # to refuse now what no checkpoint could hold
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The buffers that have changed since the start, and extra state that is a tensor, by name."""
-        buffers = {
-            name: buffer
-            for name, buffer in self._buffers().items()
-            if name not in self._start or self._start[name][0] is not buffer or self._start[name][1] != buffer._version
-        }
-        return {**buffers, **{name: value for name, value in self._extra().items() if isinstance(value, Tensor)}}
-
-    def values(self) -> dict[str, Any]:
-        """Extra state that is not a tensor, by name.
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What has changed, by name: buffers that differ from the start and extra state that is a tensor, and other
+        extra state.
 
         Raises:
             ValueError: as the class.
         """
-        found = {name: value for name, value in self._extra().items() if not isinstance(value, Tensor)}
-        for name, value in found.items():
+        tensors = {
+            name: buffer
+            for name, buffer in self._buffers().items()
+            if name not in self._start or self._start[name][0] is not buffer or self._start[name][1] != buffer._version
+        }
+        values = {}
+        for name, owner in self._owners.items():
+            if type(owner).get_extra_state is nn.Module.get_extra_state:
+                continue
+            value: Any = owner.get_extra_state()
+            if isinstance(value, Tensor):
+                tensors[name + EXTRA] = value
+                continue
             try:
                 same = json.loads(json.dumps(value)) == value
             except (TypeError, ValueError):
                 same = False
             if not same:
                 raise ValueError(
-                    f"{name.removesuffix(EXTRA).rstrip('.') or 'the model'}: get_extra_state returns "
-                    f"{type(value).__name__}, which no checkpoint can hold; return a tensor, or what JSON can express"
+                    f"{name.rstrip('.') or 'the model'}: get_extra_state returns {type(value).__name__}, which no "
+                    "checkpoint can hold; return a tensor, or what JSON can express"
                 )
-        return found
+            values[name + EXTRA] = value
+        return tensors, values
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over what ``tensors`` and ``values`` returned; names of other modules are ignored."""
+        """Take over what ``save`` returned; names of other modules are ignored."""
         saved_extra = {**tensors, **values}
         for name, owner in self._owners.items():
             if name + EXTRA in saved_extra:
@@ -82,11 +86,3 @@ class Unsaved:
                 if (buffer := owner._buffers.get(key)) is not None:
                     found[name + key] = buffer
         return found
-
-    def _extra(self) -> dict[str, Any]:
-        plain: Any = nn.Module.get_extra_state
-        return {
-            name + EXTRA: owner.get_extra_state()
-            for name, owner in self._owners.items()
-            if type(owner).get_extra_state is not plain
-        }

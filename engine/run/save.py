@@ -42,7 +42,8 @@ class Snapshot:
         """
         tensors: dict[str, dict[str, Tensor]] = {}
         kinds = block.state()
-        if unsaved := block.unsaved.tensors():  # most blocks have none, and older versions read no such file
+        unsaved, extra = block.unsaved.save()
+        if unsaved:  # most blocks have none, and older versions read no such file
             kinds["unsaved"] = unsaved
         for kind, named in kinds.items():
             for name, tensor in named.items():
@@ -54,8 +55,8 @@ class Snapshot:
                 for name, tensor in named.items()
             }
         counters = {"skipped": block.skipped, "scaler": block.scaler.state_dict() if block.scaler else {}}
-        if values := block.unsaved.values():
-            counters["extra"] = values
+        if extra:
+            counters["extra"] = extra
         return cls(block.index, block.unit_names, counters, tensors)
 
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine.utilities.text import one_line
+
 
 def import_named(name: str, key: str) -> Any:
     """Import the object ``module:name``; the module may also be a file in the current folder.
@@ -16,12 +18,13 @@ def import_named(name: str, key: str) -> Any:
         key: the config's key that holds this name, for the error.
 
     Raises:
-        ValueError: the module cannot be imported, or has no object of that name.
+        ValueError: the module cannot be imported, raises an error, or has no object of that name.
     """
     module, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # at the end, so that a user's file cannot hide an installed module
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key}: cannot import {name!r} (looked in {here} too): {error}") from error
+    except Exception as error:  # the module may raise anything
+        kind = "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
+        raise ValueError(f"{key}: cannot import {name!r} (looked in {here} too): {kind}{one_line(error)}") from error

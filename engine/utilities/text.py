@@ -44,3 +44,13 @@ def one_line(error: object, limit: int = 0) -> str:
     """
     text = " ".join(str(error).split())
     return text[:limit] if limit else text
+
+
+def described(error: BaseException) -> str:
+    """Type and text of an error on one line of at most some 300 characters.
+
+    Example:
+        >>> described(KeyError("mask")), described(AssertionError())
+        ("KeyError: 'mask'", 'AssertionError')
+    """
+    return f"{type(error).__name__}: {one_line(error, 300)}".removesuffix(": ")

@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from engine.network.chain import Chain, Unit
 from engine.network.message import Message
+from engine.network.shapes import restored
+from engine.utilities.text import described
 
 # A tensor at one moment: its identity, and how often it had been changed in place.
 _State = tuple[int, int]
@@ -35,20 +37,30 @@ def _state(tensor: Tensor) -> _State:
     return id(tensor), tensor._version
 
 
+def _with(module: nn.Module, **attributes: Any) -> Any:
+    """A shallow copy of ``module`` with other attributes."""
+    shell = copy.copy(module)
+    shell.__dict__ = {**module.__dict__, **attributes}
+    return shell
+
+
 class _PositionEmbedding(nn.Module):
     """A vision transformer's class token and position embedding, which belong to the model itself.
 
-    ``_pos_embed`` runs on a stand-in for the model, which has this module's own parameters and no blocks. So a copy of
-    this module works on the parameters of the copy.
+    ``_pos_embed`` runs on a stand-in for the model, which has this module's own parameters. So a copy of this module
+    works on the parameters of the copy. Of children with parameters, the stand-in has shells without any, because
+    ``_pos_embed`` may read their plain attributes (the grid of the patch embedding).
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         for name, parameter in model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        plain = {name: child for name, child in model.named_children() if not list(child.parameters())}
-        stand_in: Any = copy.copy(model)
-        stand_in.__dict__ = {**model.__dict__, "_parameters": self._parameters, "_modules": plain}
+        children = {
+            name: _with(child, _parameters={}, _modules={}) if any(True for _ in child.parameters()) else child
+            for name, child in model.named_children()
+        }
+        stand_in = _with(model, _parameters=self._parameters, _modules=children)
         self._stand_in = [stand_in]  # in a list, so that it is not registered as a submodule
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,14 +81,14 @@ def timm_chain(name: str, classes: int, size: int, pretrained: bool) -> Chain:
             where the chain ends; in this case write a chain of your own, as ``docs/extend.md`` describes.
     """
     options: dict[str, Any] = {"num_classes": classes, "pretrained": pretrained}
+    example = Message({"x": torch.zeros(2, 3, size, size)})
     try:
         model = timm.create_model(name, **options)
         # Networks with tokens or windows are built for one image size; others have no argument for it.
         if model.default_cfg.get("fixed_input_size") and model.default_cfg["input_size"][-1] != size:
             model = timm.create_model(name, img_size=size, **options)
     except Exception as error:  # a model's own code, or a download, may raise anything
-        raise ValueError(f"model.name: timm cannot build {name!r} at {size} px: {error}") from error
-    example = Message({"x": torch.zeros(2, 3, size, size)})
+        raise ValueError(f"model.name: timm cannot build {name!r} at {size} px: {described(error)}") from error
     parts = _divide(model, example.x, name)
     units = _units(parts)
     held = _held([unit.module for unit in units])
@@ -85,11 +97,12 @@ def timm_chain(name: str, classes: int, size: int, pretrained: bool) -> Chain:
     def classify(_: nn.Module, message: Message) -> Message:
         return message.with_x(model.forward_head(message.x))
 
-    layout = {Format.NHWC: "NHWC", Format.NLC: "NLC"}.get(getattr(model, "output_fmt", Format.NCHW), "NCHW")
+    layout = "NHWC" if getattr(model, "output_fmt", None) == Format.NHWC else "NCHW"
     chain = Chain(model, units, Unit("head", head, classify), example, layout)
-    outputs = [message.x for message in chain.shapes()]
-    if outputs[-1].dim() == 3:
-        chain.layout = "NLC"
+    try:
+        outputs = [message.x for message in chain.shapes()]
+    except ValueError as error:
+        raise ValueError(f"model.name: {name} at {size} px: {error}") from error
     # Units whose outputs have the same shape, that is the same resolution and width, form a stage.
     chain.units = [replace(unit, stage=str(tuple(x.shape[1:]))) for unit, x in zip(units, outputs, strict=True)]
     return chain
@@ -97,7 +110,7 @@ def timm_chain(name: str, classes: int, size: int, pretrained: bool) -> Chain:
 
 def _divide(model: nn.Module, x: Tensor, name: str) -> list[tuple[str, nn.Module]]:
     """The modules that ``model.forward_features`` runs one after another, divided as far as possible."""
-    calls, result, start = _watch(model, x)
+    calls, result, start = _watch(model, x, name)
     done: list[tuple[str, nn.Module]] = []
 
     def descend(prefix: str, first: _State, last: _State, whole: nn.Module | None) -> bool:
@@ -139,8 +152,12 @@ def _held(modules: list[nn.Module]) -> set[int]:
     return {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
 
 
-def _watch(model: nn.Module, x: Tensor) -> tuple[list[_Call], _State, _State]:
-    """Run ``forward_features`` on fake tensors and record every call of a module."""
+def _watch(model: nn.Module, x: Tensor, model_name: str) -> tuple[list[_Call], _State, _State]:
+    """Run ``forward_features`` on fake tensors and record every call of a module.
+
+    Raises:
+        ValueError: the model fails on images of this size, or its features are no tensor. The message names the model.
+    """
     calls: list[_Call] = []
     alive: list[Any] = []  # an identity is only unique while its tensor lives
     entered: list[tuple[_State, ...]] = []
@@ -176,10 +193,22 @@ def _watch(model: nn.Module, x: Tensor) -> tuple[list[_Call], _State, _State]:
             if isinstance(module, _NormBase) and module.training:
                 module.eval()
                 stack.callback(module.train)
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with restored([model]), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             inputs = torch.empty(x.shape)
             start = _state(inputs)
-            result = model.forward_features(inputs)  # type: ignore[operator]
+            try:
+                result = model.forward_features(inputs)  # type: ignore[operator]
+            except Exception as error:  # the model's own code may raise anything
+                reached = f" after {calls[-1].name!r}" if calls else ""
+                raise ValueError(
+                    f"model.name: {model_name} cannot take images of {x.shape[-1]} px (data.size): it fails{reached} "
+                    f"with {described(error)}"
+                ) from error
+            if not isinstance(result, Tensor):
+                raise ValueError(
+                    f"model.name: the features of {model_name} are a {type(result).__name__}, not one tensor; write "
+                    "your own chain (docs/extend.md)"
+                )
             alive.extend([inputs, result])
             return calls, _state(result), start
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.learning.schedules import Sequential
+from engine.network.layout import as_map
 from engine.network.message import Message
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.task import Classification
@@ -26,6 +27,8 @@ MODELS = [
     ("mixer_s32_224", 224),
     ("seresnet50", 64),
     ("poolformer_s12", 64),
+    ("efficientformer_l1", 224),  # keeps a cache of what it computes in evaluation
+    ("test_vit", 64),  # reads the grid of its patch embedding where it adds positions
 ]
 NAMED = [("resnet101", 64), ("resnet152", 64), ("resnext101_32x8d", 64)]
 
@@ -63,7 +66,7 @@ def test_units_are_residual_blocks_and_stages_are_shapes() -> None:
     assert len({unit.stage for unit in chain.units}) == 4, "the stem has layer1's shape"
     vit = timm_chain("vit_tiny_patch16_224", 10, 32, pretrained=False)
     assert [unit.name for unit in vit.units[:3]] == ["patch_embed", "pos_embed", "blocks.0"]
-    assert vit.layout == "NLC"
+    assert as_map(vit.shapes()[2].x, vit.layout).shape == (2, 192, 1, 5)
     assert timm_chain("swin_tiny_patch4_window7_224", 10, 56, pretrained=False).layout == "NHWC"
 
 
@@ -88,6 +91,8 @@ def test_watching_changes_no_statistic_and_leaves_no_hook() -> None:
         ("timm:vit_tiny_patch16_224", 32, "dgl"),
         ("timm:resnext50_32x4d", 64, "{type: glcan, width: 0.5}"),
         ("timm:convnext_atto", 64, "greedy"),
+        ("timm:efficientformer_l1", 224, "{type: glcan, reduce: 1}"),  # maps, then tokens
+        ("timm:efficientformer_l1", 224, "dgl"),
     ],
 )
 def test_they_train_in_blocks(name: str, size: int, auxiliary: str) -> None:
@@ -131,3 +136,26 @@ def test_models_that_are_no_chain_say_where() -> None:
         timm_chain("hrnet_w18_small", 10, 64, pretrained=False)
     with pytest.raises(ValueError, match="timm cannot build 'resnet5000'"):
         timm_chain("resnet5000", 10, 64, pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("coat_tiny", 64, "the features of coat_tiny are a list, not one tensor; write your own chain"),
+        ("maxvit_rmlp_pico_rw_256", 100, "maxvit_rmlp_pico_rw_256.* 100 px"),
+        ("efficientformer_l1", 64, "efficientformer_l1 cannot take images of 64 px"),
+    ],
+)
+def test_what_is_no_chain_or_does_not_fit_is_named(name: str, size: int, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^model.name: .*{words}") as refused:
+        timm_chain(name, 3, size, pretrained=False)
+    assert "\n" not in str(refused.value)
+
+
+def test_local_units_that_do_not_fit_are_named_with_the_remedy() -> None:
+    """MaxViT's windows do not divide the map at half the resolution; torch asserts that, and does not raise."""
+    config = ClassificationConfig(task="classification")
+    config.model.name, config.data.size = "timm:maxvit_rmlp_pico_rw_256", 256
+    words = r"units stages.*do not fit on block 0's output of shape \(2, .*; try reduce=1, .*\(AssertionError"
+    with pytest.raises(ValueError, match=words):
+        blocks_of(Classification(config), config)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from engine.config import Config
+from engine.distributed.replication.lockstep import compare_order
 from engine.learning.block import Block
 from engine.learning.blocks import Blocks
 from engine.learning.build import prepare
@@ -54,10 +56,17 @@ def replicate(block: Block, config: Config, group: dist.ProcessGroup, make_optim
     if placement.offload_optimizer and not kind.startswith("zero"):
         raise ValueError(f"placement.offload_optimizer: needs placement.replication zero1, zero2 or zero3, not {kind}")
     # The imports below are inside the branches, so that a run only needs what its kind of replication uses.
+    collective: dict[nn.Module, str] = {}  # modules whose forward pass is a collective call, and the key that says so
     if placement.sync_batch_norm:
         from engine.distributed.replication.batch_norm import synchronise
 
-        synchronise([*block.unit_modules, *([block.auxiliary] if block.auxiliary is not None else [])], group)
+        modules = [*block.unit_modules, *([block.auxiliary] if block.auxiliary is not None else [])]
+        collective |= dict.fromkeys(synchronise(modules, group), "placement.sync_batch_norm true")
+    if kind == "zero3":
+        owners = [module for module in block.modules() if any(True for _ in module.parameters(recurse=False))]
+        collective |= dict.fromkeys(owners, "placement.replication zero3")
+    if not local.compile:  # a hook would break the graph
+        compare_order(block.modules_by_name(), collective, group)
     if kind == "ddp":
         from engine.distributed.replication.ddp import DDP
 
@@ -70,3 +79,7 @@ def replicate(block: Block, config: Config, group: dist.ProcessGroup, make_optim
         from engine.distributed.replication.zero import Zero
 
         block.replication = Zero(block, group, make_optimizer, int(kind[-1]), placement.offload_optimizer)
+    if collective or kind.startswith("zero"):
+        # All replicas must run the same layers, also where a network drops layers at random: with ZeRO because it sends
+        # gradients in the order in which backward makes them.
+        block.replication.seed = ()

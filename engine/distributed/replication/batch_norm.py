@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 
-def synchronise(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
-    """Let every BatchNorm in ``modules`` compute its statistics over ``group`` while it trains.
+def synchronise(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> list[_BatchNorm]:
+    """Let every BatchNorm in ``modules`` compute its statistics over ``group`` while it trains, and return them.
 
     The modules keep their names and identities. Only their class changes: to a subclass whose forward calls the
     original forward with ``torch.nn.functional.batch_norm`` replaced meanwhile. Therefore a BatchNorm with a forward of
@@ -30,6 +30,7 @@ def synchronise(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
         if kind not in made:
             made[kind] = _synchronised(kind, group)
         norm.__class__ = made[kind]
+    return list(dict.fromkeys(found))
 
 
 def _synchronised(kind: type[_BatchNorm], group: dist.ProcessGroup) -> type[_BatchNorm]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from engine.distributed.replication.protocol import Replication, Whole
 from engine.learning.block import Block
 from engine.learning.optimizer import MakeOptimizer, load_state_by_name
+from engine.learning.replica import fill_unused
 from engine.network.message import Message
 
 
@@ -38,12 +40,27 @@ class FSDP(Replication):
         # Backward follows forward at once, so sharding in between would only cost a second gather.
         self.wrapped = fully_shard(self.whole, mesh=mesh, reshard_after_forward=False)
         self._follow()
+        self._averages = True
         block.attach(make_optimizer)
 
     def train_forward(self, message: Message, update: bool) -> tuple[Message, Tensor]:
+        self._averages = update
         self.wrapped.set_requires_gradient_sync(update)
         result: tuple[Message, Tensor] = self.whole(message)
         return result
+
+    def train_backward(self, loss: Tensor) -> None:
+        if self._averages:
+            # FSDP reduces the gradients in a callback at the end of backward, and queues it when backward reaches the
+            # loss. A view of the loss comes before that, so the callback queued here runs before FSDP's.
+            loss = loss.view_as(loss)
+            loss.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: Variable._execution_engine.queue_callback(self._fill_unused)
+            )
+        super().train_backward(loss)
+
+    def _fill_unused(self) -> None:
+        fill_unused([parameter for parameter in self.whole.parameters() if parameter.requires_grad], self.group)
 
     def train_update(self) -> Tensor:
         return _full(super().train_update())

@@ -22,6 +22,7 @@ from engine.distributed.replication.extension import prepare_extension
 from engine.distributed.replication.protocol import Replication, Whole
 from engine.learning.block import Block
 from engine.learning.optimizer import MakeOptimizer, Named
+from engine.learning.outcome import Refusal
 from engine.network.message import Message
 
 COUNTERS = ("step",)
@@ -39,7 +40,8 @@ class Zero(Replication):
 
     Known limitations: DeepSpeed flattens the parameters, so all parameters of the units have one step counter, and so
     have those of the auxiliary network. A parameter that takes no part in the loss has a gradient of 0 here, and weight
-    decay still changes it; elsewhere the optimizer leaves it alone.
+    decay still changes it; elsewhere the optimizer leaves it alone. All replicas must run the same layers, so they draw
+    the same dropout, and a network that chooses layers by its input is refused.
 
     Raises:
         ValueError: DeepSpeed is not installed.
@@ -86,6 +88,12 @@ class Zero(Replication):
         return result
 
     def train_backward(self, loss: Tensor) -> None:
+        """Run backward from the loss.
+
+        Raises:
+            Refusal: a parameter takes part in the loss of some replicas only.
+        """
+        self._check_same_parameters(loss)
         self.engine.backward(loss)
         # DeepSpeed counts micro-batches in step(). At a boundary step() also updates, so ``train_update`` calls it
         # there.
@@ -103,6 +111,19 @@ class Zero(Replication):
             raise FloatingPointError("a gradient is not finite")
         norm = self.engine.get_global_grad_norm() if self.block.clip_norm > 0 else float("nan")
         return torch.as_tensor(norm, dtype=torch.float32, device=self.block.device)
+
+    def _check_same_parameters(self, loss: Tensor) -> None:
+        named = [(name, parameter) for name, parameter in self.block.parameters_by_name() if parameter.requires_grad]
+        reached = _leaves(loss)
+        count = torch.tensor([id(parameter) in reached for _, parameter in named], dtype=torch.int32)
+        dist.all_reduce(count, group=self.group)
+        replicas = dist.get_world_size(self.group)
+        for (name, _), used in zip(named, count.tolist(), strict=True):
+            if 0 < used < replicas:
+                raise Refusal(
+                    f"placement.replication: with zero{self.stage}, all replicas must use the same parameters, but "
+                    f"{name!r} takes part in the loss of {used} of {replicas} replicas; use ddp or fsdp"
+                )
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -199,6 +220,20 @@ class Zero(Replication):
         padded[: value.numel()] = value.flatten()
         share = padded[size * self.rank : size * (self.rank + 1)]
         (utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param)(parameter, share, *more)
+
+
+def _leaves(loss: Tensor) -> set[int]:
+    """Identities of the parameters that take part in ``loss``."""
+    seen: set[Any] = set()
+    found, nodes = set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.add(id(getattr(node, "variable", None)))  # only the nodes that accumulate gradients have one
+        nodes.extend(following for following, _ in node.next_functions)
+    return found
 
 
 @dataclass(frozen=True)

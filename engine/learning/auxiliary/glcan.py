@@ -14,10 +14,11 @@ from engine.learning.auxiliary.thin import thin
 from engine.network.bank import FeatureBank
 from engine.network.chain import Chain, Unit
 from engine.network.cut import Span
-from engine.network.layout import as_map
+from engine.network.layout import as_map, is_nchw
 from engine.network.message import Message
 from engine.network.shapes import changes
 from engine.task import Task
+from engine.utilities.text import described
 
 
 @register("glcan")
@@ -89,17 +90,15 @@ class GLCAN(AuxiliaryNetwork):
             units = [replace(unit, module=thin(unit.module, width, unit.name)) for unit in units]
             channels = as_map(output.x, chain.layout).shape[1]
             narrow = nn.Conv2d(channels, max(1, round(channels * width)), 1, bias=False)
-        spatial = (
-            chain.layout == "NCHW" and output.x.dim() == 4 and min(output.x.shape[-2:]) >= 2 * reduce and bool(units)
-        )
+        spatial = is_nchw(output.x, chain.layout) and min(output.x.shape[-2:]) >= 2 * reduce and bool(units)
         network = cls(units, narrow, reduce if spatial else 1, use_bank)
         try:
             features, network.copied = changes(network.local, output, [network])
-        except RuntimeError as error:
+        except Exception as error:  # the units' own code may raise anything
             names = ", ".join(unit.name for unit in units)
             raise ValueError(
                 f"local.auxiliary: units {names} do not fit on block {span.index}'s output of shape "
-                f"{tuple(output.x.shape)}; try reduce=1, width=1 or depth=0 ({error})"
+                f"{tuple(output.x.shape)}; try reduce=1, width=1 or depth=0 ({described(error)})"
             ) from error
         network.head = task.auxiliary_head(chain, *network.with_global_part(output, features, bank))
         return network

@@ -15,8 +15,10 @@ from engine.learning.blocks import Blocks
 from engine.learning.build import build_blocks, prepare
 from engine.network.chain import Chain, Unit
 from engine.network.message import Message
+from engine.run.checkpoint import Position
 from engine.run.export import export_model
-from engine.run.resume import load_model
+from engine.run.resume import load_checkpoint, load_model
+from engine.run.save import save_checkpoint
 from engine.run.trainer import Trainer
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.task import Classification
@@ -285,3 +287,19 @@ def test_what_becomes_infinite_in_training_is_still_refused(tmp_path: Path) -> N
     made.chain.model[0].other.fill_(float("inf"))
     with pytest.raises(ValueError, match="^block 0: '0.other' is not finite at step 6"):
         made.fit()
+
+
+@pytest.mark.parametrize(("count", "calls"), [(3, 2), (2, 0)])
+def test_extra_state_of_auxiliary_networks_stays_with_their_blocks(count: int, calls: int, tmp_path: Path) -> None:
+    """With other blocks it loaded into other auxiliary networks, which start fresh otherwise."""
+    layers = nn.Conv2d(3, 3, 1), Extra("json"), nn.Conv2d(8, 8, 1)
+    saved = blocks_of(chain_of(*layers), 3)
+    for step in range(2):
+        message = batch(step)
+        for block in saved:
+            message, _ = block.local_step(message)
+    path = save_checkpoint(tmp_path, saved, Position(step=2), "glcan", keep=1)
+    others = blocks_of(chain_of(*layers), count)
+    load_checkpoint(path, others, "glcan", print)
+    assert others[0].auxiliary.local_modules[0].count == calls
+    assert others[0].chain.units[1].module.count == 2

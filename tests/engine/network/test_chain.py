@@ -90,3 +90,32 @@ def test_a_copy_has_the_same_distribution_and_other_weights() -> None:
     weights = [unit.module[0].weight, *(copy.module[0].weight for copy in copies)]
     assert not any(torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
     assert torch.equal(unit.module[1].running_mean, torch.full((4,), 3.0)), "the original is as it was"
+
+
+class Caching(nn.Linear):
+    """Keeps what it computes in evaluation: in a dict, as an attribute, and in a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.cache: dict[str, torch.Tensor] = {}
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias.detach() * 2
+            self.last = self.bias.detach() * 3
+            self.seen = self.seen + 1
+        return super().forward(x) + self.cache["bias"] + self.last + self.seen
+
+
+def test_shapes_leave_no_fake_tensor_behind() -> None:
+    """A cache kept one, and the first evaluation computed with it."""
+    model = nn.Sequential(Caching(), nn.Linear(4, 2))
+    chain = Chain(model, [Unit("caching", model[0])], Unit("head", model[1]), EXAMPLE)
+    chain.shapes()
+    assert not model[0].cache
+    assert not hasattr(model[0], "last")
+    x = torch.randn(3, 4)
+    y = chain(Message({"x": x}))
+    assert type(y) is torch.Tensor
+    assert torch.isfinite(y).all()
