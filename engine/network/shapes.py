@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ def infer_shapes(forward: Callable[[Message], Message], message: Message, module
 
     Args:
         modules: the modules that ``forward`` runs. They are in evaluation mode meanwhile, so that no statistic changes,
-            and keep nothing of this pass (see ``restored``).
+            and keep nothing of this pass (see ``trial``).
     """
     return changes(forward, message, modules)[0]
 
@@ -31,7 +32,7 @@ def changes(
     active = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)]
     fake = active[-1] if active else FakeTensorMode(allow_non_fake_inputs=True)
     modules = list(modules)
-    with evaluating(modules), restored(modules):
+    with evaluating(modules), trial(modules):
         with fake, torch.no_grad():
             # Fake tensors on the CPU, not meta tensors: real parameters are on the CPU, and some operators and modules
             # choose their path by the device.
@@ -48,17 +49,20 @@ def shapes_of(make: Callable[[], Message]) -> Message:
 
 
 @contextmanager
-def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """A context after which ``modules`` have the attributes that they had before, also in their dicts and lists.
+def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context for a pass on fake tensors, which may fail: it leaves no trace in ``modules``, nor on stderr.
 
-    A pass on fake tensors may leave some of them behind, in a cache for example, and a real pass would then compute
-    with tensors that have no values.
+    The modules get back the attributes that they had before, also in their dicts and lists. A cache could otherwise
+    keep a fake tensor, and a real pass would then compute with a tensor that has no values.
     """
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # prints the traceback of errors that it raises
+    disabled, log.disabled = log.disabled, True
     kept = [(module, dict(vars(module))) for root in modules for module in root.modules()]
     contents = [(value, value.copy()) for _, held in kept for value in held.values() if type(value) in (dict, list)]
     try:
         yield
     finally:
+        log.disabled = disabled
         for module, held in kept:
             vars(module).clear()
             vars(module).update(held)

@@ -54,8 +54,8 @@ def writing(path: Path, note: str = "") -> Iterator[None]:
 
 def _reason(error: OSError, path: Path) -> str:
     """The system's reason, with the folder that it is about if that is not ``path`` itself."""
-    reason = error.strerror or one_line(error)
-    return f"{reason}: {error.filename}" if Path(error.filename or path) in path.parents else reason
+    reason, named = error.strerror or one_line(error), error.filename
+    return f"{reason}: {named}" if isinstance(named, str) and Path(named) in path.parents else reason
 
 
 def _concerns(error: OSError, path: Path) -> bool:

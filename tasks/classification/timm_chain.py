@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from engine.network.chain import Chain, Unit
 from engine.network.message import Message
-from engine.network.shapes import restored
+from engine.network.shapes import trial
 from engine.utilities.text import described
 
 # A tensor at one moment: its identity, and how often it had been changed in place.
@@ -193,7 +193,7 @@ def _watch(model: nn.Module, x: Tensor, model_name: str) -> tuple[list[_Call], _
             if isinstance(module, _NormBase) and module.training:
                 module.eval()
                 stack.callback(module.train)
-        with restored([model]), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with trial([model]), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             inputs = torch.empty(x.shape)
             start = _state(inputs)
             try:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.tools.commands import call
 
@@ -33,6 +33,7 @@ def fuzz(**draws: Any) -> Callable[[Any], Any]:
             deadline=None,
             database=None,
             print_blob=True,
+            phases=[Phase.generate],  # a mistake is small as drawn, and finding a smaller one takes minutes
             suppress_health_check=list(HealthCheck),
         )
         return seed(SEED)(plan(given(**draws)(test)))

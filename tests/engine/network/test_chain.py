@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -119,3 +121,27 @@ def test_shapes_leave_no_fake_tensor_behind() -> None:
     y = chain(Message({"x": x}))
     assert type(y) is torch.Tensor
     assert torch.isfinite(y).all()
+
+
+class Log(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def test_a_unit_that_fails_is_named_and_nothing_else_is_printed() -> None:
+    """torch logs the traceback of what fails on fake tensors."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    wrong = Unit("wrong", model[0], lambda module, message: message.with_x(module(message.x) + message.x[:, :3]))
+    handler, log = Log(), logging.getLogger("torch._subclasses.fake_tensor")
+    log.addHandler(handler)
+    try:
+        with pytest.raises(ValueError, match=r"^unit 'wrong', given x \(2, 4\), fails: RuntimeError: .*"):
+            Chain(model, [wrong], Unit("head", model[1]), EXAMPLE).shapes()
+    finally:
+        log.removeHandler(handler)
+    assert not handler.records
+    assert not log.disabled
