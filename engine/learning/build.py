@@ -14,6 +14,7 @@ from engine.learning.auxiliary import AuxiliaryNetwork, build_auxiliary
 from engine.learning.block import Block
 from engine.learning.blocks import Blocks
 from engine.learning.optimizer import MakeOptimizer, build_optimizer
+from engine.learning.recompute import changes_input
 from engine.learning.schedules import find_schedule
 from engine.learning.shared import SharedEncoder
 from engine.network.bank import FeatureBank
@@ -51,6 +52,8 @@ def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = B
     find_schedule(config.local.schedule)
     _check_example(chain, task)
     local, spans = config.local, cut(chain, config.local)
+    if local.recompute == "units":
+        _check_recomputable(chain, spans)
     auxiliaries: list[AuxiliaryNetwork | None] = []
     bank = FeatureBank()
     for span in spans:
@@ -101,6 +104,18 @@ def _check_example(chain: Chain, task: Task) -> None:
                 f"the network's example has feature {name!r}, which no batch of {task.name} has (they have "
                 f"{', '.join(has)}); let the units do without it, or let the task's message() and example() add it"
             )
+
+
+def _check_recomputable(chain: Chain, spans: Sequence[Span]) -> None:
+    """Refuse units that change their input in place; a block's last unit is not recomputed, so it may.
+
+    Raises:
+        ValueError: there is such a unit. The message names it.
+    """
+    for span in spans:
+        for index in range(span.start, span.stop - 1):
+            if chain.changed(index):
+                raise ValueError(f"local.recompute: {changes_input(chain.units[index])}")
 
 
 def fresh_blocks(config: Config, task: Task) -> Blocks:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.network.chain import Unit
-from engine.network.message import Message
+from engine.network.message import Message, versions
 
 # A loss is a plain function of prediction and targets, so the block cannot hand it a flag. A context variable is local
 # to a thread.
@@ -39,7 +39,7 @@ def run_recomputed(unit: Unit, message: Message) -> Message:
     Raises:
         ValueError: the unit changes its input in place, so recomputation would start from a different input.
     """
-    version = message.x._version
+    before = versions(message.features)
     state = _State(unit.module)
     # Pass ``x`` separately as well: torch finds the device whose random state it must restore for recomputation by
     # looking at tensor arguments, and does not look inside a message. The reentrant form takes no ``context_fn`` and
@@ -52,11 +52,14 @@ def run_recomputed(unit: Unit, message: Message) -> Message:
         context_fn=lambda: (nullcontext(), state.as_before()),
     )
     state.keep_changed()
-    if message.x._version != version:
-        raise ValueError(
-            f"unit {unit.name!r} changes its input in place and so cannot be recomputed; set local.recompute none"
-        )
+    if versions(message.features) != before:
+        raise ValueError(changes_input(unit))
     return result
+
+
+def changes_input(unit: Unit) -> str:
+    """What a user is told of a unit that cannot be recomputed."""
+    return f"unit {unit.name!r} changes its input in place and so cannot be recomputed; set local.recompute none"
 
 
 class _State:

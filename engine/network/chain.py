@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from engine.network.message import Message
-from engine.network.shapes import infer_shapes
+from engine.network.shapes import changes
 from engine.network.state import tensors_of
 from engine.utilities.text import described, none_of
 
@@ -125,6 +125,7 @@ class Chain:
         assert (shared is None) == (not shared_names), "a shared encoder, and the features it adds"
         self.shared, self.shared_names = shared, tuple(shared_names)
         self._shapes: list[Message] | None = None
+        self._changed: list[frozenset[str]] = []
         self._prediction: Any = None
 
         self.check()
@@ -169,13 +170,23 @@ class Chain:
         if self._shapes is None:
             message, shapes = self.example, list[Message]()
             if self.shared is not None:
-                message = _run(self.shared, message)
+                message, _ = _run(self.shared, message)
             for unit in self.units:
-                message = _run(unit, message)
+                message, changed = _run(unit, message)
                 shapes.append(message)
-            self._prediction = _run(self.head, message, prediction=True).features["x"]
+                self._changed.append(changed)
+            self._prediction = _run(self.head, message, prediction=True)[0].features["x"]
             self._shapes = shapes
         return self._shapes
+
+    def changed(self, index: int) -> frozenset[str]:
+        """The names of the features that a unit changes in place, as far as evaluation mode shows.
+
+        Raises:
+            ValueError: as ``shapes``.
+        """
+        self.shapes()
+        return self._changed[index]
 
     def prediction(self) -> Any:
         """The prediction for the example, as meta tensors.
@@ -195,8 +206,11 @@ class Chain:
         return self.head(message).x
 
 
-def _run(unit: Unit, message: Message, prediction: bool = False) -> Message:
-    """The message that ``unit`` makes of ``message``, as meta tensors. A ``prediction`` in ``x`` may be any nesting."""
+def _run(unit: Unit, message: Message, prediction: bool = False) -> tuple[Message, frozenset[str]]:
+    """The message that ``unit`` makes of ``message``, as meta tensors, and the features that it changes in place.
+
+    A ``prediction`` in ``x`` may be any nesting.
+    """
     got = f"unit {unit.name!r}, given {_described(message)},"
 
     def forward(message: Message) -> Message:
@@ -215,7 +229,7 @@ def _run(unit: Unit, message: Message, prediction: bool = False) -> Message:
             )
         return output
 
-    return infer_shapes(forward, message, [unit.module])
+    return changes(forward, message, [unit.module])
 
 
 def _described(message: Message) -> str:
