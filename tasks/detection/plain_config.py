@@ -39,10 +39,31 @@ def plain_config(model: ModelConfig) -> Config:
     for key, value in model.options.items():
         _check_option(config, key)
         try:
-            config.merge_from_dict({key: value})
+            config.merge_from_dict({key: _with_tuples(value, config.get(key), "pipeline" in key.split("."))})
         except Exception as error:
             raise ValueError(f"model.options: {key!r}: {one_line(error, 300)}") from error
     return config
+
+
+def _with_tuples(value: Any, before: Any, pipeline: bool) -> Any:
+    """``value``, which YAML can only give as lists, with tuples where MMDetection wants them.
+
+    A list becomes a tuple if it replaces one, or if it is a pair of whole numbers in a ``pipeline``, which is a size.
+
+    Args:
+        before: what the config has in its place.
+        pipeline: whether ``value`` is part of a pipeline.
+    """
+    if isinstance(value, dict):
+        known = before if isinstance(before, Mapping) and value.get("type") in (None, before.get("type")) else {}
+        return {key: _with_tuples(item, known.get(key), pipeline or key == "pipeline") for key, item in value.items()}
+    if not isinstance(value, list):
+        return value
+    others = before if isinstance(before, list | tuple) else ()
+    same = [others[number] if number < len(others) else None for number in range(len(value))]
+    items = [_with_tuples(item, other, pipeline) for item, other in zip(value, same, strict=True)]
+    size = pipeline and len(value) == 2 and all(type(item) is int for item in value)
+    return tuple(items) if size or isinstance(before, tuple) else items
 
 
 def _check_option(config: Config, key: str) -> None:
@@ -62,22 +83,31 @@ def _check_option(config: Config, key: str) -> None:
         at = at[section]
 
 
+INITIAL = ("pretrained", "teacher_ckpt")
+"""Keys of a model config, besides ``init_cfg``, that name a file with initial weights."""
+
+
 def without_downloads(model: Any) -> None:
     """Remove all initial weights that are files from an MMDetection model config."""
     if isinstance(model, list | tuple):
         for item in model:
             without_downloads(item)
     elif isinstance(model, dict):
-        if isinstance(model.get("init_cfg"), dict) and model["init_cfg"].get("type") == "Pretrained":
+        initial = model.get("init_cfg")
+        # Some backbones (PVT, Swin) read the checkpoint themselves, and need no ``type`` for that.
+        if isinstance(initial, dict) and (initial.get("type") == "Pretrained" or "checkpoint" in initial):
             model["init_cfg"] = None
+        for key in INITIAL:
+            if isinstance(model.get(key), str):
+                model[key] = None
         for value in model.values():
             without_downloads(value)
 
 
 def set_classes(model: ConfigDict, count: int) -> None:
-    """Set ``num_classes`` of every head in an MMDetection model config; a region proposal network has none."""
+    """Set ``num_classes`` of every box head in an MMDetection model config; a region proposal network has none."""
     for key, value in model.items():
-        if key in ("bbox_head", "mask_head"):
+        if key == "bbox_head":
             for head in value if isinstance(value, list) else [value]:
                 head.num_classes = count
         elif key == "roi_head":
