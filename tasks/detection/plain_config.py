@@ -37,9 +37,9 @@ def plain_config(model: ModelConfig) -> Config:
     if not isinstance(config.get("model"), dict):
         raise ValueError(f"model.config: {path} has no `model`")
     for key, value in model.options.items():
-        _check_option(config, key)
+        value = _with_tuples(value, _replaced(config, key), "pipeline" in key.split("."))
         try:
-            config.merge_from_dict({key: _with_tuples(value, config.get(key), "pipeline" in key.split("."))})
+            config.merge_from_dict({key: value})
         except Exception as error:
             raise ValueError(f"model.options: {key!r}: {one_line(error, 300)}") from error
     return config
@@ -66,13 +66,16 @@ def _with_tuples(value: Any, before: Any, pipeline: bool) -> Any:
     return tuple(items) if size or isinstance(before, tuple) else items
 
 
-def _check_option(config: Config, key: str) -> None:
-    """Check that the section of an option exists: merging would create an empty one for a misspelt name."""
+def _replaced(config: Config, key: str) -> Any:
+    """What an option replaces, or None.
+
+    Raises:
+        ValueError: the section of the option does not exist; merging would create an empty one for a misspelt name.
+    """
     at: Any = config
-    *sections, _ = key.split(".")
+    *sections, last = key.split(".")
     for section in sections:
-        if isinstance(at, list | tuple):
-            at = {str(number): value for number, value in enumerate(at)}
+        at = _numbered(at)
         known = list(at) if isinstance(at, Mapping | Config) else []
         if section not in known:
             hint = did_you_mean(section, map(str, known))
@@ -81,6 +84,13 @@ def _check_option(config: Config, key: str) -> None:
                 "own detector; --model.options {} drops them)"
             )
         at = at[section]
+    at = _numbered(at)
+    return at.get(last) if isinstance(at, Mapping | Config) else None
+
+
+def _numbered(at: Any) -> Any:
+    """A list as a mapping from numbers, as they stand in a dotted key."""
+    return {str(number): value for number, value in enumerate(at)} if isinstance(at, list | tuple) else at
 
 
 INITIAL = ("pretrained", "teacher_ckpt")

@@ -446,7 +446,7 @@ def test_test_annotations_must_number_classes_as_training_does(coco: DataConfig)
         ("digits", {"classes": ["1", "2"]}, "data.classes: data.name=digits does not read it"),
         ("digits", {"test": "test.json"}, "data.test: data.name=digits does not read it"),
         ("digits", {"train_images": "there"}, "data.train_images: data.name=digits does not read it"),
-        ("voc", {"root": ".", "test_images": "there"}, r"data.test_images: data.name=voc .* JPEGImages/ of data.root"),
+        ("voc", {"root": ".", "test_images": "there"}, "data.test_images: data.name=voc .* data.images names the"),
         ("config", {"sizes": [[64, 64]]}, r"data.sizes: data.name=config .* train_dataloader.dataset.pipeline.N.scale"),
         (
             "config",
@@ -454,6 +454,11 @@ def test_test_annotations_must_number_classes_as_training_does(coco: DataConfig)
             "data.flip: .* train_dataloader.dataset.pipeline.N.prob, N the place of R",
         ),
         ("config", {"keep_empty": False}, "data.keep_empty: .* train_dataloader.dataset.filter_cfg.filter_empty_gt of"),
+        (
+            "coco",
+            {"root": ".", "annotations": "."},
+            "data.annotations: data.name=coco .* data.train and data.test name",
+        ),
         ("config", {"train": "a.json"}, "data.train: .* set train_dataloader.dataset.ann_file of .* by model.options"),
         ("config", {"test": "a.json"}, r"data.test: .* set val_dataloader.dataset.ann_file \(and val_evaluator.ann_f"),
         ("config", {"test_images": "there"}, "data.test_images: .* set val_dataloader.dataset.data_prefix of"),

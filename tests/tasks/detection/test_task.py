@@ -314,11 +314,13 @@ def test_options_give_tuples_where_mmdetection_wants_them() -> None:
         "val_dataloader.dataset.pipeline": [{"type": "LoadImageFromFile"}, *new],
         "model.neck.in_channels": [16, 32],
         "model.bbox_head.anchor_generator": {"strides": [8, 16], "ratios": [0.5, 1.0]},
+        "model.backbone.out_indices": [1, 2, 3],
         "test_dataloader.dataset.metainfo": {"classes": ["cat", "ant"]},
     }
     made = plain_config(ModelConfig(options=given))
     assert made.train_dataloader.dataset.pipeline[2].scale == (320, 240)
     assert made.val_dataloader.dataset.pipeline[1].scale == (640, 480)
+    assert made.model.backbone.out_indices == (1, 2, 3)
     assert made.model.neck.in_channels == [16, 32]
     assert made.model.bbox_head.anchor_generator.strides == [8, 16]
     assert made.test_dataloader.dataset.metainfo.classes == ["cat", "ant"]
