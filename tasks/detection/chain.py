@@ -155,6 +155,7 @@ def _check_parts(detector: BaseDetector, kind: str) -> None:
         raise ValueError(f"model.config: {kind} has neither model.bbox_head nor model.rpn_head; {SUPPORTED}")
     head = getattr(detector, name)
     if not hasattr(getattr(head, "prior_generator", None), "strides"):
+        name = "rpn_head" if isinstance(detector, RPN) else name  # as its config calls it
         raise ValueError(
             f"model.config: model.{name} of {kind} is {type(head).__name__}, which has no prior_generator with a "
             f"stride for each level; {SUPPORTED}"
