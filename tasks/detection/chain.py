@@ -23,7 +23,10 @@ from engine.network.message import Message
 from engine.utilities.text import one_line
 from tasks.detection.fake import let_fakes_pass
 
-SUPPORTED = "supported are RetinaNet, FCOS, ATSS, GFL, PAA, VFNet, Faster R-CNN and their like"
+SUPPORTED = (
+    "supported are RetinaNet, FCOS, ATSS, GFL, PAA, VFNet, TOOD, FSAF, FreeAnchor, FoveaBox, AutoAssign, Faster R-CNN "
+    "and their like"
+)
 """End of an error about a detector that is none of them."""
 EXAMPLE_SIDE = 256
 """Side of the example image in pixels; the side of every stage's map divides it."""
