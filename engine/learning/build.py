@@ -152,6 +152,11 @@ def batch_norm_name(blocks: Sequence[Block]) -> str | None:
     return None
 
 
+def remarks(blocks: Sequence[Block]) -> list[str]:
+    """What a log should say about the blocks' auxiliary networks; what several of them say only once."""
+    return list(dict.fromkeys(line for block in blocks if block.auxiliary for line in block.auxiliary.remarks))
+
+
 Attach = Callable[[Block, MakeOptimizer], None]
 """A function that gives a block its optimizer, such as ``Block.attach``."""
 

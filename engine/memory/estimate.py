@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from engine.config import Config
 from engine.learning.blocks import Blocks
 from engine.learning.build import prepare
+from engine.learning.outcome import BlockError
 from engine.memory.footprint import Footprint, count_bytes
 from engine.memory.work import Speed, WorkCounter
 from engine.network.message import Message
@@ -47,6 +48,9 @@ def estimate_step(blocks: Blocks, config: Config, message: Message, speed: Speed
     of an operator keeps other tensors, the count is that of the CPU: dropout keeps a mask of the input's type (on CUDA,
     one byte per element), and under autocast, softmax and layer normalisation stay in bf16 (on CUDA, in fp32). The loss
     scaler of fp16 is left out. With ``local.compile``, the count is that of the uncompiled network.
+
+    Raises:
+        ValueError: the task's loss cannot be computed on fake tensors.
     """
     with FakeTensorMode():
         make_fake([blocks[0].chain.model, *blocks])
@@ -56,7 +60,12 @@ def estimate_step(blocks: Blocks, config: Config, message: Message, speed: Speed
         prepare(blocks, config, torch.device("cpu"))
         message = fake_message(message)
         work = WorkCounter(speed or Speed.infinite())
-        footprint = count_bytes(blocks, config, message, beside=lambda: work)
+        try:
+            footprint = count_bytes(blocks, config, message, beside=lambda: work)
+        except BlockError as error:
+            if isinstance(error.cause, ValueError):
+                raise error.cause from None
+            raise
     # ``count_bytes`` runs at most two micro-batches.
     repeats = config.train.accumulate / min(config.train.accumulate, 2)
     return Estimate(footprint, work.seconds * repeats, [block.title for block in blocks])

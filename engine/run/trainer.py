@@ -25,7 +25,7 @@ from engine.distributed.transport import LinkError
 from engine.distributed.world import World
 from engine.learning.block import Block
 from engine.learning.blocks import Blocks
-from engine.learning.build import batch_norm_name, build_blocks, keep_only, prepare
+from engine.learning.build import batch_norm_name, build_blocks, keep_only, prepare, remarks
 from engine.learning.optimizer import rate_factor, set_rate
 from engine.learning.schedules import find_schedule
 from engine.network.shapes import evaluating
@@ -217,6 +217,8 @@ class Trainer:
                 if block.span.frozen:
                     names = ", ".join(block.span.frozen)
                     console.print(f"{names}: frozen, so no block of its own; merged into block {block.index}")
+            for line in remarks(self.all_blocks):
+                console.print(line)
             where = f"{self.world.size} ranks" if self.world.size > 1 else str(self.device)
             for line in stage_lines(self.placement) if self.world.stages > 1 else ():
                 console.print(line)

@@ -38,11 +38,13 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
 def one_line(error: object, limit: int = 0) -> str:
     """The text of an error on one line, with single spaces; a ``limit`` above 0 cuts it after so many characters.
 
+    An exception without any text, such as that of a bare ``assert``, is given by its type.
+
     Example:
         >>> one_line("no such\\n    file", limit=10)
         'no such fi'
     """
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or (type(error).__name__ if isinstance(error, BaseException) else "")
     return text[:limit] if limit else text
 
 

@@ -124,6 +124,11 @@ def _divide(model: nn.Module, x: Tensor, name: str) -> list[tuple[str, nn.Module
             chosen.append(step)
             at = step.output
         if at != last or not chosen or len({call.name for call in chosen}) < len(chosen):
+            if whole is None:
+                raise ValueError(
+                    f"model.name: {name} is not a chain of modules: {_cause(below, chosen, at)}; write your own chain "
+                    "(docs/extend.md)"
+                )
             return False
         if whole is not None and not _held([whole]) <= _held([call.module for call in chosen]):
             return False
@@ -134,12 +139,22 @@ def _divide(model: nn.Module, x: Tensor, name: str) -> list[tuple[str, nn.Module
                 done.append((call.name, call.module))
         return True
 
-    if not descend("", start, result, None):
-        reached = done[-1][0] if done else "its input"
-        raise ValueError(
-            f"model.name: {name} is not a chain of modules after {reached!r}; write your own chain (docs/extend.md)"
-        )
+    descend("", start, result, None)
     return done
+
+
+def _cause(calls: list[_Call], chain: list[_Call], end: _State) -> str:
+    """Why a chain of calls does not go on from the tensor ``end``."""
+    names = [call.name for call in chain]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        return f"module {twice!r} runs twice"
+    given = f"the output of module {names[-1]!r}" if names else "the image"
+    taker = next((call for call in calls if end in call.inputs and len(call.inputs) > 1), None)
+    if taker is not None:
+        number = taker.inputs.index(end)
+        return f"module {taker.name!r} takes {given} as argument {number} of {len(taker.inputs)} tensors"
+    return f"no module takes {given} as its only tensor, so forward_features computes with it outside of modules"
 
 
 def _outermost(call: _Call, calls: list[_Call], at: _State) -> bool:

@@ -12,15 +12,18 @@ from typing import Any
 Classes = tuple[str, ...]
 
 
-def coco_classes(file: Path, images: Path, classes: Sequence[str] = (), origin: str = "data.classes") -> Classes:
-    """Check a COCO json; return its classes in the order in which MMDetection numbers them.
+Boxes = list[list[str]]
+"""For each image the classes of its boxes."""
+
+
+def coco_classes(file: Path, images: Path) -> tuple[Classes, Boxes]:
+    """Check a COCO json; return its classes in the order in which MMDetection numbers them, and those of the boxes.
 
     Args:
         images: the folder that the file names are relative to.
-        classes: names that the file must have, in this order; ``origin`` says where they come from.
 
     Raises:
-        ValueError: the file is damaged or lists no images, an image does not exist, or the classes do not match.
+        ValueError: the file is damaged or lists no images, or an image does not exist.
     """
     content = _json(file)
     kinds = {
@@ -42,33 +45,25 @@ def coco_classes(file: Path, images: Path, classes: Sequence[str] = (), origin: 
         raise ValueError(f"{file}: it has no images")
     for image in content["images"]:
         _check_image(images / image["file_name"], file)
-    known = {image["id"] for image in content["images"]}
+    boxes: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
     names = {category["id"]: category["name"] for category in content["categories"]}
     for annotation in content["annotations"]:
         where = f"{file}: annotation {annotation['id']}"
-        if annotation["image_id"] not in known:
+        if annotation["image_id"] not in boxes:
             raise ValueError(f"{where} is of image {annotation['image_id']}, which is not among its images")
         if annotation["category_id"] not in names:
             raise ValueError(f"{where} is of category {annotation['category_id']}, which is not among its categories")
         box = annotation["bbox"]
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)):
             raise ValueError(f"{where} has bbox {box}, not [x, y, width, height]")
+        boxes[annotation["image_id"]].append(names[annotation["category_id"]])
     found = tuple(names.values())
     if len(set(found)) < len(found):
         raise ValueError(f"{file}: two of its categories have the same name")
-    if classes:
-        used = {names[annotation["category_id"]] for annotation in content["annotations"]}
-        check_classes(classes, origin, found, used, file)
-        order = [name for name in found if name in classes]
-        if order != list(classes):
-            raise ValueError(
-                f"{file}: classes of {origin} are in another order; "
-                f"MMDetection numbers them in this file's order: {', '.join(order)}"
-            )
-    return tuple(classes) or found
+    return found, list(boxes.values())
 
 
-def voc_classes(file: Path, annotations: Path, images: Path) -> set[str]:
+def voc_classes(file: Path, annotations: Path, images: Path) -> Boxes:
     """Check the XML files that a file in ImageSets/ lists; return the classes of their boxes.
 
     Args:
@@ -78,7 +73,7 @@ def voc_classes(file: Path, annotations: Path, images: Path) -> set[str]:
     Raises:
         ValueError: no images are listed, an image does not exist, or a file is missing or damaged.
     """
-    found: set[str] = set()
+    boxes: Boxes = []
     names = _text(file).splitlines()
     if not names:
         raise ValueError(f"{file}: it lists no images")
@@ -87,6 +82,7 @@ def voc_classes(file: Path, annotations: Path, images: Path) -> set[str]:
         if not xml.is_file():
             raise ValueError(f"{file}: it lists {name!r}, but there is no file {xml}")
         _check_image(images / f"{name}.jpg", xml)
+        boxes.append([])
         try:
             root = ElementTree.parse(xml).getroot()
             for path in ("size/width", "size/height") if root.find("size") is not None else ():
@@ -97,17 +93,20 @@ def voc_classes(file: Path, annotations: Path, images: Path) -> set[str]:
                 int(thing.findtext("difficult", "0"))
                 if not thing.findtext("name"):
                     raise ValueError("an object without a name")
-                found.add(thing.findtext("name", ""))
+                boxes[-1].append(thing.findtext("name", ""))
         except (ElementTree.ParseError, ValueError, OverflowError) as error:
             raise ValueError(f"{xml}: cannot be read: {error}") from error
-    return found
+    return boxes
 
 
-def check_classes(classes: Sequence[str], origin: str, found: Sequence[str], used: set[str], where: Path) -> None:
-    """Check that all ``classes`` are among those ``found``, and that they include all those ``used``.
+def check_classes(classes: Sequence[str], origin: str, found: Sequence[str], where: Path, *, ordered: bool) -> None:
+    """Check that each of ``classes``, which come from ``origin``, is among those ``found`` in a file, and only once.
+
+    Args:
+        ordered: whether they must also be in the order in which they are found.
 
     Raises:
-        ValueError: one is missing; the message names it and lists the classes that there are.
+        ValueError: they are not; the message names the class and lists those that there are.
     """
     if len(set(classes)) < len(classes):
         raise ValueError(f"{origin}: a class is listed twice: {', '.join(classes)}")
@@ -116,9 +115,30 @@ def check_classes(classes: Sequence[str], origin: str, found: Sequence[str], use
         raise ValueError(
             f"{where}: it has no class {strange[0]!r}, which {origin} names; it has: {', '.join(found) or 'none'}"
         )
-    lacking = sorted(used - set(classes))
-    if lacking:
-        raise ValueError(f"{where}: it has boxes of class {lacking[0]!r}, which {origin} lacks; add it, or remove them")
+    order = [name for name in found if name in classes]
+    if ordered and order != list(classes):
+        raise ValueError(
+            f"{where}: classes of {origin} are in another order; "
+            f"MMDetection numbers them in this file's order: {', '.join(order)}"
+        )
+
+
+def left_out(classes: Sequence[str], origin: str, boxes: Boxes, where: Path, emptied: str) -> str:
+    """What to say about boxes of other classes, which MMDetection drops; nothing if there are none.
+
+    Args:
+        emptied: what becomes of images that have no box left.
+    """
+    every = [name for own in boxes for name in own]
+    others = [name for name in every if name not in classes]
+    if not others:
+        return ""
+    empty = sum(bool(own) and not set(own) & set(classes) for own in boxes)
+    return (
+        f"{where}: {len(others)} of {len(every)} boxes are of classes that {origin} leaves out "
+        f"({', '.join(sorted(set(others)))}) and are dropped; {empty} of {len(boxes)} images have no box left and "
+        f"{emptied}"
+    )
 
 
 def _check_image(image: Path, named_by: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from mmdet.models.backbones import ResNet
+from mmdet.models.detectors import RPN, SingleStageDetector, TwoStageDetector
 from mmdet.models.detectors.base import BaseDetector
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
@@ -20,7 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from engine.network.chain import Chain, Unit, apply_to_x
 from engine.network.message import Message
 from engine.utilities.text import one_line
+from tasks.detection.fake import let_fakes_pass
 
+SUPPORTED = (
+    "supported are RetinaNet, FCOS, ATSS, GFL, PAA, VFNet, TOOD, FSAF, FreeAnchor, FoveaBox, AutoAssign, Faster R-CNN "
+    "and their like"
+)
+"""End of an error about a detector that is none of them."""
 EXAMPLE_SIDE = 256
 """Side of the example image in pixels; the side of every stage's map divides it."""
 
@@ -91,25 +98,12 @@ def detector_chain(detector: BaseDetector) -> Chain:
     The head is a unit, so that it can be cut from the neck; its computations count as part of the loss.
 
     Raises:
-        ValueError: detectors of this kind are not known to be such a chain.
+        ValueError: detectors of this kind are not known to be such a chain. The message names the module and the cause.
     """
-    backbone, kind = getattr(detector, "backbone", None), type(detector).__name__
-    if not isinstance(backbone, ResNet) or type(backbone).forward is not ResNet.forward:
-        raise ValueError(
-            f"model.config: the backbone of {kind} is {type(backbone).__name__}, not one of MMDetection's ResNets"
-        )
-    if not detector.with_neck or not (hasattr(detector, "bbox_head") or hasattr(detector, "rpn_head")):
-        raise ValueError(
-            f"model.config: {kind} is not a detector of backbone, neck and bbox_head (or rpn_head and roi_head)"
-        )
-    dense = dense_head(detector)
-    if isinstance(detector.neck, nn.Sequential) or not hasattr(getattr(dense, "prior_generator", None), "strides"):
-        raise ValueError(
-            f"model.config: {kind}'s neck is of several parts, or its {type(dense).__name__} has no anchors or points "
-            "by level; supported are RetinaNet, FCOS, ATSS, GFL, Faster R-CNN and their like"
-        )
-    if detector.with_mask:
-        raise ValueError(f"model.config: {kind} predicts masks; only boxes are supported")
+    kind = type(detector).__name__
+    _check_parts(detector, kind)
+    let_fakes_pass()
+    backbone, dense = detector.backbone, dense_head(detector)
     first = [backbone.stem] if backbone.deep_stem else [backbone.conv1, backbone.norm1, backbone.relu]
     units = [Unit("stem", nn.Sequential(*first, backbone.maxpool), stage="stem")]
     stages = [name for number, name in enumerate(backbone.res_layers) if number in backbone.out_indices]
@@ -138,6 +132,37 @@ def detector_chain(detector: BaseDetector) -> Chain:
             f"{type(dense).__name__} takes {len(strides)} of {dense.in_channels}"
         )
     return chain
+
+
+def _check_parts(detector: BaseDetector, kind: str) -> None:
+    backbone, neck = getattr(detector, "backbone", None), getattr(detector, "neck", None)
+    if not isinstance(backbone, ResNet) or type(backbone).forward is not ResNet.forward:
+        raise ValueError(
+            f"model.config: model.backbone of {kind} is {type(backbone).__name__}, which does not compute as "
+            "MMDetection's ResNet does; set model.backbone to ResNet, ResNetV1d, ResNeXt, Res2Net or ResNeSt"
+        )
+    if getattr(detector, "with_mask", False):
+        raise ValueError(f"model.config: {kind} has a mask head, but only boxes are supported; {SUPPORTED}")
+    if neck is None:
+        raise ValueError(f"model.config: {kind} has no model.neck, which makes the levels for its head; {SUPPORTED}")
+    if isinstance(neck, nn.Sequential):
+        parts = ", ".join(type(part).__name__ for part in neck)
+        raise ValueError(f"model.config: model.neck of {kind} is a list ({parts}); give one module, such as FPN")
+    if type(detector).loss not in (SingleStageDetector.loss, TwoStageDetector.loss, RPN.loss):
+        raise ValueError(
+            f"model.config: {kind} computes its loss in a way of its own (with a teacher, for example), not from the "
+            f"levels of its neck alone; {SUPPORTED}"
+        )
+    name = next((name for name in ("bbox_head", "rpn_head") if hasattr(detector, name)), None)
+    if name is None:
+        raise ValueError(f"model.config: {kind} has neither model.bbox_head nor model.rpn_head; {SUPPORTED}")
+    head = getattr(detector, name)
+    if not hasattr(getattr(head, "prior_generator", None), "strides"):
+        name = "rpn_head" if isinstance(detector, RPN) else name  # as its config calls it
+        raise ValueError(
+            f"model.config: model.{name} of {kind} is {type(head).__name__}, which has no prior_generator with a "
+            f"stride for each level; {SUPPORTED}"
+        )
 
 
 def _residual(layer: nn.Module, message: Message, *, stage: str) -> Message:

@@ -24,16 +24,20 @@ class ModelConfig:
 
 _OWN_FILES = "it makes its own; data.name=coco or voc reads files of yours"
 _OPTIONS = "set {} of the MMDetection config by model.options"
-_JPEG = "its images are in JPEGImages/ of data.root"
+_IMAGES = "data.images names the folder of its images"
 UNREAD: dict[str, dict[str, str]] = {
-    "digits": dict.fromkeys(("root", "train", "test", "train_images", "test_images", "classes"), _OWN_FILES),
-    "coco": {},
-    "voc": {"train_images": _JPEG, "test_images": _JPEG},
+    "digits": dict.fromkeys(
+        ("root", "train", "test", "train_images", "test_images", "annotations", "images", "classes"), _OWN_FILES
+    ),
+    "coco": {"annotations": "data.train and data.test name its files", "images": "use data.train_images, test_images"},
+    "voc": {"train_images": _IMAGES, "test_images": _IMAGES},
     "config": {
         "train": _OPTIONS.format("train_dataloader.dataset.ann_file"),
         "test": _OPTIONS.format("val_dataloader.dataset.ann_file (and val_evaluator.ann_file)"),
         "train_images": _OPTIONS.format("train_dataloader.dataset.data_prefix"),
         "test_images": _OPTIONS.format("val_dataloader.dataset.data_prefix"),
+        "annotations": _OPTIONS.format("train_dataloader.dataset.ann_subdir (and val_dataloader's)"),
+        "images": _OPTIONS.format("train_dataloader.dataset.img_subdir (and val_dataloader's)"),
         "sizes": _OPTIONS.format("train_dataloader.dataset.pipeline.N.scale (and val_dataloader's)"),
         "flip": _OPTIONS.format("train_dataloader.dataset.pipeline.N.prob, N the place of RandomFlip,"),
         "keep_empty": _OPTIONS.format("train_dataloader.dataset.filter_cfg.filter_empty_gt"),
@@ -66,9 +70,14 @@ class DataConfig:
     """Folder of `coco` training images in `root`; empty means train2017."""
     test_images: str = ""
     """Folder of `coco` test images in `root`; empty means val2017."""
+    annotations: str = ""
+    """Folder of the XML files of `voc` in `root`, whose names `train` and `test` list; empty means Annotations, and
+    `.` is `root` itself."""
+    images: str = ""
+    """Folder of the jpg files of `voc` in `root`; empty means JPEGImages. It may be the same as `annotations`."""
     classes: list[str] = field(default_factory=list)
-    """Names of the classes in the order of their numbers; if empty, they are taken from the annotations, and for
-    `config` from its metainfo. Not for `digits`."""
+    """Names of the classes in the order of their numbers; boxes of other classes are dropped, and the log counts them.
+    If empty, the classes are taken from the annotations, and for `config` from its metainfo. Not for `digits`."""
     sizes: list[list[int]] = field(default_factory=lambda: [[320, 320]])
     """[width, height] that images are scaled to fit into, as by mmcv's Resize. If there are several, each training
     image uses a random one (multi-scale training), and test images use the first. Not for `config`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import traceback
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmdet.datasets import XMLDataset
 from mmengine.config import Config as PlainConfig
 from mmengine.dataset import pseudo_collate
@@ -71,8 +73,11 @@ class Samples(Dataset[dict[str, Any]]):
                 except _DroppedError:
                     continue
                 except Exception as error:
-                    cause = one_line(error, 300) or type(error).__name__
-                    raise ValueError(f"cannot load image {self.info(index).get('img_path')}: {cause}") from error
+                    path, step = self.info(index).get("img_path"), _failed_step(error)
+                    told = f"cannot load image {path}"
+                    if step is not None and not isinstance(step, LoadImageFromFile):
+                        told = f"{type(step).__name__} of the pipeline fails on image {path}"
+                    raise ValueError(f"{told}: {one_line(error, 300)}") from error
         raise ValueError(
             f"{self.info(index).get('img_path')}: the config's training pipeline dropped it {TRIES} times in a row; "
             "set keep_empty=False in its FilterAnnotations, or allow_negative_crop=True in its crop"
@@ -137,6 +142,15 @@ class Samples(Dataset[dict[str, Any]]):
                 full.append(lot[:])
                 lot.clear()
         return full + [lot for lot in lying_and_upright if lot]
+
+
+def _failed_step(error: Exception) -> BaseTransform | None:
+    """The innermost step of a pipeline that ``error`` comes from."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        step = frame.f_locals.get("self")
+        found = step if isinstance(step, BaseTransform) else found
+    return found
 
 
 class _DroppedError(Exception):

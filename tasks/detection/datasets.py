@@ -12,8 +12,9 @@ from mmdet.datasets import CocoDataset, XMLDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config as PlainConfig
 
+from engine.utilities.console import console
 from engine.utilities.text import one_line
-from tasks.detection.annotations import Classes, check_classes, coco_classes, voc_classes
+from tasks.detection.annotations import Boxes, Classes, check_classes, coco_classes, left_out, voc_classes
 from tasks.detection.config import DataConfig
 from tasks.detection.digits import digits_folder, digits_on_photographs
 from tasks.detection.quiet import quiet
@@ -24,6 +25,7 @@ EVALUATORS = {"train_dataloader": "", "val_dataloader": "val_evaluator", "test_d
 """Where an MMDetection config has the metrics for each data set."""
 DRAWN = Path("data")
 """Folder to which the digits are written."""
+AS_FILTERED = "stay or are dropped as the config's filter_cfg says"
 REROOT = "data.root replaces the config's data_root"
 
 
@@ -47,6 +49,7 @@ def own_datasets(data: DataConfig, classes: Sequence[str]) -> dict[str, dict[str
             "type": "XMLDataset" if voc else "CocoDataset",
             "ann_file": str(file),
             "data_prefix": {"sub_data_root" if voc else "img": str(images)},
+            **(dict(zip(("ann_subdir", "img_subdir"), voc_folders(data), strict=True)) if voc else {}),
             "metainfo": {"classes": tuple(classes)},
             "filter_cfg": {"filter_empty_gt": not data.keep_empty},
             "pipeline": pipelines[split],
@@ -164,38 +167,65 @@ def _coco_classes(data: DataConfig) -> Classes:
     for split, (file, images) in files.items():
         _check_file(f"data.{split}", file)
         _check_folder(f"data.{split}_images", images)
-    (file, images), test = files["train"], files["test"]
-    classes = coco_classes(file, images, data.classes)
-    coco_classes(*test, classes, "data.classes" if data.classes else str(file))
-    return classes
+    read = {split: coco_classes(*files[split]) for split in LOADERS}
+    classes, origin = (data.classes, "data.classes") if data.classes else (read["train"][0], str(files["train"][0]))
+    for split, (found, boxes) in read.items():
+        file = files[split][0]
+        check_classes(classes, origin, found, file, ordered=True)
+        _say_left_out(data, split, classes, boxes, file)
+    return tuple(classes)
 
 
 def _voc_classes(data: DataConfig) -> Classes:
-    """The classes of VOC files, after checking the files."""
+    """The classes of VOC files, after checking the files; unlike COCO files, VOC files do not list their classes."""
     _check_folder("data.root", Path(data.root))
-    found: dict[Path, set[str]] = {}
     files = _files(data)
     for split, (file, _) in files.items():
         _check_file(f"data.{split}", file)
-    for file, root in files.values():
-        found[file] = voc_classes(file, root / "Annotations", root / "JPEGImages")
-    return _same_classes(found, data.classes, "data.classes")
-
-
-def _same_classes(found: dict[Path, set[str]], classes: Sequence[str], origin: str) -> Classes:
-    """``classes``, or else all classes in the annotations: unlike COCO files, VOC files do not list them."""
-    known = sorted(set().union(*found.values()))
+    read = {
+        split: voc_classes(file, *(root / own for own in voc_folders(data))) for split, (file, root) in files.items()
+    }
+    known = sorted({name for boxes in read.values() for own in boxes for name in own})
     if not known:
-        raise ValueError(f"{next(iter(found))}: none of its images has a box")
-    for file, used in found.items():
-        check_classes(classes or known, origin, known, used, file)
-    return tuple(classes or known)
+        raise ValueError(f"{files['train'][0]}: none of its images has a box")
+    classes = data.classes or known
+    for split, boxes in read.items():
+        check_classes(classes, "data.classes", known, files[split][0], ordered=False)
+        _say_left_out(data, split, classes, boxes, files[split][0])
+    return tuple(classes)
+
+
+def voc_folders(data: DataConfig) -> tuple[str, str]:
+    """The folders in ``data.root`` of the annotations and of the images of a VOC data set."""
+    return data.annotations or "Annotations", data.images or "JPEGImages"
+
+
+def _say_left_out(data: DataConfig, split: str, classes: Sequence[str], boxes: Boxes, file: Path) -> None:
+    """Print which boxes the choice of ``classes`` drops.
+
+    Raises:
+        ValueError: there are such boxes, but nobody chose: the training data merely has fewer classes.
+    """
+    stay = split == "test" or data.keep_empty
+    said = left_out(classes, "data.classes", boxes, file, "stay" if stay else "are dropped (data.keep_empty false)")
+    if said and not data.classes:
+        others = sorted({name for own in boxes for name in own} - set(classes))
+        raise ValueError(
+            f"{file}: it has boxes of class {others[0]!r}, which {_files(data)['train'][0]} lacks; give data.classes "
+            "to leave them out"
+        )
+    _print(said)
+
+
+def _print(line: str) -> None:
+    if line and os.environ.get("RANK", "0") == "0":
+        console.print(line)
 
 
 def _plain_datasets(data: DataConfig, plain: PlainConfig) -> dict[str, dict[str, Any]]:
     """The data sets of an MMDetection config, after checking annotations in the form of COCO or VOC."""
     configs: dict[str, dict[str, Any]] = {}
-    found: dict[Path, set[str]] = {}
+    found: dict[Path, Boxes] = {}
     listed: dict[Path, Classes] = {}
     for split, loader in LOADERS.items():
         if not (plain.get(loader) or {}).get("dataset"):
@@ -212,13 +242,17 @@ def _plain_datasets(data: DataConfig, plain: PlainConfig) -> dict[str, dict[str,
             if not file.is_file():
                 raise ValueError(f"model.config: {loader}: there is no file {file}; {REROOT}")
             if type(dataset).load_data_list is CocoDataset.load_data_list:
-                coco_classes(file, Path(dataset.data_prefix.get("img", "")), classes, origin)
+                names, boxes = coco_classes(file, Path(dataset.data_prefix.get("img", "")))
+                check_classes(classes, origin, names, file, ordered=True)
+                _print(left_out(classes, origin, boxes, file, AS_FILTERED))
             elif type(dataset).load_data_list is XMLDataset.load_data_list:
                 root = Path(dataset.sub_data_root)
                 found[file] = voc_classes(file, root / dataset.ann_subdir, root / dataset.img_subdir)
                 listed[file] = tuple(classes)
     for file, classes in listed.items():
-        check_classes(classes, "the class list", sorted(set().union(*found.values())), found[file], file)
+        known = sorted({name for boxes in found.values() for own in boxes for name in own})
+        check_classes(classes, "the class list", known, file, ordered=False)
+        _print(left_out(classes, "the class list", found[file], file, AS_FILTERED))
     return configs
 
 

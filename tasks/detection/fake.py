@@ -43,28 +43,30 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.utilities.text import one_line
+
 _aten = torch.ops.aten
 
 
 @contextmanager
-def keeping_values(*, fused: bool = True) -> Iterator[None]:
+def keeping_values(detector: str = "this detector", *, fused: bool = True) -> Iterator[None]:
     """A context for the loss of a detector whose activations are fake and whose ground truth is real.
 
     It must be entered inside a ``FakeTensorMode``, which from then on allows real tensors among fake ones: backward
-    runs outside this context and meets the real tensors that the loss has saved. For the same reason, mmcv's compiled
-    operators ignore fake tensors from then on.
+    runs outside this context and meets the real tensors that the loss has saved.
 
     Args:
+        detector: its kind, for the error.
         fused: count the focal loss as CUDA computes it, otherwise as a CPU does. On a CPU the one-hot labels are real
             tensors, which take 5 GiB for 16 images of 800 x 1333.
 
     Raises:
-        ValueError: the loss chooses samples by the predictions themselves, as those of YOLOX and Cascade R-CNN do.
+        ValueError: the loss needs the values of predictions, as that of YOLOX, which chooses samples by them.
     """
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     assert mode is not None, "no FakeTensorMode is active"
     mode.allow_non_fake_inputs = True
-    _let_fakes_pass()
+    let_fakes_pass()
     plain = FocalLoss.forward, BaseDenseHead.loss_and_predict
     BaseDenseHead.loss_and_predict = _loss_and_made_up_proposals
     if fused:
@@ -72,10 +74,11 @@ def keeping_values(*, fused: bool = True) -> Iterator[None]:
     try:
         with _KeepingValues():
             yield
-    except DynamicOutputShapeException as error:
+    except RuntimeError as error:
+        cause = f"{error.func}" if isinstance(error, DynamicOutputShapeException) else one_line(error, 200)
         raise ValueError(
-            f"model.config: this detector's loss picks samples by its own predictions ({error.func}), and an estimate "
-            "has none; measure its memory instead: tools/memory.py measure"
+            f"model.config: the loss of {detector} needs values of its predictions, which an estimate does not have "
+            f"({cause}); measure its memory instead: tools/memory.py measure"
         ) from error
     finally:
         FocalLoss.forward, BaseDenseHead.loss_and_predict = plain
@@ -169,14 +172,13 @@ def _made_up_proposals(sample: DetDataSample, count: int) -> Tensor:
 
 
 @functools.cache
-def _let_fakes_pass() -> None:
+def let_fakes_pass() -> None:
     """Have mmcv's compiled operators do nothing on fake tensors, in forward and, outside any context, in backward.
 
-    The operators named here write to tensors made beforehand and return nothing, so doing nothing suffices. On real
-    tensors they work as before.
+    Operators that return nothing write to tensors made beforehand, so doing nothing suffices. (pybind11 writes the
+    signature of a function into its docstring.) On real tensors they work as before.
 
-    This is done once, by the first ``keeping_values``, and for good, since backward may run at any later time. A
-    process that makes no estimate, such as a training run, has mmcv unchanged.
+    This is done once, before a detector's shapes are inferred, and for good, since backward may run at any later time.
     """
 
     def passing(operator: Callable[..., None]) -> Callable[..., None]:
@@ -187,9 +189,7 @@ def _let_fakes_pass() -> None:
 
         return call
 
-    for name in (
-        *("sigmoid_focal_loss_forward", "sigmoid_focal_loss_backward", "roi_align_forward", "roi_align_backward"),
-        *("deform_conv_forward", "deform_conv_backward_input", "deform_conv_backward_parameters"),
-        *("modulated_deform_conv_forward", "modulated_deform_conv_backward"),
-    ):
-        setattr(_ext, name, passing(getattr(_ext, name)))
+    for name, operator in list(vars(_ext).items()):
+        signature = (getattr(operator, "__doc__", None) or "").strip().partition("\n")[0]
+        if callable(operator) and signature.endswith("-> None"):
+            setattr(_ext, name, passing(operator))

@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
+from engine.learning.build import remarks
 from engine.run.log import block_table
 from engine.utilities.size import MIB
 from tasks.detection.wrapper import LocalModel
@@ -37,6 +38,8 @@ class LocalHook(Hook):
             if block.span.frozen:
                 names = ", ".join(block.span.frozen)
                 runner.logger.info(f"{names}: frozen, so no block of its own; merged into block {block.index}")
+        for line in remarks(model.blocks):
+            runner.logger.info(line)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         model = _local_model(runner)

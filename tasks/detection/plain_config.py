@@ -37,7 +37,7 @@ def plain_config(model: ModelConfig) -> Config:
     if not isinstance(config.get("model"), dict):
         raise ValueError(f"model.config: {path} has no `model`")
     for key, value in model.options.items():
-        _check_option(config, key)
+        value = _with_tuples(value, _replaced(config, key), "pipeline" in key.split("."))
         try:
             config.merge_from_dict({key: value})
         except Exception as error:
@@ -45,13 +45,37 @@ def plain_config(model: ModelConfig) -> Config:
     return config
 
 
-def _check_option(config: Config, key: str) -> None:
-    """Check that the section of an option exists: merging would create an empty one for a misspelt name."""
+def _with_tuples(value: Any, before: Any, pipeline: bool) -> Any:
+    """``value``, which YAML can only give as lists, with tuples where MMDetection wants them.
+
+    A list becomes a tuple if it replaces one, or if it is a pair of whole numbers in a ``pipeline``, which is a size.
+
+    Args:
+        before: what the config has in its place.
+        pipeline: whether ``value`` is part of a pipeline.
+    """
+    if isinstance(value, dict):
+        known = before if isinstance(before, Mapping) and value.get("type") in (None, before.get("type")) else {}
+        return {key: _with_tuples(item, known.get(key), pipeline or key == "pipeline") for key, item in value.items()}
+    if not isinstance(value, list):
+        return value
+    others = before if isinstance(before, list | tuple) else ()
+    same = [others[number] if number < len(others) else None for number in range(len(value))]
+    items = [_with_tuples(item, other, pipeline) for item, other in zip(value, same, strict=True)]
+    size = pipeline and len(value) == 2 and all(type(item) is int for item in value)
+    return tuple(items) if size or isinstance(before, tuple) else items
+
+
+def _replaced(config: Config, key: str) -> Any:
+    """What an option replaces, or None.
+
+    Raises:
+        ValueError: the section of the option does not exist; merging would create an empty one for a misspelt name.
+    """
     at: Any = config
-    *sections, _ = key.split(".")
+    *sections, last = key.split(".")
     for section in sections:
-        if isinstance(at, list | tuple):
-            at = {str(number): value for number, value in enumerate(at)}
+        at = _numbered(at)
         known = list(at) if isinstance(at, Mapping | Config) else []
         if section not in known:
             hint = did_you_mean(section, map(str, known))
@@ -60,6 +84,17 @@ def _check_option(config: Config, key: str) -> None:
                 "own detector; --model.options {} drops them)"
             )
         at = at[section]
+    at = _numbered(at)
+    return at.get(last) if isinstance(at, Mapping | Config) else None
+
+
+def _numbered(at: Any) -> Any:
+    """A list as a mapping from numbers, as they stand in a dotted key."""
+    return {str(number): value for number, value in enumerate(at)} if isinstance(at, list | tuple) else at
+
+
+INITIAL = ("pretrained", "teacher_ckpt")
+"""Keys of a model config, besides ``init_cfg``, that name a file with initial weights."""
 
 
 def without_downloads(model: Any) -> None:
@@ -68,16 +103,21 @@ def without_downloads(model: Any) -> None:
         for item in model:
             without_downloads(item)
     elif isinstance(model, dict):
-        if isinstance(model.get("init_cfg"), dict) and model["init_cfg"].get("type") == "Pretrained":
+        initial = model.get("init_cfg")
+        # Some backbones (PVT, Swin) read the checkpoint themselves, and need no ``type`` for that.
+        if isinstance(initial, dict) and (initial.get("type") == "Pretrained" or "checkpoint" in initial):
             model["init_cfg"] = None
+        for key in INITIAL:
+            if isinstance(model.get(key), str):
+                model[key] = None
         for value in model.values():
             without_downloads(value)
 
 
 def set_classes(model: ConfigDict, count: int) -> None:
-    """Set ``num_classes`` of every head in an MMDetection model config; a region proposal network has none."""
+    """Set ``num_classes`` of every box head in an MMDetection model config; a region proposal network has none."""
     for key, value in model.items():
-        if key in ("bbox_head", "mask_head"):
+        if key == "bbox_head":
             for head in value if isinstance(value, list) else [value]:
                 head.num_classes = count
         elif key == "roi_head":

@@ -14,7 +14,8 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.utils import dist_utils, register_all_modules
 from mmengine.config import Config as PlainConfig
-from mmengine.logging import MMLogger
+from mmengine.config import ConfigDict
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.runner.checkpoint import get_torch_safe_globals
 from torch import Tensor, nn
@@ -72,6 +73,8 @@ class Detection(Task):
         MMLogger.get_instance("mmengine").setLevel("WARNING")  # it logs for every tensor how it was initialised
         super().__init__(config)
         self._samples: tuple[Samples, Samples] | None = None
+        self._fits = False
+        """Whether a chain was made of the detector."""
 
     @cached_property
     def plain(self) -> PlainConfig:
@@ -92,6 +95,10 @@ class Detection(Task):
         """Training and test data, opened when they are first needed."""
         if self._samples is None:
             data = self.config.data
+            if not self._fits:  # whoever has a large data set should not wait for it to learn that the detector is none
+                model = plain_config(self.config.model).model
+                without_downloads(model)
+                _chain_of(model)
             # Not self.plain: its heads depend on the number of classes, which the data determines.
             plain = plain_config(self.config.model) if data.name == "config" else None
             train, test = load_samples(data, plain, self.config.train.seed)
@@ -123,29 +130,27 @@ class Detection(Task):
         model, config = copy.deepcopy(self.plain.model), self.config.model
         if not (initial and config.pretrained):
             without_downloads(model)
+        with seeded(self.config.train.seed, "model"):
+            chain = _chain_of(model)
         if initial and not config.pretrained and not config.weights:
-            _check_learns(model.get("backbone") or {})
-        try:
-            with seeded(self.config.train.seed, "model"):
-                detector = MODELS.build(model)
-                detector.init_weights()
-        except Exception as error:
-            raise ValueError(f"model.config: {model.get('type')}: {one_line(error, 300)}") from error
-        # The engine synchronises BatchNorm between replicas; SyncBatchNorm itself would wait for every rank.
-        chain = detector_chain(revert_sync_batchnorm(detector).train())
+            _check_learns(model.backbone)
         if initial and config.weights:
-            load_weights(detector, Path(config.weights), [*get_torch_safe_globals(), bytes])
+            load_weights(chain.model, Path(config.weights), [*get_torch_safe_globals(), bytes])
+        self._fits = True
         return chain
 
     def loss(self, prediction: Prediction, targets: Targets) -> Tensor:
         if not isinstance(prediction.levels[0], FakeTensor):
             return self._loss(prediction, targets)
-        with keeping_values(fused=self.config.train.device != "cpu"):
+        with keeping_values(type(prediction.detector).__name__, fused=self.config.train.device != "cpu"):
             return self._loss(prediction, _made_up(targets))
 
     def _loss(self, prediction: Prediction, targets: Targets) -> Tensor:
         """The sum of MMDetection's losses, as it computes it; ``named`` keeps each loss by its name."""
         loss: Tensor
+        # As MMEngine's loop does for its hooks: TOOD's assigner changes after some epochs.
+        for epoch in {meta["epoch"] for meta in targets["meta"] if "epoch" in meta}:
+            MessageHub.get_current_instance().update_info("epoch", epoch)
         with recomputed(prediction.detector) if recomputes() else nullcontext(), _among(self.group):
             loss, named = prediction.detector.parse_losses(prediction.losses(samples_of(targets)))
         self.named = {name: value.detach() for name, value in named.items()}
@@ -179,6 +184,7 @@ class Detection(Task):
             "pad_shape": tuple(padded),
             "batch_input_shape": tuple(padded),
             "scale_factor": (1.0, 1.0),
+            "epoch": 0,
         }
         with seeded(self.config.train.seed, "example"):
             images = torch.randn(count, 3, *padded)
@@ -216,6 +222,8 @@ class Detection(Task):
                 # The whole micro-batch is padded before a part is taken, so that the padding does not depend on the
                 # part.
                 whole = data_preprocess(self.preprocessor, items[at : at + size], True)
+                for meta in whole.targets["meta"]:
+                    meta["epoch"] = epoch
                 messages.append(_part(whole, part.of(size)))
                 at += size
             yield messages
@@ -232,6 +240,23 @@ class Detection(Task):
         """What MMDetection's ``init_detector`` loads; writes the plain config beside it, with the suffix .py."""
         write_config(self.plain, self.config.data, self.classes, target)
         return {"state_dict": dict(state), "meta": {"dataset_meta": {"classes": tuple(self.classes)}}}
+
+
+def _chain_of(model: ConfigDict) -> Chain:
+    """The chain of the detector that MMDetection builds from a ``model`` config.
+
+    Raises:
+        ValueError: the detector cannot be built, or is no chain.
+    """
+    try:
+        detector = MODELS.build(model)
+        detector.init_weights()
+    except Exception as error:
+        raise ValueError(f"model.config: {model.get('type')}: {one_line(error, 300)}") from error
+    # The engine synchronises BatchNorm between replicas; SyncBatchNorm itself would wait for every rank.
+    detector = revert_sync_batchnorm(detector)
+    detector.train()  # those with a teacher return nothing
+    return detector_chain(detector)
 
 
 def _check_learns(backbone: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 
-from engine.learning.build import build_blocks
+from engine.learning.build import build_blocks, remarks
 from engine.network.message import Message
 from engine.run.checkpoint import Division
 from engine.utilities.files import replaced
@@ -125,6 +125,8 @@ class LocalSRModel(SRModel):
             self.optimizers.append(block.optimizer)
             added = sum(parameter.numel() for parameter in block.auxiliary.parameters()) if block.auxiliary else 0
             logger.info(f"Block {block.index}: {block.title}; {added:,d} parameters in its auxiliary network.")
+        for line in remarks(self.blocks):
+            logger.info(line)
         chain.check()
 
     def _check_patch(self) -> None:

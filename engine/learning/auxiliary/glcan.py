@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,9 @@ from engine.network.chain import Chain, Unit
 from engine.network.cut import Span
 from engine.network.layout import as_map, is_nchw
 from engine.network.message import Message
-from engine.network.shapes import changes
+from engine.network.shapes import changes, infer_shapes
 from engine.task import Task
-from engine.utilities.text import described
+from engine.utilities.text import described, one_line
 
 
 @register("glcan")
@@ -48,7 +49,8 @@ class GLCAN(AuxiliaryNetwork):
             block itself has, so that a small block gets a small auxiliary network. The remaining stages are those after
             the stage in which the block ends; for a block that ends in the last stage, the rest of that stage.
         width: factor on the channels of these units; 1 keeps the backbone's width. Any other value puts a 1x1
-            convolution in front, and then the units may contain only convolutions and normalisations.
+            convolution in front. A unit that cannot be thinned, because it contains more than convolutions and
+            normalisations, keeps the backbone's width, and the log says so.
         reduce: the local part works at 1/``reduce`` of the block's resolution in each direction, which divides its time
             and memory by ``reduce`` squared. Layouts other than ``NCHW`` keep their resolution.
         use_bank: whether there is a global part, that is, the bank and the maps of earlier blocks that travel in the
@@ -85,14 +87,15 @@ class GLCAN(AuxiliaryNetwork):
             )
         output = chain.shapes()[span.stop - 1]
         units = [unit.copy() for unit in remaining_units(chain, span, depth)]
-        narrow: nn.Module = nn.Identity()
-        if width != 1 and units:
-            units = [replace(unit, module=thin(unit.module, width, unit.name)) for unit in units]
-            channels = as_map(output.x, chain.layout).shape[1]
-            narrow = nn.Conv2d(channels, max(1, round(channels * width)), 1, bias=False)
         spatial = is_nchw(output.x, chain.layout) and min(output.x.shape[-2:]) >= 2 * reduce and bool(units)
-        network = cls(units, narrow, reduce if spatial else 1, use_bank)
+        reduce = reduce if spatial else 1
+        narrow: nn.Module = nn.Identity()
+        remarks: tuple[str, ...] = ()
         try:
+            if width != 1 and units:
+                units, narrow, remarks = thinned_units(chain, units, output, width, reduce)
+            network = cls(units, narrow, reduce, use_bank)
+            network.remarks = remarks
             features, network.copied = changes(network.local, output, [network])
         except Exception as error:  # the units' own code may raise anything
             names = ", ".join(unit.name for unit in units)
@@ -125,6 +128,66 @@ class GLCAN(AuxiliaryNetwork):
         for unit, module in zip(self.local_units, self.local_modules, strict=True):
             message = unit.forward(module, message)
         return message
+
+
+def thinned_units(
+    chain: Chain, units: Sequence[Unit], output: Message, width: float, reduce: int
+) -> tuple[list[Unit], nn.Module, tuple[str, ...]]:
+    """Thin ``units``, each for the output of the one before; those that cannot be thinned keep their width.
+
+    Whether a unit works when it is thinned shows when it runs (on fake tensors): a layer may be thinned, and the module
+    around it still split its channels into as many as before. Where the width changes between two units, a 1x1
+    convolution stands before the second.
+
+    Returns:
+        The units, the convolution in front of them, and a remark on each unit that keeps its width.
+    """
+    message = output if reduce == 1 else output.with_x(F.avg_pool2d(output.x, reduce))
+    width_before = as_map(output.x, chain.layout).shape[1]  # in the backbone
+    fitted: list[tuple[nn.Module, Unit]] = []
+    remarks: list[str] = []
+
+    def fit(unit: Unit, channels: int) -> Message:
+        actual = as_map(message.x, chain.layout).shape[1]
+        adapter = nn.Identity() if actual == channels else nn.Conv2d(actual, channels, 1, bias=False)
+        after = infer_shapes(lambda given: unit(given.with_x(adapter(given.x))), message, [adapter, unit.module])
+        fitted.append((adapter, unit))
+        return after
+
+    # All units before any convolution between them, which keeps the order of random draws independent of the latter.
+    for unit, thinned in [(unit, _thinned(unit, width)) for unit in units]:
+        try:
+            if isinstance(thinned, ValueError):
+                raise thinned
+            message = fit(thinned, max(1, round(width_before * width)))
+        except Exception as error:
+            remarks.append(
+                f"local.auxiliary: width={width} cannot thin unit {unit.name!r}, which stays at full width in GLCAN's "
+                f"local part: {one_line(error, 200)}"
+            )
+            message = fit(chain.units[chain.index(unit.name)].copy(), width_before)
+        width_before = as_map(chain.shapes()[chain.index(unit.name)].x, chain.layout).shape[1]
+    (narrow, first), *others = fitted
+    return [first, *(_behind(adapter, unit) for adapter, unit in others)], narrow, tuple(remarks)
+
+
+def _thinned(unit: Unit, width: float) -> Unit | ValueError:
+    try:
+        return replace(unit, module=thin(unit.module, width))
+    except ValueError as error:
+        return error
+
+
+def _behind(adapter: nn.Module, unit: Unit) -> Unit:
+    """``unit`` with a convolution in front of it."""
+    if isinstance(adapter, nn.Identity):
+        return unit
+
+    def forward(pair: nn.Module, message: Message) -> Message:
+        first, second = pair.children()
+        return unit.forward(second, message.with_x(first(message.x)))
+
+    return replace(unit, module=nn.ModuleList([adapter, unit.module]), forward=forward)
 
 
 def remaining_units(chain: Chain, span: Span, depth: int) -> list[Unit]:

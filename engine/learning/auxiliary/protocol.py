@@ -30,6 +30,8 @@ class AuxiliaryNetwork(nn.Module, ABC):
 
     uses_bank: bool = False
     """Whether ``forward`` reads the bank. Blocks add key features to the bank only if a later block reads it."""
+    remarks: tuple[str, ...] = ()
+    """What the log of a run should say once about how ``build`` made the network, such as a compromise."""
 
     @classmethod
     @abstractmethod

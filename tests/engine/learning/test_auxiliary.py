@@ -2,12 +2,16 @@ import pytest
 import torch
 from torch import nn
 
+from engine.config import Config, LocalConfig
 from engine.learning.auxiliary import AuxiliaryNetwork, build_auxiliary
 from engine.learning.auxiliary.glcan import remaining_units
 from engine.learning.auxiliary.thin import thin
+from engine.learning.build import build_blocks, remarks
 from engine.network.bank import FeatureBank
+from engine.network.chain import Chain, Unit
 from engine.network.cut import Span, cut_by_count
 from engine.network.layout import as_map
+from engine.network.message import Message
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.resnet import resnet_chain
 from tasks.classification.task import Classification
@@ -29,8 +33,6 @@ def build(spec: object, blocks: int = 4, block: int = 1, depth: int = 20, size: 
 
 
 def run(chain, span: Span, auxiliary: AuxiliaryNetwork, blocks: int = 4) -> torch.Tensor:
-    from engine.network.message import Message
-
     message, bank, task = Message({"x": torch.randn(3, 3, 32, 32)}), FeatureBank(), classification()
     for earlier in cut_by_count(chain, blocks)[: span.index + 1]:
         for unit in earlier.units(chain):
@@ -109,24 +111,80 @@ def test_glcan_width_thins_and_still_fits() -> None:
 
 
 def test_thin_keeps_groups_and_refuses_what_it_does_not_know() -> None:
-    grouped = thin(nn.Conv2d(64, 64, 3, padding=1, groups=8), 0.5, "u")
+    grouped = thin(nn.Conv2d(64, 64, 3, padding=1, groups=8), 0.5)
     assert (grouped.in_channels, grouped.groups) == (32, 4)
-    depthwise = thin(nn.Conv2d(64, 64, 3, padding=1, groups=64), 0.25, "u")
+    depthwise = thin(nn.Conv2d(64, 64, 3, padding=1, groups=64), 0.25)
     assert (depthwise.in_channels, depthwise.groups) == (16, 16)
-    block = nn.Sequential(nn.Conv2d(8, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 8, 1))
-    assert thin(block, 2.0, "u")(torch.randn(1, 16, 2, 2)).shape == (1, 16, 2, 2)
-
-    class Same(nn.Conv2d):
-        """More than its base class: replacing it by that would change what it computes."""
-
-    with pytest.raises(ValueError, match="cannot thin Same '' of unit 'u'"):
-        thin(Same(8, 8, 3), 0.5, "u")
-    with pytest.raises(ValueError, match="cannot thin Conv2d .* of unit 'u' .*groups"):
-        thin(nn.Conv2d(24, 24, 3, groups=2), 0.45, "u")
+    block = nn.Sequential(nn.Conv2d(8, 16, 1), nn.GroupNorm(4, 16), nn.PReLU(), nn.Conv2d(16, 8, 1))
+    assert thin(block, 2.0)(torch.randn(1, 16, 2, 2)).shape == (1, 16, 2, 2)
+    with pytest.raises(ValueError, match="^Conv2d: 11 to 11 channels are not divisible by groups 0"):
+        thin(nn.Conv2d(24, 24, 3, groups=2), 0.45)
     module = nn.Module()
     module.attention = nn.MultiheadAttention(8, 2)
-    with pytest.raises(ValueError, match=r"width=0.5 cannot thin MultiheadAttention 'attention' of unit 'layer7'"):
-        thin(module, 0.5, "layer7")
+    with pytest.raises(ValueError, match="^MultiheadAttention 'attention': neither a convolution nor a normalisation"):
+        thin(module, 0.5)
+
+
+class Standardised(nn.Conv2d):
+    """More than its base class, which it must stay: its weights are standardised, as those of mmcv's ConvWS2d."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize("kind", [Standardised, nn.ConvTranspose2d])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_thin_goes_by_what_a_convolution_has_not_by_its_class(kind: type[nn.Conv2d], groups: int) -> None:
+    layer = thin(kind(16, 32, 3, padding=1, groups=groups), 0.5)
+    assert type(layer) is kind
+    assert layer(torch.randn(2, 8, 5, 5)).shape == (2, 16, 5, 5)
+    assert layer.weight.std() > 0
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.SyncBatchNorm(16), nn.InstanceNorm2d(16), nn.BatchNorm2d(16, affine=False), nn.GroupNorm(4, 16)]
+)
+def test_thin_goes_by_what_a_normalisation_has_not_by_its_class(layer: nn.Module) -> None:
+    kind, own = type(layer), {name: tuple(value.shape) for name, value in layer.state_dict().items()}
+    thinned = thin(layer, 0.5)
+    assert type(thinned) is kind
+    assert {key: tuple(value.shape) for key, value in thinned.state_dict().items()} == {
+        key: (8,) if shape else () for key, shape in own.items()
+    }
+    assert thinned.eval()(torch.randn(2, 8, 3, 3)).shape == (2, 8, 3, 3)
+
+
+class Splitting(nn.Module):
+    """Thin layers in a module that still counts on its own number of channels, as Res2Net's does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.convolution = channels, nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.convolution(x).split([self.channels // 2, self.channels // 2], 1)
+        return torch.cat([second, first], 1)
+
+
+def test_a_unit_that_cannot_be_thinned_keeps_its_width_and_says_so() -> None:
+    modules = [nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), Splitting(16), nn.Conv2d(16, 16, 1)]
+    units = [Unit(f"unit{number}", module, stage=str(number)) for number, module in enumerate(modules)]
+    model = nn.Sequential(*modules)
+    chain = Chain(model, units, Unit("head", nn.Identity()), Message({"x": torch.zeros(2, 3, 8, 8)}))
+    task, spec = classification(), {"type": "glcan", "width": 0.5, "reduce": 2}
+    network = build_auxiliary(spec, chain, Span(0, 2, 0, 1), FeatureBank(), task, seed=0)
+    assert network(Message({"x": torch.randn(2, 16, 8, 8)}), FeatureBank()).shape == (2, 10)
+    assert network.narrow.weight.shape == (8, 16, 1, 1)
+    halves, (between, whole), (again, last) = network.local_modules
+    assert halves.weight.shape == (8, 8, 1, 1)
+    assert between.weight.shape == (16, 8, 1, 1)
+    assert whole.convolution.weight.shape == (16, 16, 1, 1)
+    assert again.weight.shape == (8, 16, 1, 1)
+    assert last.weight.shape == (8, 8, 1, 1)
+    (said,) = network.remarks
+    assert said.startswith("local.auxiliary: width=0.5 cannot thin unit 'unit2', which stays at full width in GLCAN's")
+    blocks = build_blocks(chain, Config(task="", local=LocalConfig(blocks=4, auxiliary=spec)), task)
+    assert remarks(blocks) == [said], "once, though two blocks have the unit"
 
 
 def test_dgl_is_pool_convolutions_and_three_layers() -> None:

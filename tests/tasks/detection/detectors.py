@@ -31,11 +31,15 @@ HEIGHT, WIDTH = 128, 160
 SMALL = "tasks/detection/configs/smoke.yaml"
 
 
-def build_detector(name: str, classes: int = 5) -> tuple[BaseDetector, Any]:
-    """An MMDetection detector in training mode, its backbone narrow and at random, and its ``model`` config."""
+def build_detector(name: str, classes: int = 5, **backbone: Any) -> tuple[BaseDetector, Any]:
+    """An MMDetection detector in training mode, its backbone narrow and at random, and its ``model`` config.
+
+    Args:
+        backbone: changes to the config of the backbone.
+    """
     register_all_modules()
     model = plain_config(ModelConfig(config=CONFIGS[name])).model
-    model.backbone.update(init_cfg=None, base_channels=16, stem_channels=16)
+    model.backbone.update(init_cfg=None, base_channels=16, stem_channels=16, **backbone)
     widest = 8 if model.backbone.depth == 18 else 32
     model.neck.in_channels = [2 * widest * 2**stage for stage in range(4)]
     set_classes(model, classes)

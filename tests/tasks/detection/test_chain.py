@@ -70,15 +70,23 @@ def test_units_are_stem_residual_blocks_neck_and_head() -> None:
     assert set(shapes[9].features) == {"x", "levels"}, "maps end at the neck"
 
 
-def test_what_is_no_such_chain_is_refused_by_name() -> None:
+def test_what_is_no_such_chain_is_refused_by_module_and_cause() -> None:
+    def refused(said: str) -> None:
+        with pytest.raises(ValueError, match=f"^model.config: {said}") as caught:
+            detector_chain(detector)
+        assert "\n" not in str(caught.value)
+
     detector, _ = build_detector("retinanet")
-    detector.backbone = MODELS.build({"type": "mmdet.MobileNetV2"})
-    with pytest.raises(ValueError, match="the backbone of RetinaNet is MobileNetV2"):
-        detector_chain(detector)
-    detector, _ = build_detector("retinanet")
+    detector.bbox_head.prior_generator = None
+    refused(
+        "model.bbox_head of RetinaNet is RetinaHead, which has no prior_generator with a stride for each level; supp"
+    )
+    detector.neck = nn.Sequential(detector.neck, nn.Identity())
+    refused(r"model.neck of RetinaNet is a list \(FPN, Identity\); give one module, such as FPN")
     del detector.neck
-    with pytest.raises(ValueError, match="RetinaNet is not a detector of backbone, neck"):
-        detector_chain(detector)
+    refused("RetinaNet has no model.neck, which makes the levels for its head; supported are RetinaNet, ")
+    detector.backbone = MODELS.build({"type": "mmdet.MobileNetV2"})
+    refused("model.backbone of RetinaNet is MobileNetV2, which does not compute as MMDetection's ResNet does; set ")
 
 
 @pytest.mark.parametrize("boxes", [(0, 1), (0, 0)])

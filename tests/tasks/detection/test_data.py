@@ -375,13 +375,59 @@ def test_class_lists_must_match(coco: DataConfig, voc: DataConfig) -> None:
             load_samples(config, None, 0)
 
     refused(coco, ["cat", "ant", "dog"], r"all.json: it has no class 'dog', which data.classes names; it has: cat, ant")
-    refused(coco, ["cat"], r"all.json: it has boxes of class 'ant', which data.classes lacks")
     refused(coco, ["ant", "cat"], r"in another order; MMDetection numbers them in this file's order: cat, ant")
     refused(voc, ["RBC", "WBC", "dog"], r"train.txt: it has no class 'dog', which data.classes names; .* RBC, WBC")
-    refused(voc, ["WBC"], r"train.txt: it has boxes of class 'RBC', which data.classes lacks")
     refused(voc, ["WBC", "RBC", "WBC"], r"data.classes: a class is listed twice")
     voc.classes = ["WBC", "RBC"]
     assert load_samples(voc, None, 0)[0][0, 0]["data_samples"].gt_instances.labels.tolist() == [1, 0]
+
+
+def test_fewer_classes_than_the_files_have(
+    coco: DataConfig, voc: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Boxes of other classes are dropped, in training and evaluation, and counted."""
+    coco.classes = ["ant"]
+    train, test = load_samples(coco, None, 0)
+    assert (len(train), len(test), train.classes) == (7, 7, ["ant"])
+    assert [len(train.info(index)["instances"]) for index in range(7)] == [1] * 6 + [0]
+    assert {instance["bbox_label"] for instance in train.info(0)["instances"]} == {0}
+    said = " ".join(capsys.readouterr().out.split())
+    told = "all.json: 6 of 12 boxes are of classes that data.classes leaves out (cat) and are dropped; 0 of 7 images"
+    assert said.count(told) == 2
+
+    voc.classes = ["WBC"]
+    train, test = load_samples(voc, None, 0)
+    assert [len(train.info(index)["instances"]) for index in range(4)] == [1, 0, 1, 0]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "train.txt: 8 of 10 boxes are of classes that data.classes leaves out (RBC) and are dropped; " in said
+    assert "2 of 4 images have no box left and stay" in said
+    voc.keep_empty = False
+    assert [len(split) for split in load_samples(voc, None, 0)] == [2, 2]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 of 4 images have no box left and are dropped (data.keep_empty false)" in said
+    assert "0 of 2 images have no box left and stay" in said
+
+
+def test_xml_files_beside_their_images(voc: DataConfig) -> None:
+    root, plain = Path(voc.root), load_samples(voc, None, 0)[0]
+    wanted = [plain[0, index] for index in range(4)]
+    for file in [*root.glob("*/*.xml"), *root.glob("*/*.jpg")]:
+        file.rename(root / file.name)
+    with pytest.raises(ValueError, match=r"there is no file .*Annotations/a.xml"):
+        load_samples(voc, None, 0)
+    voc.annotations = voc.images = "."
+    flat = load_samples(voc, None, 0)[0]
+    found = [flat[0, index] for index in range(4)]
+    assert all(torch.equal(one["inputs"], other["inputs"]) for one, other in zip(found, wanted, strict=True))
+    boxes = [[item["data_samples"].gt_instances.bboxes.tensor.tolist() for item in items] for items in (found, wanted)]
+    assert boxes[0] == boxes[1]
+
+
+def test_a_step_that_fails_is_named_in_place_of_the_image(coco: DataConfig) -> None:
+    config = DataConfig("config", root=coco.root)
+    made = plain(coco, [{"type": "Resize", "scale": [96, 64], "keep_ratio": True}])
+    with pytest.raises(ValueError, match=r"^Resize of the pipeline fails on image .*0.png: Scale must be"):
+        load_samples(config, made, 0)[0][0, 0]
 
 
 def test_test_annotations_must_number_classes_as_training_does(coco: DataConfig) -> None:
@@ -400,7 +446,7 @@ def test_test_annotations_must_number_classes_as_training_does(coco: DataConfig)
         ("digits", {"classes": ["1", "2"]}, "data.classes: data.name=digits does not read it"),
         ("digits", {"test": "test.json"}, "data.test: data.name=digits does not read it"),
         ("digits", {"train_images": "there"}, "data.train_images: data.name=digits does not read it"),
-        ("voc", {"root": ".", "test_images": "there"}, r"data.test_images: data.name=voc .* JPEGImages/ of data.root"),
+        ("voc", {"root": ".", "test_images": "there"}, "data.test_images: data.name=voc .* data.images names the"),
         ("config", {"sizes": [[64, 64]]}, r"data.sizes: data.name=config .* train_dataloader.dataset.pipeline.N.scale"),
         (
             "config",
@@ -408,6 +454,11 @@ def test_test_annotations_must_number_classes_as_training_does(coco: DataConfig)
             "data.flip: .* train_dataloader.dataset.pipeline.N.prob, N the place of R",
         ),
         ("config", {"keep_empty": False}, "data.keep_empty: .* train_dataloader.dataset.filter_cfg.filter_empty_gt of"),
+        (
+            "coco",
+            {"root": ".", "annotations": "."},
+            "data.annotations: data.name=coco .* data.train and data.test name",
+        ),
         ("config", {"train": "a.json"}, "data.train: .* set train_dataloader.dataset.ann_file of .* by model.options"),
         ("config", {"test": "a.json"}, r"data.test: .* set val_dataloader.dataset.ann_file \(and val_evaluator.ann_f"),
         ("config", {"test_images": "there"}, "data.test_images: .* set val_dataloader.dataset.data_prefix of"),

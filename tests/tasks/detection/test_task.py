@@ -21,9 +21,9 @@ from engine.network.shapes import shapes_of
 from engine.run.trainer import Trainer
 from engine.utilities.batches import Part
 from tasks.detection import digits
-from tasks.detection.config import DetectionConfig
+from tasks.detection.config import DetectionConfig, ModelConfig
 from tasks.detection.digits import digits_on_photographs
-from tasks.detection.plain_config import without_downloads
+from tasks.detection.plain_config import plain_config, without_downloads
 from tasks.detection.targets import samples_of
 from tasks.detection.task import Detection, _resized_to
 from tests import runs
@@ -248,8 +248,11 @@ def test_a_plan_finds_a_cut_for_a_budget(tmp_path: Path) -> None:
         (("--model.options", options(bbox_head__type="RetinaHed")), "RetinaHed is not in the"),
         (("--model.options", options(neck__out_channels=32)), "levels of 32 channels, its RetinaHead takes 5 of 64"),
         (("--model.options", options(neck__in_channels=[16, 32, 64, 64])), "RetinaNet's parts do not fit"),
-        (("--model.config", "dyhead/atss_r50-caffe_fpn_dyhead_1x_coco.py", *FROM_SCRATCH), "neck is of several parts"),
-        (("--model.config", "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", *FROM_SCRATCH), "predicts masks"),
+        (
+            ("--model.config", "dyhead/atss_r50-caffe_fpn_dyhead_1x_coco.py", *FROM_SCRATCH),
+            r"is a list \(FPN, DyHead\)",
+        ),
+        (("--model.config", "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", *FROM_SCRATCH), "MaskRCNN has a mask head"),
         (("--local.auxiliary", "dgl"), "'dgl' is not for detection; known: glcan, greedy, levels"),
         (("--model.weights", "nowhere.pth"), "model.weights: no such file: nowhere.pth"),
     ],
@@ -285,10 +288,42 @@ def test_the_example_holds_every_batch_of_several_sizes() -> None:
 
 
 def test_without_pretrained_nothing_is_downloaded() -> None:
-    there = {"type": "Pretrained", "checkpoint": "https://nowhere"}
-    model = {"init_cfg": there, "roi_head": {"shared_head": {"init_cfg": there}, "heads": [{"init_cfg": there}]}}
+    there, bare = {"type": "Pretrained", "checkpoint": "https://nowhere"}, {"checkpoint": "https://nowhere"}
+    model = {"init_cfg": there, "roi_head": {"shared_head": {"init_cfg": bare}, "heads": [{"init_cfg": there}]}}
+    model |= {"teacher_ckpt": "https://nowhere", "neck": {"rfp_backbone": {"pretrained": "torchvision://nowhere"}}}
     kept = {"init_cfg": {"type": "Normal"}}
     without_downloads(model)
     without_downloads(kept)
-    assert "Pretrained" not in str(model)
+    assert "nowhere" not in str(model)
     assert kept == {"init_cfg": {"type": "Normal"}}
+
+
+def test_the_detector_is_refused_before_its_data_are_read(tmp_path: Path) -> None:
+    data = ("--data.name", "coco", "--data.root", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="MaskRCNN has a mask head"):
+        _build("--model.config", "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", *FROM_SCRATCH, *data)
+    with pytest.raises(ValueError, match="data.root: there is no folder"):
+        _build(*data)
+
+
+def test_options_give_tuples_where_mmdetection_wants_them() -> None:
+    """YAML has only lists."""
+    new = [
+        {"type": "RandomResize", "scale": [640, 480], "ratio_range": [0.5, 2.0]},
+        {"type": "RandomFlip", "prob": 0.5},
+    ]
+    given: dict[str, Any] = {
+        "train_dataloader.dataset.pipeline.2.scale": [320, 240],
+        "val_dataloader.dataset.pipeline": [{"type": "LoadImageFromFile"}, *new],
+        "model.neck.in_channels": [16, 32],
+        "model.bbox_head.anchor_generator": {"strides": [8, 16], "ratios": [0.5, 1.0]},
+        "model.backbone.out_indices": [1, 2, 3],
+        "test_dataloader.dataset.metainfo": {"classes": ["cat", "ant"]},
+    }
+    made = plain_config(ModelConfig(options=given))
+    assert made.train_dataloader.dataset.pipeline[2].scale == (320, 240)
+    assert made.val_dataloader.dataset.pipeline[1].scale == (640, 480)
+    assert made.model.backbone.out_indices == (1, 2, 3)
+    assert made.model.neck.in_channels == [16, 32]
+    assert made.model.bbox_head.anchor_generator.strides == [8, 16]
+    assert made.test_dataloader.dataset.metainfo.classes == ["cat", "ant"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from engine.learning.auxiliary import build_auxiliary, known_families
 from engine.network.bank import FeatureBank
@@ -61,8 +62,9 @@ def test_thinner_local_parts() -> None:
     assert half.local_modules[0].conv1.weight.shape[:2] == (4, 4)
     assert half.head.skip.weight.shape[:2] == (4, 8), "the early map is brought to as many channels"
     swinir, spec = network_chain(small_network("SwinIR")), {"type": "glcan", "width": 0.5}
-    with pytest.raises(ValueError, match="width=0.5 cannot thin LayerNorm"):
-        build_auxiliary(spec, swinir, Span(0, 2, 0, 2), FeatureBank(), Upscaling(2, "own"), 0)
+    whole = build_auxiliary(spec, swinir, Span(0, 2, 0, 2), FeatureBank(), Upscaling(2, "own"), 0)
+    assert all("stays at full width in GLCAN's local part" in said for said in whole.remarks)
+    assert isinstance(whole.narrow, nn.Identity)
 
 
 def test_other_resolutions_and_families_are_refused() -> None:
