@@ -123,8 +123,8 @@ def detector_chain(detector: BaseDetector) -> Chain:
     chain = Chain(detector, units, prediction, Message({"x": torch.zeros(2, 3, EXAMPLE_SIDE, EXAMPLE_SIDE)}))
     try:
         levels = chain.shapes()[-1].features["levels"]
-    except RuntimeError as error:
-        raise ValueError(f"model.config: {kind}'s parts do not fit: {one_line(error, 300)}") from error
+    except ValueError as error:
+        raise ValueError(f"model.config: {kind}'s parts do not fit: {error}") from error
     strides = dense.prior_generator.strides
     if len(levels) != len(strides) or levels[0].shape[1] != dense.in_channels:
         raise ValueError(

@@ -24,8 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.network.chain import Chain, Unit
 from engine.network.message import Message
-from engine.network.shapes import infer_shapes
-from engine.utilities.text import one_line
 from tasks.super_resolution.network import side_multiple
 
 EXAMPLE_SIDE = 48
@@ -63,20 +61,18 @@ def network_chain(network: nn.Module, tail_parts: int = 1) -> Chain:
     multiple = side_multiple(network)
     side = -(-EXAMPLE_SIDE // multiple) * multiple
     example = Message({"x": torch.zeros(2, 3, side, side)})
+    units, tail = builders[kind](network)
+    chain = Chain(network, units, Unit("tail", Tail(tail, tail_parts), _finish), example)
     try:
-        units, tail = builders[kind](network)
-        chain = Chain(network, units, Unit("tail", Tail(tail, tail_parts), _finish), example)
         chain.shapes()
-    except RuntimeError as error:
-        cause = one_line(error, 300)
-        raise ValueError(f"{kind.__name__} does not take images (3, {side}, {side}): {cause}") from error
+    except ValueError as error:
+        raise ValueError(f"{kind.__name__} does not take images (3, {side}, {side}): {error}") from error
     return chain
 
 
 def enlargement(chain: Chain) -> int:
     """How many times larger the output of the chain's network is than its input."""
-    output = infer_shapes(chain.head, chain.shapes()[-1], [chain.head.module])
-    return output.x.shape[-1] // chain.example.x.shape[-1]
+    return int(chain.prediction().shape[-1] // chain.example.x.shape[-1])
 
 
 class Tail(nn.Module):
