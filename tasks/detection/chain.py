@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.network.chain import Chain, Unit, apply_to_x
 from engine.network.message import Message
-from engine.utilities.text import one_line
 from tasks.detection.fake import let_fakes_pass
 
 SUPPORTED = (
