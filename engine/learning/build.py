@@ -46,11 +46,10 @@ def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = B
         make: the class of the blocks.
 
     Raises:
-        ValueError: a schedule, cut, auxiliary network or option is unknown or does not fit, a unit fails on the chain's
-            example, or batches lack a feature of that example. The message names it.
+        ValueError: a schedule, cut, auxiliary network or option is unknown or does not fit, or a unit fails on the
+            chain's example. The message names it.
     """
     find_schedule(config.local.schedule)
-    _check_example(chain, task)
     local, spans = config.local, cut(chain, config.local)
     if local.recompute == "units":
         _check_recomputable(chain, spans)
@@ -91,7 +90,7 @@ def build_blocks(chain: Chain, config: Config, task: Task, make: type[Block] = B
     return Blocks(blocks)
 
 
-def _check_example(chain: Chain, task: Task) -> None:
+def check_example(chain: Chain, task: Task) -> None:
     """Check that batches have every feature that the chain's units were tried on.
 
     Raises:
@@ -120,7 +119,9 @@ def _check_recomputable(chain: Chain, spans: Sequence[Span]) -> None:
 
 def fresh_blocks(config: Config, task: Task) -> Blocks:
     """The blocks of a new network without loaded weights, to be timed or measured and then dropped."""
-    return build_blocks(task.build_chain(initial=False), config, task)
+    chain = task.build_chain(initial=False)
+    check_example(chain, task)
+    return build_blocks(chain, config, task)
 
 
 def _check_shared(name: str, local: LocalConfig) -> None:

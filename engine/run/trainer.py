@@ -25,7 +25,7 @@ from engine.distributed.transport import LinkError
 from engine.distributed.world import World
 from engine.learning.block import Block
 from engine.learning.blocks import Blocks
-from engine.learning.build import batch_norm_name, build_blocks, keep_only, prepare, remarks
+from engine.learning.build import batch_norm_name, build_blocks, check_example, keep_only, prepare, remarks
 from engine.learning.optimizer import rate_factor, set_rate
 from engine.learning.schedules import find_schedule
 from engine.network.shapes import evaluating
@@ -64,6 +64,7 @@ class Trainer:
         make_schedule = find_schedule(config.local.schedule)  # an unknown name is refused before any weights are read
         with world.one_of_a_host_first():
             self.chain = task.build_chain()
+            check_example(self.chain, task)
             self.all_blocks = build_blocks(self.chain, config, task)
             _check_batch(self.all_blocks, task, config.placement)
             self.steps_per_epoch = task.steps_per_epoch()

@@ -125,7 +125,7 @@ BAD_INPUT = [
     ("memory", ["guess"], "what: 'guess' is none of estimate, measure, compare"),
     ("memory", ["estimat"], "what: 'estimat' is none of estimate, measure, compare; did you mean 'estimate'?"),
     ("memory", ["measure", "--step", "3"], "unknown option --step, did you mean --steps?"),
-    ("plan", ["--memory", "-5GiB"], "--memory: '-5GiB' is no size; write a number above 0"),
+    ("plan", ["--memory", "-5GiB"], "--memory: '-5GiB' is not a size; write a number above 0"),
     ("plan", ["--memry", "5GiB"], "unknown option --memry, did you mean --memory?"),
     ("plan", ["--memory"], "--memory: no value given"),
     ("plan", [], "one of the arguments --memory --ranks is required"),

@@ -142,7 +142,9 @@ def thinned_units(
     Returns:
         The units, the convolution in front of them, and a remark on each unit that keeps its width.
     """
-    message = output if reduce == 1 else output.with_x(F.avg_pool2d(output.x, reduce))
+    message = (
+        infer_shapes(lambda given: given.with_x(F.avg_pool2d(given.x, reduce)), output, []) if reduce > 1 else output
+    )
     width_before = as_map(output.x, chain.layout).shape[1]  # in the backbone
     fitted: list[tuple[nn.Module, Unit]] = []
     remarks: list[str] = []
