@@ -28,9 +28,15 @@ class TaskEntry:
     task: str
 
     def build(self, config: Config) -> Any:
-        """The task of a config."""
+        """The task of a config.
+
+        Raises:
+            ValueError: the task lacks a method, or refuses the config.
+        """
         module, _, name = self.task.partition(":")
-        return getattr(importlib.import_module(module), name)(config)
+        task = getattr(importlib.import_module(module), name)(config)
+        task.check_complete()
+        return task
 
 
 def find_task(name: str) -> TaskEntry:

@@ -278,7 +278,7 @@ class Trainer:
             return
         assert self._metrics is not None
         self._metrics.save(self.folder / "evaluation" / f"step_{self.position.step}")
-        self._values, self._metrics = self._metrics.compute(), None
+        self._values, self._metrics = self.task.checked(self._metrics.compute()), None
         log.write(self.position.step, {"epoch": self.position.epoch, **self._values})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self._values.items())
         console.print(f"epoch {self.position.epoch}, step {self.position.step}: test {shown}")

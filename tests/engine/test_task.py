@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from engine.config import Config
 from engine.network.message import Message
 from engine.task import Metrics, Task, evaluate
 from engine.utilities.batches import Part
+from tasks import TaskEntry
 
 
 class Numbers(Dataset[tuple[int, int]]):
@@ -99,6 +102,43 @@ def test_defaults() -> None:
     assert made.write_export(Path("x")) is None
     assert made.painter(None, None) is None  # type: ignore[arg-type]
     assert made.export({"w": torch.ones(1)}, Path("x")) == {"w": torch.ones(1)}
+
+
+def test_a_metric_that_is_not_computed_is_named() -> None:
+    made = task()
+    made.metric = "mse"
+    said = "`Squares.metric` is 'mse', but metrics() gives largest; set `metric` to one of these"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        evaluate(made, lambda message: message.targets)
+
+
+class Nothing(Task):
+    """Lacks everything."""
+
+
+class Batched(Task):
+    """Makes batches of its own, but does not say how many."""
+
+    name, metric = "batched", "error"
+    build_chain = loss = auxiliary_head = example = metrics = batches = test_batches = Squares.metrics  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("made", "lacks"),
+    [
+        (
+            Nothing,
+            "name, metric, build_chain(), loss(), auxiliary_head(), example(), metrics(), training_data(), "
+            "test_data(), message()",
+        ),
+        (Squares, "build_chain(), auxiliary_head(), example()"),
+        (Batched, "training_data() (or steps_per_epoch(), smallest_batch())"),
+    ],
+)
+def test_a_task_that_lacks_something_is_refused_when_it_is_loaded(made: type[Task], lacks: str) -> None:
+    said = f"the task {made.__name__} lacks {lacks}; docs/extend.md"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        TaskEntry(Config, f"{__name__}:{made.__name__}").build(Config())
 
 
 def test_what_is_left_out_is_named() -> None:

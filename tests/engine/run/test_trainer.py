@@ -67,6 +67,14 @@ def test_speed_and_memory_are_in_the_metrics_and_in_plain_lines_without_a_termin
         assert re.fullmatch(wanted + r"0:00:\d\d", line), line
 
 
+def test_a_metric_that_is_not_computed_ends_the_run_at_the_first_evaluation(tmp_path: Path) -> None:
+    task = Toy()
+    task.metric = "mse"
+    with pytest.raises(ValueError, match="`Toy.metric` is 'mse', but metrics\\(\\) gives error; set `metric` to one"):
+        trainer(tmp_path, task).fit()
+    assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 1, "after one epoch"
+
+
 def test_samples_per_second_count_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, counted = trainer(tmp_path, train__log_every=1), []
     monkeypatch.setattr(made._pace, "step", counted.append)
