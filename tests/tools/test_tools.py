@@ -32,6 +32,9 @@ def test_train_evaluate_export_under_torchrun(tmp_path: Path) -> None:
     assert found["accuracy"] == summary["value"]
     assert f"accuracy {summary['value']:.4f}" in evaluated.stdout
 
+    refused = call("--run", "runs/r", "--out", "m.onnx", tool="export", cwd=tmp_path)
+    assert_refused(refused, "--out: m.onnx does not end in .safetensors, nor for torch.load in .pth, .pt, .bin, .ckpt")
+    assert not (tmp_path / "m.onnx").exists()
     exported = call("--run", "runs/r", "--out", "m.pth", tool="export", cwd=tmp_path)
     assert exported.returncode == 0, exported.stderr
     from tasks.classification.resnet import ResNet
