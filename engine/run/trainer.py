@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import socket
 import time
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ class Trainer:
         # Only the main rank chooses: the others would find its new folder in use.
         self.folder = world.from_main(run_folder(config, world.job) if world.main else Path())
         self._new = not self.folder.exists()  # another job may make it before this one does (see ``claim``)
+        self._made = False
         saved = self._saved()
         shared = self.chain.shared.name if self.chain.shared else ""
         self.placement = place(config, task, world, len(self.all_blocks), shared)
@@ -159,18 +161,24 @@ class Trainer:
             with suppress(Exception):  # the first error is the one to raise
                 self.writer.wait()
             with suppress(Exception):
-                self._leave_nothing_half(log)
+                self._leave_nothing_half(log, error)
             raise
         finally:
             if log is not None:
                 log.close()
 
-    def _leave_nothing_half(self, log: RunLog | None) -> None:
-        """After an error, remove a checkpoint that is not complete, and write what the log still holds."""
+    def _leave_nothing_half(self, log: RunLog | None, error: Exception) -> None:
+        """After an error, remove a checkpoint that is not complete, and write what the log still holds.
+
+        A start that a user's error ended before the first step leaves no folder, so the next one gets the same name.
+        """
         if self.world.main:
             clean(self.folder / "checkpoints")
         if log is not None:
             log.close()
+        started = self.position.step > self._first_step or newest_checkpoint(self.folder / "checkpoints")
+        if self._made and not started and isinstance(error, ValueError):
+            shutil.rmtree(self.folder)
 
     def _finish(self) -> dict[str, Any]:
         """Write ``summary.json`` and the report of the ranks; return the summary."""
@@ -203,7 +211,7 @@ class Trainer:
         """
         local = self.config.local
         if self.world.main and self._new:
-            self.folder = claim(self.folder, self.config)
+            self.folder, self._made = claim(self.folder, self.config), True
         folder = self.folder = self.world.from_main(self.folder)
         if self.world.main:
             clean(folder / "checkpoints")
