@@ -211,52 +211,51 @@ class Task:
         """
         return None
 
-    def check_complete(self) -> None:
-        """Check that the author has written everything that has no default.
-
-        Raises:
-            ValueError: something is missing. The message names all of it.
-        """
-        left = [name for name in ("name", "metric") if not hasattr(self, name)]
-        always = ("build_chain", "loss", "auxiliary_head", "example", "metrics")
-        left += [f"{method}()" for method in always if not self._has(method)]
-        # What the default methods read the training data for.
-        reading = (
-            ["batches"] if self._has("batching") else ["steps_per_epoch", "smallest_batch", "batches", "test_batches"]
-        )
-        without = [f"{method}()" for method in reading if not self._has(method)]
-        if without and not self._has("training_data"):
-            instead = f" (or {', '.join(without)})" if len(without) < len(reading) else ""
-            left.append(f"training_data(){instead}")
-        if not self._has("test_data") and not self._has("test_batches"):
-            left.append("test_data()")
-        if not self._has("message") and not (self._has("batches") and self._has("test_batches")):
-            left.append("message()")
-        if left:
-            raise ValueError(
-                f"the task {type(self).__name__} lacks {', '.join(left)}; docs/extend.md, "
-                '"Every hook of a task", says what each gives'
-            )
-
-    def _has(self, method: str) -> bool:
-        """Whether the author has written ``method``."""
-        return method in vars(self) or getattr(type(self), method) is not getattr(Task, method)
-
-    def checked(self, values: dict[str, float]) -> dict[str, float]:
-        """The figures that ``metrics`` computed, if ``metric`` is among them.
-
-        Raises:
-            ValueError: it is not.
-        """
-        if self.metric not in values:
-            raise ValueError(
-                f"`{type(self).__name__}.metric` is {self.metric!r}, but metrics() gives "
-                f"{', '.join(values) or 'nothing'}; set `metric` to one of these"
-            )
-        return values
-
     def _missing(self, method: str) -> NoReturn:
         raise NotImplementedError(f"the task {type(self).__name__} must implement {method}(); see engine.task.Task")
+
+
+def check_complete(task: Task) -> None:
+    """Check that the author of ``task`` has written everything that has no default.
+
+    Raises:
+        ValueError: something is missing. The message names all of it.
+    """
+
+    def has(method: str) -> bool:
+        return method in vars(task) or getattr(type(task), method) is not getattr(Task, method)
+
+    left = [name for name in ("name", "metric") if not hasattr(task, name)]
+    always = ("build_chain", "loss", "auxiliary_head", "example", "metrics")
+    left += [f"{method}()" for method in always if not has(method)]
+    # The default methods that read the training data.
+    reading = ["batches"] if has("batching") else ["steps_per_epoch", "smallest_batch", "batches", "test_batches"]
+    without = [f"{method}()" for method in reading if not has(method)]
+    if without and not has("training_data"):
+        instead = f" (or {', '.join(without)})" if len(without) < len(reading) else ""
+        left.append(f"training_data(){instead}")
+    if not has("test_data") and not has("test_batches"):
+        left.append("test_data()")
+    if not has("message") and not (has("batches") and has("test_batches")):
+        left.append("message()")
+    if left:
+        raise ValueError(
+            f"the task {type(task).__name__} lacks {', '.join(left)}; docs/extend.md, "
+            '"Every hook of a task", says what each gives'
+        )
+
+
+def check_metric(task: Task, values: Mapping[str, float]) -> None:
+    """Check that the task's metric is among the figures that ``metrics`` computed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if task.metric not in values:
+        raise ValueError(
+            f"`{type(task).__name__}.metric` is {task.metric!r}, but metrics() gives {', '.join(values) or 'nothing'}; "
+            "set `metric` to one of these"
+        )
 
 
 def evaluate(task: Task, predict: Callable[[Message], Any], folder: Path | None = None) -> dict[str, float]:
@@ -270,4 +269,6 @@ def evaluate(task: Task, predict: Callable[[Message], Any], folder: Path | None 
         metrics.update(predict(message), message.targets)
     if folder is not None:
         metrics.save(folder)
-    return task.checked(metrics.compute())
+    values = metrics.compute()
+    check_metric(task, values)
+    return values

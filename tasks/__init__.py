@@ -33,9 +33,11 @@ class TaskEntry:
         Raises:
             ValueError: the task lacks a method, or refuses the config.
         """
+        from engine.task import check_complete  # here, because it imports torch
+
         module, _, name = self.task.partition(":")
         task = getattr(importlib.import_module(module), name)(config)
-        task.check_complete()
+        check_complete(task)
         return task
 
 

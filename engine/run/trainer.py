@@ -38,7 +38,7 @@ from engine.run.losses import Losses
 from engine.run.resume import Saved
 from engine.run.save import Checkpoint, CheckpointWriter, infinite_buffers
 from engine.run.summary import summarise
-from engine.task import Metrics, Task
+from engine.task import Metrics, Task, check_metric
 from engine.utilities.console import console
 from engine.utilities.device import deterministic, reset_peak, resident_bytes
 from engine.utilities.files import WriteError, write_text
@@ -286,7 +286,8 @@ class Trainer:
             return
         assert self._metrics is not None
         self._metrics.save(self.folder / "evaluation" / f"step_{self.position.step}")
-        self._values, self._metrics = self.task.checked(self._metrics.compute()), None
+        self._values, self._metrics = self._metrics.compute(), None
+        check_metric(self.task, self._values)
         log.write(self.position.step, {"epoch": self.position.epoch, **self._values})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self._values.items())
         console.print(f"epoch {self.position.epoch}, step {self.position.step}: test {shown}")

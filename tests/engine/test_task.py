@@ -88,6 +88,28 @@ def test_what_the_config_has_is_read() -> None:
     assert samples(task(workers=1), 0) == samples(task(), 0), "whoever loads them"
 
 
+class Ordinary(Dataset[int]):
+    """Indexed by a number alone, as most data sets are."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        return list(range(10))[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_is_not_indexed_by_epoch_is_told_so(workers: int) -> None:
+    made = task(workers=workers)
+    made.training_data = Ordinary  # type: ignore[assignment,method-assign]
+    said = (
+        "Ordinary fails on its first batch: TypeError: list indices must be integers or slices, not tuple; "
+        "training_data() and test_data() are indexed by (epoch, index), see docs/extend.md"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        next(made.batches(0, 0))
+
+
 def test_evaluation_in_micro_batches_no_larger_than_trainings(tmp_path: Path) -> None:
     made = task()
     assert [message.batch for message in made.test_batches()] == [2, 2, 2, 2, 2]
