@@ -215,11 +215,60 @@ class Task:
         raise NotImplementedError(f"the task {type(self).__name__} must implement {method}(); see engine.task.Task")
 
 
+def check_complete(task: Task) -> None:
+    """Check that the author of ``task`` has written everything that has no default.
+
+    Raises:
+        ValueError: something is missing. The message names all of it.
+    """
+
+    def has(method: str) -> bool:
+        return method in vars(task) or getattr(type(task), method) is not getattr(Task, method)
+
+    left = [name for name in ("name", "metric") if not hasattr(task, name)]
+    always = ("build_chain", "loss", "auxiliary_head", "example", "metrics")
+    left += [f"{method}()" for method in always if not has(method)]
+    # The default methods that read the training data.
+    reading = ["batches"] if has("batching") else ["steps_per_epoch", "smallest_batch", "batches", "test_batches"]
+    without = [f"{method}()" for method in reading if not has(method)]
+    if without and not has("training_data"):
+        instead = f" (or {', '.join(without)})" if len(without) < len(reading) else ""
+        left.append(f"training_data(){instead}")
+    if not has("test_data") and not has("test_batches"):
+        left.append("test_data()")
+    if not has("message") and not (has("batches") and has("test_batches")):
+        left.append("message()")
+    if left:
+        raise ValueError(
+            f"the task {type(task).__name__} lacks {', '.join(left)}; docs/extend.md, "
+            '"Every hook of a task", says what each gives'
+        )
+
+
+def check_metric(task: Task, values: Mapping[str, float]) -> None:
+    """Check that the task's metric is among the figures that ``metrics`` computed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if task.metric not in values:
+        raise ValueError(
+            f"`{type(task).__name__}.metric` is {task.metric!r}, but metrics() gives {', '.join(values) or 'nothing'}; "
+            "set `metric` to one of these"
+        )
+
+
 def evaluate(task: Task, predict: Callable[[Message], Any], folder: Path | None = None) -> dict[str, float]:
-    """Evaluate ``predict`` on the task's test data; return the figures, and save pictures, if any, to ``folder``."""
+    """Evaluate ``predict`` on the task's test data; return the figures, and save pictures, if any, to ``folder``.
+
+    Raises:
+        ValueError: the task's metric is not among the figures.
+    """
     metrics = task.metrics()
     for message in task.test_batches():
         metrics.update(predict(message), message.targets)
     if folder is not None:
         metrics.save(folder)
-    return metrics.compute()
+    values = metrics.compute()
+    check_metric(task, values)
+    return values

@@ -28,19 +28,30 @@ class TaskEntry:
     task: str
 
     def build(self, config: Config) -> Any:
-        """The task of a config."""
+        """The task of a config.
+
+        Raises:
+            ValueError: the task lacks a method, or refuses the config.
+        """
+        from engine.task import check_complete  # here, because it imports torch
+
         module, _, name = self.task.partition(":")
-        return getattr(importlib.import_module(module), name)(config)
+        task = getattr(importlib.import_module(module), name)(config)
+        check_complete(task)
+        return task
 
 
 def find_task(name: str) -> TaskEntry:
     """The task in the folder ``tasks/<name>``; those of several methods are one level down (``style_transfer/scin``).
 
     Raises:
-        ValueError: there is no such task; the message names the nearest known one.
+        ValueError: there is no such task (the message names the nearest known one), or its folder has no ``configs``.
     """
     root = Path(__file__).parent
     known = sorted(folder.parent.relative_to(root).as_posix() for folder in root.glob("**/configs"))
+    family = any(other.startswith(f"{name}/") for other in known)
+    if name and name not in known and not family and (root / name / "__init__.py").is_file():
+        raise ValueError(f"task: tasks/{name} has no configs/ folder, by which tasks are found")
     if name not in known:
         raise ValueError(f"task: {none_of(name, known)}")
     entry: TaskEntry = importlib.import_module(f"tasks.{name.replace('/', '.')}").TASK

@@ -164,7 +164,9 @@ def check_overrides_of_run(name: str, argv: list[str]) -> None:
     """Of a run that exists only on the page, the config is the one of its name."""
     configs = [*ROOT.glob(f"tasks/*/configs/{name}.yaml"), *ROOT.glob(f"tasks/*/*/configs/{name}.yaml")]
     if not configs:
-        assert name in ("NAME", "OTHER", "tiny", "lora") or any(name in path for path in saved("docs/extend.md")), name
+        assert name in ("NAME", "OTHER", "last", "tiny", "lora") or any(
+            name in path for path in saved("docs/extend.md")
+        ), name
         return
     known = hints(find_task(task_name(["--config", str(configs[0])])).config)
     for word in argv:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from engine.config import Config
 from engine.learning.build import fresh_blocks
+from engine.learning.outcome import BlockError
 from engine.memory.estimate import Estimate, estimate_step
 from engine.memory.work import Speed
-from engine.network.shapes import shapes_of
+from engine.network.shapes import shapes_of, trial
 from engine.task import Task
 from engine.utilities.options import words
+from engine.utilities.text import one_line
 
 Load = Callable[[Sequence[str]], tuple[Config, Task]]
 """A function that makes a config and its task from a command line, such as ``tasks.load``."""
@@ -86,7 +88,15 @@ def local_variant(config: Config, auxiliary: str, blocks: int, *, recompute: boo
 
 
 def estimate_variant(variant: Variant, argv: Sequence[str], load: Load, speed: Speed | None = None) -> Estimate:
-    """The estimate of a step of the variant, on fake tensors."""
+    """The estimate of a step of the variant, on fake tensors.
+
+    Raises:
+        ValueError: a block fails on the message of the task's ``example``.
+    """
     config, task = load(variant.words(argv))
     blocks = fresh_blocks(config, task)
-    return estimate_step(blocks, config, shapes_of(task.example), speed)
+    try:
+        with trial([]):  # nothing is printed beside the error
+            return estimate_step(blocks, config, shapes_of(task.example), speed)
+    except BlockError as error:
+        raise ValueError(f"on the message of example(): {one_line(error)}") from error

@@ -98,8 +98,8 @@ class Chain:
         shared_names: names of the features that ``shared`` adds.
 
     Raises:
-        ValueError: two units have the same name, or a parameter or buffer is in no unit or in several units, or has no
-            shape yet (in a lazy module). The message names it.
+        ValueError: an argument is of another type, two units have the same name, or a parameter or buffer is in no unit
+            or in several units, or has no shape yet (in a lazy module). The message names it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -119,6 +119,7 @@ class Chain:
         shared: Unit | None = None,
         shared_names: Sequence[str] = (),
     ) -> None:
+        _check_types(model, units, head, example, shared)
         if layout not in LAYOUTS:
             raise ValueError(f"layout: {none_of(layout, LAYOUTS)}")
         self.model, self.units, self.head, self.example, self.layout = model, list(units), head, example, layout
@@ -237,6 +238,21 @@ def _described(message: Message) -> str:
         return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
     return ", ".join(f"{name} {shape(value)}" for name, value in message.features.items())
+
+
+def _check_types(model: object, units: object, head: object, example: object, shared: object) -> None:
+    if not isinstance(units, list | tuple):
+        raise ValueError(f"Chain: units must be a list of Unit, got {type(units).__name__}")
+    members = {f"units[{number}]": unit for number, unit in enumerate(units)}
+    wanted: dict[type, dict[str, object]] = {
+        nn.Module: {"model": model},
+        Unit: {**members, "head": head, **({} if shared is None else {"shared": shared})},
+        Message: {"example": example},
+    }
+    for kind, arguments in wanted.items():
+        for name, value in arguments.items():
+            if not isinstance(value, kind):
+                raise ValueError(f"Chain: {name} must be a {kind.__name__}, got {type(value).__name__}")
 
 
 def _check_exact(model: nn.Module, units: Sequence[Unit]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import socket
 import time
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from engine.run.losses import Losses
 from engine.run.resume import Saved
 from engine.run.save import Checkpoint, CheckpointWriter, infinite_buffers
 from engine.run.summary import summarise
-from engine.task import Metrics, Task
+from engine.task import Metrics, Task, check_metric
 from engine.utilities.console import console
 from engine.utilities.device import deterministic, reset_peak, resident_bytes
 from engine.utilities.files import WriteError, write_text
@@ -73,6 +74,7 @@ class Trainer:
         # Only the main rank chooses: the others would find its new folder in use.
         self.folder = world.from_main(run_folder(config, world.job) if world.main else Path())
         self._new = not self.folder.exists()  # another job may make it before this one does (see ``claim``)
+        self._made = False
         saved = self._saved()
         shared = self.chain.shared.name if self.chain.shared else ""
         self.placement = place(config, task, world, len(self.all_blocks), shared)
@@ -160,18 +162,24 @@ class Trainer:
             with suppress(Exception):  # the first error is the one to raise
                 self.writer.wait()
             with suppress(Exception):
-                self._leave_nothing_half(log)
+                self._leave_nothing_half(log, error)
             raise
         finally:
             if log is not None:
                 log.close()
 
-    def _leave_nothing_half(self, log: RunLog | None) -> None:
-        """After an error, remove a checkpoint that is not complete, and write what the log still holds."""
+    def _leave_nothing_half(self, log: RunLog | None, error: Exception) -> None:
+        """After an error, remove a checkpoint that is not complete, and write what the log still holds.
+
+        A start that a user's error ended before the first step leaves no folder, so the next one gets the same name.
+        """
         if self.world.main:
             clean(self.folder / "checkpoints")
         if log is not None:
             log.close()
+        started = self.position.step > self._first_step or newest_checkpoint(self.folder / "checkpoints")
+        if self._made and not started and isinstance(error, ValueError):
+            shutil.rmtree(self.folder)
 
     def _finish(self) -> dict[str, Any]:
         """Write ``summary.json`` and the report of the ranks; return the summary."""
@@ -204,7 +212,7 @@ class Trainer:
         """
         local = self.config.local
         if self.world.main and self._new:
-            self.folder = claim(self.folder, self.config)
+            self.folder, self._made = claim(self.folder, self.config), True
         folder = self.folder = self.world.from_main(self.folder)
         if self.world.main:
             clean(folder / "checkpoints")
@@ -282,6 +290,7 @@ class Trainer:
         assert self._metrics is not None
         self._metrics.save(self.folder / "evaluation" / f"step_{self.position.step}")
         self._values, self._metrics = self._metrics.compute(), None
+        check_metric(self.task, self._values)
         log.write(self.position.step, {"epoch": self.position.epoch, **self._values})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self._values.items())
         console.print(f"epoch {self.position.epoch}, step {self.position.step}: test {shown}")

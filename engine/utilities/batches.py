@@ -116,7 +116,8 @@ def load_batches(
         workers: processes that load; 0 loads in this process.
 
     Raises:
-        ValueError: the data set raised one; the message is that of the cause.
+        ValueError: the data set raised one (the message is that of the cause), or fails on its first sample in a way
+            that a data set indexed otherwise does.
     """
     order = list(range(batches.count))
     if shuffle is not None:
@@ -134,13 +135,26 @@ def load_batches(
         generator=torch.Generator(),  # otherwise DataLoader draws a seed from the global generator, which training uses
         worker_init_fn=_own_session,
     )
-    loaded = iter(loader)
+    loaded, first = iter(loader), True
     try:
         for batch_parts in parts:
-            yield [next(loaded) for _ in batch_parts]
+            batch = [next(loaded) for _ in batch_parts]
+            first = False
+            yield batch
     except ValueError as error:
-        # DataLoader puts the traceback of a worker process into the message; its last line is the cause.
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        raise ValueError(_cause(error)) from error
+    except (IndexError, KeyError, TypeError) as error:
+        if not first:
+            raise
+        raise ValueError(
+            f"{type(dataset).__name__} fails on its first batch: {type(error).__name__}: {_cause(error)}; "
+            "training_data() and test_data() are indexed by (epoch, index), see docs/extend.md"
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    """DataLoader puts the traceback of a worker process into the message; its last line is the cause."""
+    return ["", *str(error).strip().splitlines()][-1].removeprefix(f"{type(error).__name__}: ")
 
 
 def _own_session(worker: int) -> None:

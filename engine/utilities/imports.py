@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.utilities.text import one_line
+from engine.utilities.text import nearest, one_line
 
 
 def import_named(name: str, key: str) -> Any:
@@ -24,7 +24,12 @@ def import_named(name: str, key: str) -> Any:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # at the end, so that a user's file cannot hide an installed module
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
+        if attribute and not hasattr(found, attribute):
+            close = nearest(attribute, [name for name in vars(found) if not name.startswith("_")])
+            suggestion = f"; did you mean '{module}:{close}'?" if close else ""
+            raise ImportError(f"module {module!r} has no {attribute!r}{suggestion}")
+        return getattr(found, attribute)
     except Exception as error:  # the module may raise anything
         kind = "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
         raise ValueError(f"{key}: cannot import {name!r} (looked in {here} too): {kind}{one_line(error)}") from error

@@ -29,6 +29,8 @@ class Levels(AuxiliaryNetwork):
     before it make a local FPN, and each level learns the objects of the sizes that it is responsible for.
     """
 
+    uses_bank = False
+
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
@@ -94,7 +95,7 @@ class DetectionMetrics(Metrics):
         if not self._any:
             names = [name for metric in self._metrics for name in _figures(metric)]
             return dict.fromkeys(["mAP", *names], 0.0)
-        figures: dict[str, float] = {}
+        figures = {"mAP": math.nan}  # without ground truth it has no value
         for metric in self._metrics:
             # ``metric.evaluate`` would wait for all ranks, but those of a pipeline are busy with other things.
             with _unseen():
@@ -104,7 +105,7 @@ class DetectionMetrics(Metrics):
                 name = f"mAP_{name[2:]}" if name.startswith("AP") and name[2:].isdigit() else name
                 if value >= 0:  # -1 and nan stand for no value
                     figures[name] = float(value)
-        return {name: figures[name] for name in dict.fromkeys(["mAP", *figures]) if name in figures}
+        return figures
 
     def save(self, folder: Path) -> None:
         """Write ``predictions.png``: the first test images, ground truth on the left, predictions on the right."""

@@ -31,10 +31,8 @@ def write_config(plain: PlainConfig, data: DataConfig, classes: Sequence[str], t
     Known limitation: a box in a VOC file that lies outside its image counts as missed.
 
     Raises:
-        ValueError: ``target`` is itself a .py file, or a file that is not an export would be overwritten.
+        ValueError: a file that is not an export would be overwritten.
     """
-    if target.suffix == ".py":
-        raise ValueError(f"--out: {target} is for the MMDetection config beside the weights; give FILE.pth")
     file = target.with_suffix(".py")
     if file.exists() and not (file.is_file() and file.read_bytes().startswith(MARK.encode())):
         raise ValueError(f"--out: {file} is there already and is not an export's; choose another name")

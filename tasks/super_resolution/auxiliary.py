@@ -32,6 +32,8 @@ class LocalSR(AuxiliaryNetwork):
     but drops it. Here they learn, and the skip is added.
     """
 
+    uses_bank = False
+
     def __init__(self, channels: int, scale: int, image_range: float) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(*(nn.Conv2d(channels, channels, 3, 1, 1) for _ in range(3)))

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import tasks
 from engine.config import Config, config_file, parse, save, task_name
 from engine.utilities.options import hints
 from tasks import find_task
@@ -111,6 +112,20 @@ def test_missing_file_and_unknown_task() -> None:
         task_name([])
     with pytest.raises(ValueError, match="'clasification' is none of .*; did you mean 'classification'"):
         find_task("clasification")
+
+
+def test_a_task_without_configs_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for made in ("classification/configs", "style/scin/configs", "regression"):
+        (tmp_path / made).mkdir(parents=True)
+        (tmp_path / made.removesuffix("/configs") / "__init__.py").touch()
+    (tmp_path / "style/__init__.py").touch()
+    (tmp_path / "__init__.py").touch()
+    monkeypatch.setattr(tasks, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(ValueError, match=r"^task: tasks/regression has no configs/ folder, by which tasks are found$"):
+        find_task("regression")
+    for name in ("style", "regresion", ""):
+        with pytest.raises(ValueError, match=f"^task: '{name}' is none of classification, style/scin"):
+            find_task(name)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

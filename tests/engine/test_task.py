@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from engine.config import Config
 from engine.network.message import Message
 from engine.task import Metrics, Task, evaluate
 from engine.utilities.batches import Part
+from tasks import TaskEntry
 
 
 class Numbers(Dataset[tuple[int, int]]):
@@ -85,6 +88,28 @@ def test_what_the_config_has_is_read() -> None:
     assert samples(task(workers=1), 0) == samples(task(), 0), "whoever loads them"
 
 
+class Ordinary(Dataset[int]):
+    """Indexed by a number alone, as most data sets are."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        return list(range(10))[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_is_not_indexed_by_epoch_is_told_so(workers: int) -> None:
+    made = task(workers=workers)
+    made.training_data = Ordinary  # type: ignore[assignment,method-assign]
+    said = (
+        "Ordinary fails on its first batch: TypeError: list indices must be integers or slices, not tuple; "
+        "training_data() and test_data() are indexed by (epoch, index), see docs/extend.md"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        next(made.batches(0, 0))
+
+
 def test_evaluation_in_micro_batches_no_larger_than_trainings(tmp_path: Path) -> None:
     made = task()
     assert [message.batch for message in made.test_batches()] == [2, 2, 2, 2, 2]
@@ -99,6 +124,43 @@ def test_defaults() -> None:
     assert made.write_export(Path("x")) is None
     assert made.painter(None, None) is None  # type: ignore[arg-type]
     assert made.export({"w": torch.ones(1)}, Path("x")) == {"w": torch.ones(1)}
+
+
+def test_a_metric_that_is_not_computed_is_named() -> None:
+    made = task()
+    made.metric = "mse"
+    said = "`Squares.metric` is 'mse', but metrics() gives largest; set `metric` to one of these"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        evaluate(made, lambda message: message.targets)
+
+
+class Nothing(Task):
+    """Lacks everything."""
+
+
+class Batched(Task):
+    """Makes batches of its own, but does not say how many."""
+
+    name, metric = "batched", "error"
+    build_chain = loss = auxiliary_head = example = metrics = batches = test_batches = Squares.metrics  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("made", "lacks"),
+    [
+        (
+            Nothing,
+            "name, metric, build_chain(), loss(), auxiliary_head(), example(), metrics(), training_data(), "
+            "test_data(), message()",
+        ),
+        (Squares, "build_chain(), auxiliary_head(), example()"),
+        (Batched, "training_data() (or steps_per_epoch(), smallest_batch())"),
+    ],
+)
+def test_a_task_that_lacks_something_is_refused_when_it_is_loaded(made: type[Task], lacks: str) -> None:
+    said = f"the task {made.__name__} lacks {lacks}; docs/extend.md"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        TaskEntry(Config, f"{__name__}:{made.__name__}").build(Config())
 
 
 def test_what_is_left_out_is_named() -> None:

@@ -32,6 +32,9 @@ def test_train_evaluate_export_under_torchrun(tmp_path: Path) -> None:
     assert found["accuracy"] == summary["value"]
     assert f"accuracy {summary['value']:.4f}" in evaluated.stdout
 
+    refused = call("--run", "runs/r", "--out", "m.onnx", tool="export", cwd=tmp_path)
+    assert_refused(refused, "--out: m.onnx does not end in .safetensors, nor for torch.load in .pth, .pt, .bin, .ckpt")
+    assert not (tmp_path / "m.onnx").exists()
     exported = call("--run", "runs/r", "--out", "m.pth", tool="export", cwd=tmp_path)
     assert exported.returncode == 0, exported.stderr
     from tasks.classification.resnet import ResNet
@@ -83,7 +86,7 @@ BAD_INPUT = [
     (["--model.classes", "5"], "model.classes: label 9 ('9') is out of range for 5 classes"),
     (["--model.name", "resnet19"], "model.name: resnet19 does not exist"),
     (["--train.device", "gpu"], "train.device: 'gpu' is none of auto, cpu, cuda, cuda:N"),
-    (["--train.resume", "nowhere"], "train.resume: nowhere is no checkpoint"),
+    (["--train.resume", "nowhere"], "train.resume: nowhere is not a checkpoint"),
     (["--optimizer.lr", "1e30"], "loss is"),
 ]
 

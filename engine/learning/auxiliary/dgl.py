@@ -28,6 +28,8 @@ class DGL(AuxiliaryNetwork):
     only up to rounding.
     """
 
+    uses_bank = False
+
     def __init__(self, channels: int, layout: str, head_of: Any) -> None:
         super().__init__()
         self.layout = layout

@@ -19,6 +19,8 @@ from engine.task import Task
 class Greedy(AuxiliaryNetwork):
     """Greedy layerwise learning (Belilovsky et al., ICML 2019): for a classifier, pooling and one linear layer."""
 
+    uses_bank = False
+
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head

@@ -28,8 +28,9 @@ from engine.utilities.text import did_you_mean, none_of
 class AuxiliaryNetwork(nn.Module, ABC):
     """Maps a block's output and the feature bank to a prediction; it is dropped after training."""
 
-    uses_bank: bool = False
-    """Whether ``forward`` reads the bank. Blocks add key features to the bank only if a later block reads it."""
+    uses_bank: bool = True
+    """Whether ``forward`` reads the bank. If no later block's network does, blocks add no key features to the bank, and
+    what arrives is empty. A network that does not read the bank sets this to False, which keeps messages small."""
     remarks: tuple[str, ...] = ()
     """What the log of a run should say once about how ``build`` made the network, such as a compromise."""
 

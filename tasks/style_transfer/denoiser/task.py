@@ -17,6 +17,7 @@ from engine.network.chain import Chain, Unit
 from engine.network.frozen import leave_out_frozen
 from engine.network.message import Message
 from engine.network.shapes import evaluating
+from engine.run.export import TORCH_FILES
 from engine.utilities.console import console
 from engine.utilities.files import made_once, replaced
 from engine.utilities.seed import derive
@@ -32,7 +33,7 @@ from tasks.style_transfer.sheet import contact_sheet
 
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 OWN, NO_TEXT = "own", "no_text"
-FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+FILES = (".safetensors", ".onnx", *TORCH_FILES)
 
 
 class DenoiserTask(DiffusionTask):

@@ -15,6 +15,7 @@ from engine.network.message import Message
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.resnet import resnet_chain
 from tasks.classification.task import Classification
+from tests.toy import Toy, blocks_of, config, train
 
 NAMES = ["dgl", "glcan", "greedy"]
 
@@ -218,3 +219,29 @@ def test_layouts_become_maps() -> None:
     assert as_map(torch.zeros(2, 5, 3), "NLC").shape == (2, 3, 1, 5)
     assert as_map(torch.zeros(2, 4, 5, 3), "NHWC").shape == (2, 3, 4, 5)
     assert as_map(torch.zeros(2, 3), "NCHW").shape == (2, 3, 1, 1)
+
+
+class ReadsTheBank(AuxiliaryNetwork):
+    """Gives its head the bank, and says nothing of it."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    @classmethod
+    def build(cls, chain, span, bank, task) -> "ReadsTheBank":
+        return cls(task.auxiliary_head(chain, chain.shapes()[span.stop - 1], bank))
+
+    def forward(self, message, bank) -> torch.Tensor:
+        return self.head(message, bank)
+
+
+def test_the_bank_of_build_arrives_in_forward_unless_a_network_turns_it_off() -> None:
+    task = Toy()
+    task.own_auxiliaries = {"reads": ReadsTheBank}
+    _, blocks, schedule = blocks_of(task, config(local__blocks=3, local__auxiliary="reads"))
+    train(schedule, [task.example()])  # the head of block 1 has room for the features of block 0
+    assert [block.keeps_key_features for block in blocks] == [True, False, False]
+    for name in ("dgl", "greedy"):
+        _, blocks, _ = blocks_of(task, config(local__blocks=3, local__auxiliary=name))
+        assert not any(block.keeps_key_features for block in blocks), name

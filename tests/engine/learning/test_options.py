@@ -119,3 +119,5 @@ def test_a_class_of_ones_own_by_its_name(tmp_path: Path, monkeypatch: pytest.Mon
         built(type="my_networks:NUMBER")
     with pytest.raises(ValueError, match="local.auxiliary: cannot import 'my_networks:Yours'"):
         built(type="my_networks:Yours")
+    with pytest.raises(ValueError, match="no 'Mien'; did you mean 'my_networks:Mine'\\?$"):
+        built(type="my_networks:Mien")

@@ -7,10 +7,11 @@ import pytest
 
 from engine.memory.measure import Stepper
 from engine.memory.variant import Variant, estimate_variant
+from engine.network.message import Message
 from tasks import load
+from tests.toy import Toy, config
 
 SMOKE = ["--config", "tasks/classification/configs/smoke.yaml"]
-
 
 SMALL = [("resnet8", 4), ("resnet14", 7)]
 LARGER = [("timm:resnet18", 9), ("timm:vit_tiny_patch16_224", 14)]
@@ -49,3 +50,15 @@ def test_configurations_drawn_at_random(networks: list[tuple[str, int]], count: 
         assert predicted.by_block_bytes == pytest.approx(measured.by_block_bytes, rel=0.01), about
         for name, size in measured.peak.items():
             assert abs(predicted.peak[name] - size) <= 0.02 * measured.peak_bytes, f"{name}, {about}"
+
+
+def test_a_wrong_example_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    class Wrong(Toy):
+        def example(self) -> Message:
+            return Message({"x": self.x[:8]}, self.y[:7])
+
+    said = r"^on the message of example\(\): block 0 failed at micro-batch 0: .*\[7, 1\]"
+    with pytest.raises(ValueError, match=said) as raised:
+        estimate_variant(Variant("", ()), [], lambda argv: (config(local__blocks=2), Wrong()))
+    assert "\n" not in str(raised.value)
+    assert not any(capfd.readouterr())

@@ -1,4 +1,5 @@
 import logging
+import re
 
 import pytest
 import torch
@@ -41,6 +42,21 @@ def test_two_units_of_one_name_are_refused() -> None:
     model = three()
     with pytest.raises(ValueError, match="two units are called 'a'"):
         Chain(model, [Unit("a", model[0]), Unit("a", model[1])], Unit("head", model[2]), EXAMPLE, "NLC")
+
+
+def test_an_argument_of_another_type_is_named() -> None:
+    model = three()
+    units, head = [Unit("a", model[0]), Unit("b", model[1])], Unit("head", model[2])
+    wrong: dict[str, tuple[object, ...]] = {
+        "head must be a Unit, got Message": (model, units, EXAMPLE, head),
+        "example must be a Message, got Tensor": (model, units, head, torch.zeros(2, 4)),
+        "units[1] must be a Unit, got BatchNorm1d": (model, [units[0], model[1]], head, EXAMPLE),
+        "units must be a list of Unit, got Sequential": (model, model, head, EXAMPLE),
+        "model must be a Module, got list": (units, units, head, EXAMPLE),
+    }
+    for said, arguments in wrong.items():
+        with pytest.raises(ValueError, match=f"^Chain: {re.escape(said)}$"):
+            Chain(*arguments)  # type: ignore[arg-type]
 
 
 def test_names_are_the_models_own_even_through_a_wrapper() -> None:

@@ -74,6 +74,36 @@ def test_speed_and_memory_are_in_the_metrics_and_in_plain_lines_without_a_termin
         assert re.fullmatch(rf"[\d.]+ [MG]iB, ETA 0:00:0{left}", line.removeprefix(wanted)), line
 
 
+def test_a_metric_that_is_not_computed_ends_the_run_at_the_first_evaluation(tmp_path: Path) -> None:
+    task = Toy()
+    task.metric = "mse"
+    with pytest.raises(ValueError, match="`Toy.metric` is 'mse', but metrics\\(\\) gives error; set `metric` to one"):
+        trainer(tmp_path, task).fit()
+    assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 1, "after one epoch"
+
+
+def test_a_start_that_fails_leaves_no_folder_and_so_keeps_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Toy, *args: object) -> None:
+        raise ValueError("data.root: cannot be read")
+
+    whole = Toy.batches
+    monkeypatch.setattr(Toy, "batches", broken)
+    made = trainer(tmp_path)
+    with pytest.raises(ValueError, match="data.root"):
+        made.fit()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(Toy, "batches", whole)
+    trainer(tmp_path, train__steps=1).fit()
+    monkeypatch.setattr(Toy, "batches", broken)
+    made = trainer(tmp_path, train__resume="auto")
+    with pytest.raises(ValueError, match="data.root"):
+        made.fit()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "a folder of an earlier start stays"
+    assert (tmp_path / "run/checkpoints/step_1").is_dir()
+
+
 def test_samples_per_second_count_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, counted = trainer(tmp_path, train__log_every=1), []
     monkeypatch.setattr(made._pace, "step", counted.append)
