@@ -197,7 +197,7 @@ def _folder(path: Path) -> str:
     files = sorted(each for each in path.glob("*") if each.suffix in SINGLE)
     if files:
         return f"{path} is not in diffusers' layout: it has no unet/config.json; {_file(files[0])}"
-    return f"{path} is no checkpoint: it has no unet/config.json; {_TAKEN}"
+    return f"{path} is not a checkpoint: it has no unet/config.json; {_TAKEN}"
 
 
 def check_single(key: str, path: Path) -> None:
@@ -221,7 +221,7 @@ def _file(path: Path) -> str:
 def _other(path: Path) -> str:
     """What a file is, if it does not look like a whole Stable Diffusion 1.x or 2.x; otherwise nothing."""
     if path.suffix not in SINGLE:
-        return f"{path} is no checkpoint; {_TAKEN}"
+        return f"{path} is not a checkpoint; {_TAKEN}"
     if path.suffix != ".safetensors":
         return ""  # a pickle has to be read as a whole to be told
     try:

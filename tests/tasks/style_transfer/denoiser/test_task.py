@@ -283,7 +283,7 @@ def test_blocks_share_of_the_activations_at_stable_diffusions_size() -> None:
         (["--data.size", "128"], r"^data.resize: 64 is too small; the least is 128$"),
         (["--data.hold_out", "1"], r"^data.hold_out: 1 would keep every work"),
         (["--data.drop_text", "2"], r"^data.drop_text: 2.0 is not from 0 to 1$"),
-        (["--model.pretrained", "/nowhere"], r"^model.pretrained: there is no folder /nowhere; give a folder"),
+        (["--model.pretrained", "/nowhere"], r"^model.pretrained: there is no folder /nowhere; give Stable"),
         (["--model.autoencoder", "/nowhere"], r"^model.autoencoder: no such file: /nowhere$"),
         (["--model.lora_rank", "0"], r"^model.lora_rank: 0 is too small"),
         (["--local.auxiliary", "dgl"], r"^local.auxiliary: 'dgl' is not for style_transfer/denoiser"),

@@ -100,7 +100,7 @@ def test_every_kind_of_picture_gives_every_kind_of_output(checkpoint: Path, meth
             {"callback_on_step_end_tensor_inputs": ["latent"]},
             r"^callback_on_step_end_tensor_inputs: 'latent' is unknown, did you mean 'latents'\?; known: latents, ",
         ),
-        ({"image": None}, r"^image: NoneType is no picture"),
+        ({"image": None}, r"^image: NoneType is not a picture"),
         ({"image": p.content(1, 36, 64)}, r"^image: 64 x 36 px; sides must be multiples of 8; resize or pad it"),
         ({"image": torch.zeros(1, 4, 4, 8)}, r"^image: has shape \(1, 4, 4, 8\); give \(3, H, W\)"),
         ({"image": p.content() * 2 - 1}, r"^image: has values from -"),

@@ -227,9 +227,9 @@ SDXL_NAME = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bi
         (prompts, r"bank.safetensors holds artists' prompts, not a checkpoint; prompt.bank takes them"),
         (run_folder, r"run is a run; .* python tools/export.py --run .*run --out FOLDER$"),
         (damaged, r"it.safetensors cannot be read: "),
-        (text, r"notes.txt is no checkpoint; give Stable"),
+        (text, r"notes.txt is not a checkpoint; give Stable"),
         (folder_of_a_file, r"sd is not in diffusers' layout: it has no unet/config.json; .* is a single file; convert"),
-        (lambda room, _: room, r" is no checkpoint: it has no unet/config.json; give Stable"),
+        (lambda room, _: room, r" is not a checkpoint: it has no unet/config.json; give Stable"),
         (lambda room, _: room / "not/there.safetensors", r"there is no folder .*not/there.safetensors; give Stable"),
     ],
 )
