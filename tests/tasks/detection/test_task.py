@@ -87,6 +87,7 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(alone: Any, ranks: in
     assert lines(tmp_path) == course
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(alone: Any, tmp_path: Path) -> None:
     network, state, course = alone
     values(run_ranks(2, fit, tmp_path, *network, "--train.steps", "2"))

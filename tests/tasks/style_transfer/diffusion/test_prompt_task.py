@@ -403,6 +403,7 @@ def test_two_replicas_learn_what_one_process_learns(tmp_path: Path, form: str) -
             torch.testing.assert_close(found[0].value[name], tensor, rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_stages_on_several_ranks_are_refused(tmp_path: Path) -> None:
     found = run_ranks(2, fit, ARTBANK, tmp_path, *small(), *NO_PICTURES)
     assert [each.code for each in found] == [2, 2]
