@@ -62,6 +62,8 @@ def why_unreadable(error: BaseException) -> str:
     text = one_line(re.sub(r"\x1b\[[0-9;]*m", "", str(error)))  # PyTorch's message is coloured
     if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in text:
         return text[:200]
+    if "invalid load key" in text:
+        return "it is not a file of torch.save; is it a download that failed, or a Git LFS pointer?"
     named = re.search(r"GLOBAL ([\w.]+)", text)
     what = f"{named[1]}, which is no tensor and could run code" if named else "something that is no tensor"
     if "TorchScript" in text:

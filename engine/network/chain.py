@@ -169,15 +169,15 @@ class Chain:
                 other than a message with a tensor ``x``. The message names it, and what it got.
         """
         if self._shapes is None:
-            message, shapes = self.example, list[Message]()
+            message, shapes, changed = self.example, list[Message](), list[frozenset[str]]()
             if self.shared is not None:
                 message, _ = _run(self.shared, message)
             for unit in self.units:
-                message, changed = _run(unit, message)
+                message, names = _run(unit, message)
                 shapes.append(message)
-                self._changed.append(changed)
+                changed.append(names)
             self._prediction = _run(self.head, message, prediction=True)[0].features["x"]
-            self._shapes = shapes
+            self._shapes, self._changed = shapes, changed
         return self._shapes
 
     def changed(self, index: int) -> frozenset[str]:

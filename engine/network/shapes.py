@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -52,13 +54,14 @@ def shapes_of(make: Callable[[], Message]) -> Message:
 def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
     """A context for a pass on fake tensors, which may fail: it leaves no trace in ``modules``, nor on stderr.
 
-    The modules get back the attributes that they had before, also in their dicts and lists. A cache could otherwise
-    keep a fake tensor, and a real pass would then compute with a tensor that has no values.
+    The modules get back the attributes that they had before, also in their dicts, lists, sets and deques. A cache
+    could otherwise keep a fake tensor, and a real pass would then compute with a tensor that has no values.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints the traceback of errors that it raises
     disabled, log.disabled = log.disabled, True
     kept = [(module, dict(vars(module))) for root in modules for module in root.modules()]
-    contents = [(value, value.copy()) for _, held in kept for value in held.values() if type(value) in (dict, list)]
+    containers = [value for _, held in kept for value in held.values() if isinstance(value, (dict, list, set, deque))]
+    contents = [(value, copy.copy(value)) for value in containers]
     try:
         yield
     finally:
@@ -68,7 +71,7 @@ def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
             vars(module).update(held)
         for value, content in contents:
             value.clear()
-            value.update(content) if isinstance(value, dict) else value.extend(content)
+            value.update(content) if isinstance(value, (dict, set)) else value.extend(content)
 
 
 @contextmanager

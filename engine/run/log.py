@@ -54,7 +54,8 @@ class RunLog:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl`` and one point per number to the curves; a list has one number per block."""
         with writing(self.path):
-            end = self.path.stat().st_size
+            with self.path.open("a") as file:  # made anew if someone has moved it away
+                end = file.tell()
             try:
                 with self.path.open("a") as file:
                     file.write(json.dumps({"step": step, **values}) + "\n")

@@ -158,8 +158,8 @@ class Checkpoint:
             shutil.rmtree(self.target, ignore_errors=True)
             os.replace(self.partial, self.target)
             flush(self.folder)
-            for old in [step for step in saved_steps(self.folder) if step <= self.position.step][: -self.keep]:
-                shutil.rmtree(self.folder / f"step_{old}")
+        for old in [step for step in saved_steps(self.folder) if step <= self.position.step][: -self.keep]:
+            shutil.rmtree(self.folder / f"step_{old}", ignore_errors=True)  # what cannot be deleted does no harm
         return self.target
 
     def _note(self, index: int) -> Path:

@@ -178,7 +178,7 @@ class Trainer:
         if log is not None:
             log.close()
         started = self.position.step > self._first_step or newest_checkpoint(self.folder / "checkpoints")
-        if self._made and not started and isinstance(error, ValueError):
+        if self._made and not started and isinstance(error, ValueError) and not isinstance(error, WriteError):
             shutil.rmtree(self.folder)
 
     def _finish(self) -> dict[str, Any]:

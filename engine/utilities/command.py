@@ -28,7 +28,7 @@ class ToolParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as ``argparse`` does, but take ``--memory -5GiB`` for a value, and suggest the nearest option."""
-        given = list(args)
+        given = list(sys.argv[1:] if args is None else args)
         for at, word in enumerate(given):
             option, own = word.split("=")[0], self._option_string_actions
             # Options of the config have dots, apart from --config and --task, which are not that close to any.

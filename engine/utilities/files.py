@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -13,6 +14,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from engine.utilities.text import one_line
+
+NAMELESS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+"""Errors of writing that the system reports without the name of a file."""
 
 
 class WriteError(ValueError):
@@ -61,7 +65,7 @@ def _reason(error: OSError, path: Path) -> str:
 def _concerns(error: OSError, path: Path) -> bool:
     """Whether an error is about ``path`` or its surroundings, as far as the error names a file."""
     if not isinstance(error.filename, str | bytes | os.PathLike):
-        return True
+        return error.errno in NAMELESS
     named, own = (Path(os.path.abspath(os.fsdecode(each))) for each in (error.filename, path))
     return named in own.parents or own.parent in named.parents
 

@@ -38,7 +38,12 @@ from mmdet.models.losses.focal_loss import FocalLoss, sigmoid_focal_loss
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    unset_fake_temporarily,
+)
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -75,10 +80,12 @@ def keeping_values(detector: str = "this detector", *, fused: bool = True) -> It
         with _KeepingValues():
             yield
     except RuntimeError as error:
-        cause = f"{error.func}" if isinstance(error, DynamicOutputShapeException) else one_line(error, 200)
+        if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+            why = f"needs values of its predictions, which an estimate does not have ({error.func})"
+        else:
+            why = f"fails on fake tensors, by which an estimate is made ({one_line(error, 200)})"
         raise ValueError(
-            f"model.config: the loss of {detector} needs values of its predictions, which an estimate does not have "
-            f"({cause}); measure its memory instead: tools/memory.py measure"
+            f"model.config: the loss of {detector} {why}; measure its memory instead: tools/memory.py measure"
         ) from error
     finally:
         FocalLoss.forward, BaseDenseHead.loss_and_predict = plain

@@ -48,7 +48,8 @@ def plain_config(model: ModelConfig) -> Config:
 def _with_tuples(value: Any, before: Any, pipeline: bool) -> Any:
     """``value``, which YAML can only give as lists, with tuples where MMDetection wants them.
 
-    A list becomes a tuple if it replaces one, or if it is a pair of whole numbers in a ``pipeline``, which is a size.
+    A list becomes a tuple if it replaces one. So does a pair of whole numbers in a ``pipeline``, which is a size,
+    unless it replaces a list or its key is ``scales``.
 
     Args:
         before: what the config has in its place.
@@ -56,13 +57,16 @@ def _with_tuples(value: Any, before: Any, pipeline: bool) -> Any:
     """
     if isinstance(value, dict):
         known = before if isinstance(before, Mapping) and value.get("type") in (None, before.get("type")) else {}
-        return {key: _with_tuples(item, known.get(key), pipeline or key == "pipeline") for key, item in value.items()}
+        return {
+            key: _with_tuples(item, known.get(key, [] if key == "scales" else None), pipeline or key == "pipeline")
+            for key, item in value.items()
+        }
     if not isinstance(value, list):
         return value
     others = before if isinstance(before, list | tuple) else ()
     same = [others[number] if number < len(others) else None for number in range(len(value))]
     items = [_with_tuples(item, other, pipeline) for item, other in zip(value, same, strict=True)]
-    size = pipeline and len(value) == 2 and all(type(item) is int for item in value)
+    size = pipeline and not isinstance(before, list) and len(value) == 2 and all(type(item) is int for item in value)
     return tuple(items) if size or isinstance(before, tuple) else items
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.distributed.replication.protocol import Replication, Whole
 from engine.learning.block import Block
 from engine.learning.optimizer import MakeOptimizer
+from engine.learning.outcome import Refusal
 from engine.network.message import Message
 
 
@@ -45,6 +46,22 @@ class DDP(Replication):
         self.wrapped.require_backward_grad_sync = update  # as ``no_sync`` does: average once per optimizer step
         result: tuple[Message, Tensor] = self.wrapped(message)
         return result
+
+    def train_backward(self, loss: Tensor) -> None:
+        """Run backward from the loss.
+
+        Raises:
+            Refusal: a unit recomputes activations in torch's reentrant form, which DDP sees as a second backward pass.
+        """
+        try:
+            super().train_backward(loss)
+        except RuntimeError as error:
+            if "mark a variable ready only once" in str(error):
+                raise Refusal(
+                    "with placement.replication ddp, a unit must not recompute in torch's reentrant form (checkpoint "
+                    "without use_reentrant=False, MMDetection's with_cp); use local.recompute units in its place"
+                ) from error
+            raise
 
 
 @functools.cache

@@ -20,6 +20,10 @@ def compare_order(
     size. Replicas with such modules draw the same random numbers, so only a network that chooses its layers by the
     input can make them differ.
 
+    Known limitations: a module is compared at its first training pass only, so replicas that first diverge later are
+    not refused; their statistics mix, or the job ends at ``placement.timeout``. So does a job in which only some
+    replicas reach the last such module of a block.
+
     Args:
         names: the block's modules by name.
         collective: for each module whose forward pass is a collective call, the key of the config that makes it one.

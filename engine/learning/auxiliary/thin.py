@@ -80,7 +80,7 @@ def _thin_convolution(layer: Any, width: float, offsets: bool) -> None:
     for held, key, tensor in _own_tensors(layer):
         if tensor.shape[:2] == old:
             held[key] = _of_shape(tensor, (*new, *tensor.shape[2:]))
-        elif len(tensor) == before[1]:
+        elif tensor.dim() and len(tensor) == before[1]:
             held[key] = _of_shape(tensor, (after[1], *tensor.shape[1:]))
         elif tensor.numel() > 1:
             raise ValueError(f"{key} of shape {tuple(tensor.shape)} does not go by channels")

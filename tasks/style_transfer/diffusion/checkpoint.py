@@ -62,9 +62,12 @@ def check_index(folder: Path) -> None:
     index = folder / "model_index.json"
     if index.is_file():
         try:
-            nulls = [name for name, value in json.loads(index.read_text()).items() if value is None]
-        except ValueError as error:
-            raise ValueError(f"{index}: is no JSON: {one_line(error, 100)}") from error
+            parts = json.loads(index.read_text()).items()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{index}: is not JSON with the names of parts: {one_line(error, 100)}") from error
+        # Options of the pipeline may be null; they begin with an underscore, but for this one.
+        own = [name for name, value in parts if value is None and not name.startswith("_")]
+        nulls = [name for name in own if name != "requires_safety_checker"]
         if nulls:
             raise ValueError(f"{index}: {nulls[0]} is null; write [null, null], as diffusers does for what is left out")
 
@@ -101,8 +104,8 @@ def check_width(unet: Mapping[str, Any], width: int, key: str, name: str) -> Non
     Raises:
         ValueError: it is not.
     """
-    wanted = unet["cross_attention_dim"]
-    if width != wanted:
+    wanted = unet.get("cross_attention_dim", 1280)  # diffusers' default
+    if any(width != each for each in (wanted if isinstance(wanted, list | tuple) else [wanted])):
         raise ValueError(
             f"{key}: {name} has a text encoder of width {width}, and a UNet that reads width {wanted}; take both from "
             "one checkpoint"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.distributed.replication import prepare_replicas
 from engine.learning.build import build_blocks, prepare
@@ -38,6 +39,8 @@ class Trait(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
+        if self.trait == "reentrant":
+            return x + checkpoint(self.extra, x, use_reentrant=True)
         dropped = {
             "unused": False,
             "random": self.training and bool(torch.rand(()) < 0.5),
@@ -140,10 +143,16 @@ def test_a_parameter_that_some_replicas_use_counts_as_0_on_the_others() -> None:
             assert_close(state, states(blocks), "adamw")
 
 
-def _refused(group: Any, rank: int, kind: str, norm: bool) -> str:
+def _refused(group: Any, rank: int, kind: str, norm: bool, trait: str = "by input") -> str:
     with pytest.raises(ValueError, match="^block 0: ") as refused:
-        train(made("by input", kind, group, norm), rank)
+        train(made(trait, kind, group, norm), rank)
     return str(refused.value)
+
+
+def test_reentrant_recomputation_is_refused_with_ddp() -> None:
+    for said in on_replicas(_refused, "ddp", False, "reentrant"):
+        assert "a unit must not recompute in torch's reentrant form" in said
+        assert "use local.recompute units" in said
 
 
 def test_synchronised_statistics_need_replicas_that_run_the_same_layers() -> None:

@@ -142,6 +142,12 @@ def test_thin_goes_by_what_a_convolution_has_not_by_its_class(kind: type[nn.Conv
     assert layer.weight.std() > 0
 
 
+def test_thin_keeps_a_scalar_buffer() -> None:
+    layer = nn.Conv2d(16, 32, 3, padding=1)
+    layer.register_buffer("scale", torch.tensor(2.0))
+    assert thin(layer, 0.5).scale == 2
+
+
 @pytest.mark.parametrize(
     "layer", [nn.SyncBatchNorm(16), nn.InstanceNorm2d(16), nn.BatchNorm2d(16, affine=False), nn.GroupNorm(4, 16)]
 )

@@ -1,5 +1,6 @@
 import logging
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ class Caching(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(4, 4)
-        self.cache: dict[str, torch.Tensor] = {}
+        self.cache: dict[str, torch.Tensor] = OrderedDict()
         self.register_buffer("seen", torch.zeros(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import UnidentifiedImageError
 from safetensors.torch import save_file
 
 from engine.run.export import export_model
-from engine.utilities.files import WriteError, made_once, replaced, write_text
+from engine.utilities.files import WriteError, made_once, replaced, write_text, writing
 from engine.utilities.page import write_page
 from tests.disk import full_disk
 
@@ -117,3 +118,11 @@ def test_an_error_of_a_file_that_is_only_read_stays_its_own(tmp_path: Path) -> N
 
     with pytest.raises(FileNotFoundError, match="elsewhere/nowhere"):
         copy()
+
+
+def test_an_error_without_a_file_that_is_not_of_writing_stays_its_own(tmp_path: Path) -> None:
+    """Too many open files, say, or Pillow's error of a damaged image."""
+    for error in (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), UnidentifiedImageError("damaged")):
+        with pytest.raises(type(error)) as caught, writing(tmp_path / "file"):
+            raise error
+        assert caught.value is error

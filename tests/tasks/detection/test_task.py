@@ -312,6 +312,7 @@ def test_options_give_tuples_where_mmdetection_wants_them() -> None:
     new = [
         {"type": "RandomResize", "scale": [640, 480], "ratio_range": [0.5, 2.0]},
         {"type": "RandomFlip", "prob": 0.5},
+        {"type": "RandomChoiceResize", "scales": [480, 512]},
     ]
     given: dict[str, Any] = {
         "train_dataloader.dataset.pipeline.2.scale": [320, 240],
@@ -324,6 +325,7 @@ def test_options_give_tuples_where_mmdetection_wants_them() -> None:
     made = plain_config(ModelConfig(options=given))
     assert made.train_dataloader.dataset.pipeline[2].scale == (320, 240)
     assert made.val_dataloader.dataset.pipeline[1].scale == (640, 480)
+    assert made.val_dataloader.dataset.pipeline[3].scales == [480, 512], "two sides, not one size"
     assert made.model.backbone.out_indices == (1, 2, 3)
     assert made.model.neck.in_channels == [16, 32]
     assert made.model.bbox_head.anchor_generator.strides == [8, 16]
