@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,8 +71,13 @@ def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(held)
         for value, content in contents:
-            value.clear()
-            value.update(content) if isinstance(value, (dict, set)) else value.extend(content)
+            if _identities(value) != _identities(content):  # some frameworks' dicts cannot be changed, nor have they
+                value.clear()
+                value.update(content) if isinstance(value, (dict, set)) else value.extend(content)
+
+
+def _identities(container: Any) -> list[int]:
+    return [id(item) for item in (container.values() if isinstance(container, dict) else container)]
 
 
 @contextmanager

@@ -55,4 +55,5 @@ def described(error: BaseException) -> str:
         >>> described(KeyError("mask")), described(AssertionError())
         ("KeyError: 'mask'", 'AssertionError')
     """
-    return f"{type(error).__name__}: {one_line(error, 300)}".removesuffix(": ")
+    name, text = type(error).__name__, one_line(error, 300)
+    return name if text == name else f"{name}: {text}"

@@ -78,6 +78,6 @@ def _as_stored(info: dict[str, Any]) -> str:
     if said == size:
         return path
     raise ValueError(
-        f"{path}: has {seen[0]} x {seen[1]} px, its annotations say {said[0]} x {said[1]}, so its boxes would lie in "
-        "other places; annotate this file, or restore the one that was annotated"
+        f"{path}: has {seen[0]} x {seen[1]} px, its annotations say {said[0]} x {said[1]}, so its boxes would be "
+        "misplaced; annotate this file, or restore the one that was annotated"
     )

@@ -154,7 +154,7 @@ def test_images_are_read_as_seldom_as_may_be(room: Path, monkeypatch: pytest.Mon
         (["--power", "1"], r"unrecognized arguments: --power 1; --help lists what there is"),
         (["--style-size", "100000"], r"--style-size: style/noise.png: 40 x 60 px would become 100000 x 150000"),
         (["--content-size", "90000"], r"--content-size: content/deep/tower.png: 20 x 50 px would become"),
-        (["--out", "a_file"], r"--out: a_file cannot be made: File exists"),
+        (["--out", "a_file"], r"a_file: cannot be written: File exists"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_painted(

@@ -116,8 +116,9 @@ def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere/m.json: cannot be written: No such file"):
-        write_json(tmp_path / "nowhere/m.json", {}, [])
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/m.json: cannot be written: .*file"):
+        write_json(tmp_path / "file/m.json", {}, [])
 
 
 def test_neighbours_with_the_same_figures_share_a_line_and_empty_columns_go() -> None:

@@ -164,7 +164,7 @@ def test_a_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"step_2 belongs to another model: 'layers.3[.\w]+' is \(.*\) in it, nothing"):
         load_checkpoint(folder / "step_2", blocks, "greedy", print)
     assert_equal(state(blocks), before)
-    with pytest.raises(ValueError, match=r"'layers.0.norm.weight' is \(6,\) there, \(5,\) in this network"):
+    with pytest.raises(ValueError, match=r"'layers.0.norm.weight' is \(6,\) in it, \(5,\) in this network"):
         load_model(folder / "step_2", Toy(width=5, norm=True).build_chain().model)
 
 

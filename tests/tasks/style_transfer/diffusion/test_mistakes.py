@@ -137,7 +137,7 @@ def test_a_run_is_exported_where_it_can_be_written(tmp_path: Path, monkeypatch: 
     assert_refused(done, "--out: file/bank.safetensors cannot be written: ")
     (tmp_path / "folder.safetensors").mkdir()
     done = call(*words, "folder.safetensors", tool="export", cwd=tmp_path)
-    assert_refused(done, "--out: folder.safetensors cannot be written: Is a directory")
+    assert_refused(done, "folder.safetensors: cannot be written: Is a directory")
     assert not list(tmp_path.glob(".*writing*"))
     for _ in range(2):  # what is there is replaced
         assert call(*words, "bank.safetensors", tool="export", cwd=tmp_path).returncode == 0
