@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import os
 import pickle
 import re
 import warnings
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.network.state import tensors_of
-from engine.utilities.console import console
+from engine.utilities.console import print_once
 from engine.utilities.text import one_line
 
 KEYS = ("state_dict", "model_state_dict", "model", "net")
@@ -111,8 +110,7 @@ def load_weights(
         found = [name for name in here if name in state]
         if not found or all(state[name].shape[1:] == expected[name].shape[1:] for name in found):
             classes = f"{state[found[-1]].shape[0]} classes" if found else "no head"
-            if os.environ.get("RANK", "0") == "0":
-                console.print(f"{key}: {path} has {classes}; {', '.join(here)} start fresh")
+            print_once(f"{key}: {path} has {classes}; {', '.join(here)} start fresh")
             state.update({name: expected[name] for name in here})
     for name in [*expected, *state]:
         if name not in state or name not in expected or state[name].shape != expected[name].shape:

@@ -133,7 +133,7 @@ def load_batches(
         batch_sampler=[samples for batch_parts in parts for samples in batch_parts],
         num_workers=workers,
         generator=torch.Generator(),  # otherwise DataLoader draws a seed from the global generator, which training uses
-        worker_init_fn=_own_session,
+        worker_init_fn=own_session,
     )
     loaded, first = iter(loader), True
     try:
@@ -142,22 +142,22 @@ def load_batches(
             first = False
             yield batch
     except ValueError as error:
-        raise ValueError(_cause(error)) from error
+        raise ValueError(cause_of(error)) from error
     except (IndexError, KeyError, TypeError) as error:
         if not first:
             raise
         raise ValueError(
-            f"{type(dataset).__name__} fails on its first batch: {type(error).__name__}: {_cause(error)}; "
+            f"{type(dataset).__name__} fails on its first batch: {type(error).__name__}: {cause_of(error)}; "
             "training_data() and test_data() are indexed by (epoch, index), see docs/extend.md"
         ) from error
 
 
-def _cause(error: Exception) -> str:
-    """DataLoader puts the traceback of a worker process into the message; its last line is the cause."""
+def cause_of(error: Exception) -> str:
+    """The message of a data set's error, without the worker's traceback that DataLoader puts in front of it."""
     return ["", *str(error).strip().splitlines()][-1].removeprefix(f"{type(error).__name__}: ")
 
 
-def _own_session(worker: int) -> None:
+def own_session(worker: int) -> None:
     """Give a worker process a session of its own.
 
     torchrun sends its signals to the whole session of a rank. A rank still needs its workers to finish the current

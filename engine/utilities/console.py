@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 # Without a terminal (a log file, a pipe) rich assumes 80 columns, and would wrap tables and long lines.
 console = Console(width=None if Console().is_terminal else 120, highlight=False)
+
+
+def print_once(line: str) -> None:
+    """Print a line on the first rank of a job only; torchrun starts the same code on every rank."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(line)
 
 
 def progress_bar(shown: bool = True) -> rich.progress.Progress:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import traceback
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from engine.network.message import Message
+from engine.utilities.batches import cause_of, own_session
 from engine.utilities.seed import derive
 from engine.utilities.text import one_line
 from tasks.detection.config import DataConfig
@@ -116,13 +116,12 @@ class Samples(Dataset[dict[str, Any]]):
             num_workers=workers,
             collate_fn=_as_it_is,
             generator=torch.Generator(),
-            worker_init_fn=_own_session,
+            worker_init_fn=_start_worker,
         )
         try:
             yield from loader
         except ValueError as error:
-            # The message from a worker process includes its traceback; the last line is the cause.
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+            raise ValueError(cause_of(error)) from error
 
     def batch_sizes(self, batch: int, shuffle: bool, drop_last: bool) -> list[int]:
         """Number of images in each batch of an epoch, which is the same for every epoch."""
@@ -165,9 +164,8 @@ def _as_it_is(items: Items) -> Items:
     return items
 
 
-def _own_session(worker: int) -> None:
-    """torchrun signals the whole session of a rank; in one of their own, workers live until the rank ends them."""
-    os.setsid()
+def _start_worker(worker: int) -> None:
+    own_session(worker)
     cv2.setNumThreads(0)
 
 

@@ -12,7 +12,7 @@ from mmdet.datasets import CocoDataset, XMLDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config as PlainConfig
 
-from engine.utilities.console import console
+from engine.utilities.console import print_once
 from engine.utilities.text import one_line
 from tasks.detection.annotations import Boxes, Classes, check_classes, coco_classes, left_out, voc_classes
 from tasks.detection.config import DataConfig
@@ -218,8 +218,8 @@ def _say_left_out(data: DataConfig, split: str, classes: Sequence[str], boxes: B
 
 
 def _print(line: str) -> None:
-    if line and os.environ.get("RANK", "0") == "0":
-        console.print(line)
+    if line:
+        print_once(line)
 
 
 def _plain_datasets(data: DataConfig, plain: PlainConfig) -> dict[str, dict[str, Any]]:

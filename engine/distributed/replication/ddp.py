@@ -22,7 +22,7 @@ from engine.network.message import Message
 class DDP(Replication):
     """Every replica has the whole block; gradients are averaged while backward still runs.
 
-    A parameter may take part in the loss of some replicas only, or of none (see ``fill_unused``).
+    A parameter may take part in the loss of some replicas only, or of none; torch looks for them in every step.
     """
 
     def __init__(self, block: Block, group: dist.ProcessGroup, make_optimizer: MakeOptimizer) -> None:

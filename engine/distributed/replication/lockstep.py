@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,7 @@ def compare_order(
             )
 
     for number, module in enumerate(modules):
-        _before_first_pass(module, lambda number=number: compare(number))  # type: ignore[misc]
+        _before_first_pass(module, partial(compare, number))
 
 
 def _before_first_pass(module: nn.Module, function: Callable[[], None]) -> None:

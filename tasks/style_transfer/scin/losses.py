@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from engine.learning.recompute import recomputes
-from engine.utilities.console import console
+from engine.utilities.console import print_once
 from tasks.style_transfer.clip import CLIPFeatures
 from tasks.style_transfer.scin.config import LossConfig
 from tasks.style_transfer.scin.instance import instance_statistics
@@ -320,8 +319,7 @@ class NetworkLoss(nn.Module):
 @functools.cache
 def _say(features: str) -> None:
     """Print the features once, however many networks estimates and plans build."""
-    if os.environ.get("RANK", "0") == "0":
-        console.print(f"contrastive loss on features of {features}")
+    print_once(f"contrastive loss on features of {features}")
 
 
 def pictures_of(contents: Tensor, styles: Tensor, identities: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
