@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -185,7 +186,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch:
     def fail(*given: Any) -> None:
         room = next(each for each in given if isinstance(each, Path))
         room.write_bytes(b"half")
-        raise OSError("no room left")
+        raise OSError(errno.ENOSPC, "no room left")
 
     monkeypatch.setattr(part, fail)
     with pytest.raises(WriteError, match="cannot be written: no room left"):
