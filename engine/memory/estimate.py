@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,8 @@ from engine.learning.outcome import BlockError
 from engine.memory.footprint import Footprint, count_bytes
 from engine.memory.work import Speed, WorkCounter
 from engine.network.message import Message
+from engine.network.shapes import needs_values, trial
+from engine.utilities.text import described, one_line
 
 UNSEEN = (
     "not seen: a GPU's context, workspaces of convolutions and matrix products, fragmentation, what torch.compile "
@@ -50,9 +53,9 @@ def estimate_step(blocks: Blocks, config: Config, message: Message, speed: Speed
     scaler of fp16 is left out. With ``local.compile``, the count is that of the uncompiled network.
 
     Raises:
-        ValueError: the task's loss cannot be computed on fake tensors.
+        ValueError: as ``faking``.
     """
-    with FakeTensorMode():
+    with faking():
         make_fake([blocks[0].chain.model, *blocks])
         for block in blocks:
             block.scaled = False  # a loss scaler reads values, and fake tensors have none
@@ -60,15 +63,35 @@ def estimate_step(blocks: Blocks, config: Config, message: Message, speed: Speed
         prepare(blocks, config, torch.device("cpu"))
         message = fake_message(message)
         work = WorkCounter(speed or Speed.infinite())
-        try:
-            footprint = count_bytes(blocks, config, message, beside=lambda: work)
-        except BlockError as error:
-            if isinstance(error.cause, ValueError):
-                raise error.cause from None
-            raise
+        footprint = count_bytes(blocks, config, message, beside=lambda: work)
     # ``count_bytes`` runs at most two micro-batches.
     repeats = config.train.accumulate / min(config.train.accumulate, 2)
     return Estimate(footprint, work.seconds * repeats, [block.title for block in blocks])
+
+
+@contextmanager
+def faking(mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """A context in which new tensors are fake, to run local steps without arithmetic; ``mode`` is by default new.
+
+    Raises:
+        ValueError: a block fails on the message of the task's ``example``, or something needs the values of tensors.
+    """
+    try:
+        with trial([]), mode or FakeTensorMode():  # ``trial``: nothing is printed beside the error
+            yield
+    except Exception as error:
+        cause = error.cause if isinstance(error, BlockError) else error
+        if isinstance(cause, ValueError):
+            raise cause from None
+        if needs_values(cause):
+            where = f"block {error.block}" if isinstance(error, BlockError) else "an auxiliary network"
+            raise ValueError(
+                f"{where} needs the values of tensors, which a prediction of memory does not have "
+                f"({described(cause)}); measure instead: tools/memory.py measure"
+            ) from error
+        if isinstance(error, BlockError):
+            raise ValueError(f"on the message of example(): {one_line(error)}") from error
+        raise
 
 
 def fake_message(message: Message) -> Message:

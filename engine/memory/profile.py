@@ -18,7 +18,7 @@ from engine.learning.build import build_blocks, prepare
 from engine.learning.observer import Observer
 from engine.learning.optimizer import build_optimizer
 from engine.learning.precision import autocast
-from engine.memory.estimate import fake_message, make_fake
+from engine.memory.estimate import fake_message, faking, make_fake
 from engine.memory.footprint import Followed
 from engine.memory.tracker import MemoryTracker
 from engine.memory.work import Speed, WorkCounter
@@ -69,6 +69,9 @@ class Profile:
         config: provides precision, optimizer, accumulation and auxiliary network; its cut does not matter.
         task: provides the chain, the loss and a micro-batch.
         speed: the speed of the device that will train.
+
+    Raises:
+        ValueError: as ``faking``.
 
     Known limitation: auxiliary networks are profiled without a feature bank, and for a few lengths of block only, so
     the true peak of a cut may differ a little. A caller that chooses by a profile should estimate its choice.
@@ -168,7 +171,7 @@ class Profile:
 
     def _auxiliary(self, start: int, stop: int) -> EndCost:
         config, trace = self._config, self._plain
-        with trace.fake:
+        with faking(trace.fake):
             span = Span(0, 2, start, stop)
             network = build_auxiliary(
                 config.local.auxiliary, trace.chain, span, FeatureBank(), self._task, config.train.seed
@@ -227,7 +230,7 @@ class _Trace:
         blocks = build_blocks(self.chain, config, task)
         (block,), encoder = blocks, blocks.encoder
         self.units = [UnitCost() for _ in block.units]
-        with self.fake:
+        with faking(self.fake):
             make_fake([self.chain.model, block])
             block.scaled = False  # a loss scaler reads values, and fake tensors have none
             prepare(blocks, config, torch.device("cpu"))

@@ -6,18 +6,21 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.config import Config
 from engine.learning.blocks import Blocks
 from engine.learning.build import arriving_messages, fresh_blocks, prepare
-from engine.memory.estimate import fake_message, make_fake
+from engine.memory.estimate import fake_message, faking, make_fake
 from engine.memory.footprint import count_bytes
 from engine.task import Task
 
 
 class Sizes:
-    """The bytes of any stage, from an estimate of each block on its own."""
+    """The bytes of any stage, from an estimate of each block on its own.
+
+    Raises:
+        ValueError: as ``faking``.
+    """
 
     def __init__(self, config: Config, task: Task) -> None:
         blocks = fresh_blocks(config, task)
@@ -28,7 +31,7 @@ class Sizes:
         self._waiting = [config.placement.depth * size for size in [*sizes, 0]]
         self._states, self._peaks = [], []
         plain = replace(config, local=replace(config.local, compile=False))
-        with FakeTensorMode():
+        with faking():
             make_fake([blocks[0].chain.model, *blocks])
             for block, message in zip(blocks, arriving, strict=True):
                 block.scaled = False  # a loss scaler reads values, and fake tensors have none

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 from engine.config import Config
 from engine.learning.build import fresh_blocks
-from engine.learning.outcome import BlockError
 from engine.memory.estimate import Estimate, estimate_step
 from engine.memory.work import Speed
-from engine.network.shapes import shapes_of, trial
+from engine.network.shapes import shapes_of
 from engine.task import Task
 from engine.utilities.options import words
-from engine.utilities.text import one_line
 
 Load = Callable[[Sequence[str]], tuple[Config, Task]]
 """A function that makes a config and its task from a command line, such as ``tasks.load``."""
@@ -91,12 +89,7 @@ def estimate_variant(variant: Variant, argv: Sequence[str], load: Load, speed: S
     """The estimate of a step of the variant, on fake tensors.
 
     Raises:
-        ValueError: a block fails on the message of the task's ``example``.
+        ValueError: the variant cannot be built, or as ``estimate_step``.
     """
     config, task = load(variant.words(argv))
-    blocks = fresh_blocks(config, task)
-    try:
-        with trial([]):  # nothing is printed beside the error
-            return estimate_step(blocks, config, shapes_of(task.example), speed)
-    except BlockError as error:
-        raise ValueError(f"on the message of example(): {one_line(error)}") from error
+    return estimate_step(fresh_blocks(config, task), config, shapes_of(task.example), speed)

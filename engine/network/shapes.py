@@ -1,4 +1,4 @@
-"""Shapes without arithmetic, from a forward pass on fake tensors."""
+"""Shapes from a forward pass on fake tensors, without arithmetic; where that needs values, on small real tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -19,6 +19,8 @@ from engine.network.message import Message, versions
 
 def infer_shapes(forward: Callable[[Message], Message], message: Message, modules: Iterable[nn.Module]) -> Message:
     """The message that ``forward`` returns for a message shaped like ``message``, as meta tensors.
+
+    If ``forward`` needs the values of tensors (``x.sum() > 0``, ``x[x > 0]``), it runs on random numbers instead.
 
     Args:
         modules: the modules that ``forward`` runs. They are in evaluation mode meanwhile, so that no statistic changes,
@@ -33,16 +35,44 @@ def changes(
     """What ``infer_shapes`` returns, and the names of the features of ``message`` that ``forward`` changes in place."""
     # Two nested fake modes refuse each other's tensors, so reuse the caller's if there is one.
     active = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)]
-    fake = active[-1] if active else FakeTensorMode(allow_non_fake_inputs=True)
     modules = list(modules)
-    with evaluating(modules), trial(modules):
-        with fake, torch.no_grad():
+    try:
+        with evaluating(modules), trial(modules), active[-1] if active else FakeTensorMode(allow_non_fake_inputs=True):
             # Fake tensors on the CPU, not meta tensors: real parameters are on the CPU, and some operators and modules
             # choose their path by the device.
-            given = message.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
-            result = forward(given)
-        changed = frozenset(name for name, value in given.features.items() if any(versions(value)))
-        return result.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")), changed
+            return _run(forward, message, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
+    except Exception as error:
+        if active or not needs_values(error):
+            raise
+    with evaluating(modules), trial(modules), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _run(forward, message, _made_up)
+
+
+def _run(
+    forward: Callable[[Message], Message], message: Message, make: Callable[[Tensor], Tensor]
+) -> tuple[Message, frozenset[str]]:
+    with torch.no_grad():
+        given = message.map(make)
+        result = forward(given)
+    changed = frozenset(name for name, value in given.features.items() if any(versions(value)))
+    return result.map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")), changed
+
+
+def _made_up(tensor: Tensor) -> Tensor:
+    """Random numbers, or zeros, which are valid as indices and labels."""
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape, dtype=tensor.dtype)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def needs_values(error: BaseException | None) -> bool:
+    """Whether an error says that fake tensors, which have no values, do not suffice."""
+    if error is None:
+        return False
+    # An operator without an implementation for fake tensors counts too, and ``numpy()``, which raises by itself.
+    own = type(error).__module__ == FakeTensorMode.__module__ or "tensor subclasses" in str(error)
+    return own or needs_values(error.__cause__ or error.__context__)
 
 
 def shapes_of(make: Callable[[], Message]) -> Message:
@@ -56,13 +86,19 @@ def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
     """A context for a pass on fake tensors, which may fail: it leaves no trace in ``modules``, nor on stderr.
 
     The modules get back the attributes that they had before, also in their dicts, lists, sets and deques. A cache
-    could otherwise keep a fake tensor, and a real pass would then compute with a tensor that has no values.
+    could otherwise keep a fake tensor, and a real pass would then compute with a tensor that has no values. They work
+    on copies of their buffers, because fake tensors do not keep an operator from changing a real one in place.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints the traceback of errors that it raises
     disabled, log.disabled = log.disabled, True
     kept = [(module, dict(vars(module))) for root in modules for module in root.modules()]
     containers = [value for _, held in kept for value in held.values() if isinstance(value, (dict, list, set, deque))]
     contents = [(value, copy.copy(value)) for value in containers]
+    copies: dict[int, Tensor] = {}
+    for module, _ in kept:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
     try:
         yield
     finally:

@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engine.learning.build import build_blocks
 from engine.memory import CATEGORIES, Footprint, estimate_step
 from engine.memory.footprint import count_bytes
+from engine.memory.profile import Profile
 from engine.memory.tracker import MOMENTS, MemoryTracker, Moment
 from engine.memory.variant import Variant, estimate_variant
+from engine.memory.work import Speed
 from engine.network.message import Message
 from tasks import load
 from tests.toy import Toy, blocks_of, config
@@ -260,3 +262,15 @@ def test_an_estimate_takes_no_memory() -> None:
     found = peak("--data.batch", "100000")
     assert found.peak_bytes > 40 * 2**30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "less than 1 GiB"
+
+
+def test_a_block_that_needs_values_is_named_with_the_way_to_measure_it() -> None:
+    class Weighing(Toy):
+        def loss(self, prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return super().loss(prediction, targets) * prediction.sum().item()
+
+    words = r"^block 0 needs the values of tensors, which a prediction of memory .*; measure instead: tools/memory.py"
+    with pytest.raises(ValueError, match=words):
+        estimate(Weighing(), Weighing().example())
+    with pytest.raises(ValueError, match=words):
+        Profile(config(), Weighing(), Speed.infinite())

@@ -162,3 +162,39 @@ def test_a_unit_that_fails_is_named_and_nothing_else_is_printed() -> None:
         log.removeHandler(handler)
     assert not handler.records
     assert not log.disabled
+
+
+class Weighing(nn.Linear):
+    """Its result depends on values, in each of the ways that fake tensors refuse."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(4, 4)
+        self.how = how
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        noise = torch.rand(())
+        y = super().forward(x)
+        if self.how == "item":
+            return y * (noise + x.abs().max()).item()
+        if self.how == "if":
+            return y if y.sum() > 0 else -y
+        if self.how == "index":
+            return y + x[x > 0].sum()
+        return y + float(x.detach().numpy().sum()) if self.how == "numpy" else y
+
+
+@pytest.mark.parametrize("how", ["item", "if", "index", "numpy", "none"])
+def test_a_unit_that_needs_values_is_tried_on_real_tensors(how: str) -> None:
+    """It would train, and was refused. Whatever a trial runs on, it leaves buffers as they were."""
+    model = nn.Sequential(Weighing(how), nn.Linear(4, 2))
+    chain = Chain(model, [Unit("weighing", model[0])], Unit("head", model[1]), EXAMPLE, "NLC")
+    before, random = model[0].passes, torch.get_rng_state()
+    (message,) = chain.shapes()
+    assert message.x.is_meta
+    assert message.x.shape == (2, 4)
+    assert chain.prediction().shape == (2, 2)
+    assert model[0].passes is before
+    assert not before
+    assert torch.equal(torch.get_rng_state(), random)
