@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from engine.network.message import Message
 from engine.network.shapes import changes
 from engine.network.state import tensors_of
-from engine.utilities.text import described, none_of
+from engine.utilities.text import described, none_of, place
 
 LAYOUTS = ("NCHW", "NHWC", "NLC")
 
@@ -218,7 +218,7 @@ def _run(unit: Unit, message: Message, prediction: bool = False) -> tuple[Messag
         try:
             output = unit(message)
         except Exception as error:  # the user's own code may raise anything
-            raise ValueError(f"{got} fails: {described(error)}") from error
+            raise ValueError(f"{got} fails: {described(error)}{place(error)}") from error
         if not isinstance(output, Message):
             kind = "a tensor" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"{got} returns {kind}, not a Message; see docs/extend.md")

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -57,3 +63,15 @@ def described(error: BaseException) -> str:
     """
     name, text = type(error).__name__, one_line(error, 300)
     return name if text == name else f"{name}: {text}"
+
+
+def place(error: BaseException) -> str:
+    """Where a user's code raised an error, or called what raised it, to append to a message; nothing if it did not.
+
+    Code of this project, of Python itself and of installed packages is not the user's.
+    """
+    others = (*(f"{PROJECT / name}{os.sep}" for name in ("engine", "tasks", "tools")), sysconfig.get_path("stdlib"), "<")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(others) and "-packages" not in frame.filename:
+            return f" ({frame.filename}, line {frame.lineno})"
+    return ""

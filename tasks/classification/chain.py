@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
-import traceback
 from pathlib import Path
 
 from torch import Tensor
 
 from engine.network.chain import Chain
 from engine.utilities.imports import import_named
-from engine.utilities.text import one_line
+from engine.utilities.text import one_line, place
 from tasks.classification.config import ModelConfig
 from tasks.classification.resnet import resnet_chain
 from tasks.weights import load_weights
@@ -47,17 +45,20 @@ def _own_chain(name: str, classes: int, size: int) -> Chain:
             chain.shapes()
     except Exception as error:  # the user's own code may raise anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        file = sys.modules[name.partition(":")[0]].__file__
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        place = f" ({file}, line {lines[-1]})" if lines else ""
-        raise ValueError(f"model.name: {name!r}: {kind}{one_line(error)}{place}") from error
+        raise ValueError(f"model.name: {name!r}: {kind}{one_line(error)}{place(error)}") from error
     if not isinstance(chain, Chain):
         raise ValueError(f"model.name: {name!r} returned {type(chain).__name__}, not an engine.network.chain.Chain")
     logits = chain.prediction()
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != classes:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < classes:
         found = str(tuple(logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
             f"model.name: {name!r}: the head {chain.head.name!r} returns {found} for {chain.example.batch} images, not "
             f"({chain.example.batch}, {classes}), one number for each of the classes"
         )
     return chain
+
+
+def spare_outputs(chain: Chain, classes: int) -> str:
+    """What a log says of a head with more outputs than there are classes, such as 1000 for ten; empty if it has not."""
+    outputs = chain.prediction().shape[1]
+    return f"model.name: the head has {outputs} outputs for {classes} classes" if outputs > classes else ""

@@ -14,8 +14,9 @@ from engine.network.chain import Chain
 from engine.network.layout import as_map
 from engine.network.message import Message
 from engine.task import Metrics, Task
+from engine.utilities.console import print_once
 from engine.utilities.seed import seeded
-from tasks.classification.chain import build_model_chain
+from tasks.classification.chain import build_model_chain, spare_outputs
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.data import Images, load_images
 
@@ -86,7 +87,10 @@ class Classification(Task):
     def build_chain(self, initial: bool = True) -> Chain:
         model = self.config.model if initial else replace(self.config.model, weights="", pretrained=False)
         with seeded(self.config.train.seed, "model"):
-            return build_model_chain(model, self.classes, self.config.data.size)
+            chain = build_model_chain(model, self.classes, self.config.data.size)
+        if initial and (line := spare_outputs(chain, self.classes)):
+            print_once(line)
+        return chain
 
     def loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(prediction, targets)

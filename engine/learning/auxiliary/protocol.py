@@ -9,6 +9,7 @@ import pkgutil
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import jsonargparse
@@ -18,11 +19,12 @@ from engine.network.bank import FeatureBank
 from engine.network.chain import Chain
 from engine.network.cut import Span
 from engine.network.message import Message
+from engine.network.shapes import infer_shapes
 from engine.task import Task
 from engine.utilities.imports import import_named
 from engine.utilities.kinds import refusal, takes_none
 from engine.utilities.seed import seeded
-from engine.utilities.text import did_you_mean, none_of
+from engine.utilities.text import described, did_you_mean, none_of, place
 
 
 class AuxiliaryNetwork(nn.Module, ABC):
@@ -88,7 +90,7 @@ def build_auxiliary(
 
     Raises:
         ValueError: the family or an option is unknown (the message suggests the nearest known one), an option has no
-            annotation, or a value has the wrong type.
+            annotation, a value has the wrong type, or a class of the user's own fails. The message names it.
     """
     options = {"type": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("type", None)
@@ -99,7 +101,18 @@ def build_auxiliary(
     options = _checked(str(name), family, {**(task.auxiliary_options.get(name) or {}), **options})
     # A random state of its own: neither the other blocks' options nor the cut changes what a block draws.
     with seeded(seed, "auxiliary", span.index):
-        return family.build(chain=chain, span=span, bank=bank, task=task, **options)
+        if ":" not in name:
+            return family.build(chain=chain, span=span, bank=bank, task=task, **options)
+        output = replace(chain.shapes()[span.stop - 1], bank=bank)
+        try:
+            network = family.build(chain=chain, span=span, bank=bank, task=task, **options)
+            infer_shapes(lambda message: message.with_x(network(message, message.bank)), output, [network])
+            return network
+        except Exception as error:  # the user's own code may raise anything
+            raise ValueError(
+                f"local.auxiliary: {name!r} fails on block {span.index}'s output of shape {tuple(output.x.shape)}: "
+                f"{described(error)}{place(error)}"
+            ) from error
 
 
 def _find(name: str, task: Task) -> type[AuxiliaryNetwork]:

@@ -121,3 +121,31 @@ def test_a_class_of_ones_own_by_its_name(tmp_path: Path, monkeypatch: pytest.Mon
         built(type="my_networks:Yours")
     with pytest.raises(ValueError, match="no 'Mien'; did you mean 'my_networks:Mine'\\?$"):
         built(type="my_networks:Mien")
+
+
+FAILING = """from engine.learning.auxiliary.greedy import Greedy
+
+
+class Building(Greedy):
+    @classmethod
+    def build(cls, chain, span, bank, task):
+        return {}["width"]
+
+
+class Running(Greedy):
+    def forward(self, message, bank):
+        return message.features["skip"]
+"""
+
+
+@pytest.mark.parametrize(("name", "said"), [("Building", "'width'.*line 7"), ("Running", "'skip'.*line 12")])
+def test_a_class_of_ones_own_that_fails_is_named(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that failed ended in a traceback, or did so only in the first step."""
+    (tmp_path / "my_failing.py").write_text(FAILING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    start = rf"^local.auxiliary: 'my_failing:{name}' fails on block 0's output of shape \(2, 6\): KeyError: "
+    with pytest.raises(ValueError, match=rf"{start}{said}\)$"):
+        built(type=f"my_failing:{name}")

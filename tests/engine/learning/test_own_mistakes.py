@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from engine.utilities.command import run_tool
+from tasks.classification.config import ClassificationConfig
+from tasks.classification.task import Classification
 from tools.train import main
 
 NETWORK = '''
@@ -56,6 +58,14 @@ def masked(module, message):
     return message.with_x(module(message.x) * message.features["mask"].mean())
 
 
+class Sized(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(self.checked(x))
+
+    def checked(self, x):
+        raise KeyError("size")  # HERE
+
+
 right = chain()
 a_tuple = chain(many(lambda x: (x, x)))
 a_dict = chain(many(lambda x: {"x": x}))
@@ -66,6 +76,8 @@ without_x = chain(forward=lambda module, message: replace(message, features={"y"
 turned_round = chain(order=(1, 0))
 wrong_head = chain(width=32)
 few_classes = chain(out=7)
+more_classes = chain(out=1000)
+failing = chain(Sized(3, 8, 3))
 absent = chain(forward=masked)
 only_in_the_example = chain(forward=masked, mask=torch.ones(2))
 lazy = chain(lazy=True)
@@ -147,6 +159,25 @@ def test_a_module_that_fails_is_one_line(train: object) -> None:
     assert code == 2
     assert "model.name: cannot import 'own_broken:make'" in said
     assert said.endswith("OSError: no disk\n")
+
+
+def test_an_error_inside_a_unit_names_its_file_and_line(train: object, tmp_path: Path) -> None:
+    code, said = train("own_mistakes:failing")  # type: ignore[operator]
+    assert code == 2
+    line = next(number for number, text in enumerate(NETWORK.splitlines(), 1) if "# HERE" in text)
+    assert said.endswith(f"fails: KeyError: 'size' ({tmp_path / 'own_mistakes.py'}, line {line})\n"), said
+
+
+def test_a_head_with_outputs_to_spare_trains_and_the_log_says_so(
+    train: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network for 1000 classes, fine-tuned on ten of them, was refused."""
+    assert train("own_mistakes:more_classes") == (0, "")  # type: ignore[operator]
+    config = ClassificationConfig(task="classification")
+    config.model.name, config.data.size = "own_mistakes:more_classes", 16
+    for initial in (True, False):
+        Classification(config).build_chain(initial)
+    assert capsys.readouterr().out.count("the head has 1000 outputs for 10 classes") == 1
 
 
 def test_without_a_mistake_it_trains(train: object, tmp_path: Path) -> None:
