@@ -332,10 +332,19 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
     )
     parser.add_argument("--config", action="config", help="YAML file with the sections below")
     parser.add_class_arguments(config_class)
+    options = joined(argv)
     try:
-        values = vars(parser.instantiate(parser.parse_args(joined(argv))))
+        values = vars(parser.instantiate(parser.parse_args(options)))
         config = config_class(**{name: value for name, value in values.items() if name != "config"})
     except (argparse.ArgumentError, TypeError) as error:
+        # Which one is wrong shows when each is parsed alone: the file may have one value of a key, the command line
+        # another.
+        for key, _, value in (option[2:].partition("=") for option in options if "=" in option):
+            try:
+                parser.parse_args([f"--{key}={value}"])
+            except (argparse.ArgumentError, TypeError) as own:
+                where, its = (f"{file}: ", given) if key == "config" else ("", {key.rstrip("+"): value})
+                raise ValueError(where + parser_message(own, known, its)) from own
         raise ValueError(parser_message(error, known, {**given, **typed})) from error
     chosen = config.local.auxiliary
     if isinstance(chosen, dict):

@@ -1,3 +1,4 @@
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_options_of_the_auxiliary_network_from_the_command_line(tmp_path: Path) 
         ("{}", ["--data.bach=3"], r"^unknown key 'data.bach', did you mean 'data.batch'"),
         ("local: {blocks: many}", [], r"local.blocks: 'many' is not a whole number"),
         ("{}", ["--train.epochs", "1.5"], r"train.epochs: '1.5' is not a whole number"),
-        ("local: {precision: fp8}", [], r"^local.precision: 'fp8' is none of fp32, bf16, fp16"),
+        ("local: {precision: fp8}", [], r"c.yaml: local.precision: 'fp8' is none of fp32, bf16, fp16"),
         ("{}", ["--optimizer.name", "sdg"], r"^optimizer.name: 'sdg' is none of sgd, adamw; did you mean 'sgd'\?$"),
         (
             "{}",
@@ -96,6 +97,23 @@ def test_bad_input_is_one_line_that_names_the_culprit(tmp_path: Path, text: str,
     with pytest.raises(ValueError, match=message) as caught:
         read(tmp_path, text, *overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "FILE"], "FILE: train.epochs: 'many' is not a whole number"),
+        (["--config", "FILE", "--train.epochs", "2"], "FILE: train.epochs: 'many' is not a whole number"),
+        (["--train.epochs=2", "--config=FILE"], "FILE: train.epochs: 'many' is not a whole number"),
+        (["--train.epochs", "few", "--train.epochs", "2"], "train.epochs: 'few' is not a whole number"),
+    ],
+)
+def test_the_value_that_is_wrong_is_named_with_its_file(words: list[str], message: str, tmp_path: Path) -> None:
+    """The command line's was blamed for the file's."""
+    file = tmp_path / "wrong.yaml"
+    file.write_text("train: {epochs: many}\n")
+    with pytest.raises(ValueError, match=f"^{re.escape(message.replace('FILE', str(file)))}$"):
+        parse(Config, [word.replace("FILE", str(file)) for word in words])
 
 
 def test_config_may_be_given_with_an_equals_sign(tmp_path: Path) -> None:
