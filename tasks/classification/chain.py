@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.network.chain import Chain
 from engine.utilities.imports import import_named
-from engine.utilities.text import one_line, place
+from engine.utilities.text import none_of, one_line, place
 from tasks.classification.config import ModelConfig
 from tasks.classification.resnet import resnet_chain
 from tasks.weights import load_weights
@@ -31,7 +31,7 @@ def build_model_chain(config: ModelConfig, classes: int, size: int) -> Chain:
     elif ":" in name:
         chain = _own_chain(name, classes, size)
     else:
-        raise ValueError(f"model.name: {name!r} is none of resnetN, timm:NAME, module:function")
+        raise ValueError(f"model.name: {none_of(name, ('resnetN', 'timm:NAME', 'module:function'))}")
     if config.weights:
         load_weights(chain.model, Path(config.weights), head=chain.names(chain.head.module))
     return chain

@@ -13,7 +13,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from engine.config import at_least
-from engine.utilities.text import did_you_mean, one_line
+from engine.utilities.text import none_of, one_line
 from tasks.style_transfer.diffusion.bank import Prompt, PromptBank, load_bank
 from tasks.style_transfer.diffusion.base import Base
 from tasks.style_transfer.diffusion.batch import batch_of
@@ -86,6 +86,12 @@ class ArtistPipeline(StochasticInversion):
         if "tokenizer" not in kwargs:
             check_tokenizer_files(base.key, name)
         kwargs["variant"] = base.variant_of("unet")
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        for part, load in (("text_encoder", base.text_encoder), ("vae", base.vae)):
+            # diffusers would look for the variant of the UNet here too.
+            if part not in kwargs and base.variant_of(part) != kwargs["variant"]:
+                wanted = dtype.get(part, dtype.get("default")) if isinstance(dtype, dict) else dtype
+                kwargs[part] = load().to(wanted)
         check_index(Path(name))
         above: Any = super()
         return cls._loaded(above.from_pretrained, name, prompts, kwargs)
@@ -225,7 +231,7 @@ class ArtistPipeline(StochasticInversion):
         if not isinstance(negative_prompt, str | None):
             raise ValueError(f"negative_prompt: {negative_prompt!r} is no text; a call has one for all pictures")
         if output_type not in OUTPUTS:
-            raise ValueError(f"output_type: {output_type!r} is none of {', '.join(OUTPUTS)}")
+            raise ValueError(f"output_type: {none_of(output_type, OUTPUTS)}")
         at_least(("num_images_per_prompt", num_images_per_prompt, 1))
         pictures = pictures.repeat_interleave(num_images_per_prompt, 0)
         if isinstance(generator, list | tuple):
@@ -238,8 +244,9 @@ class ArtistPipeline(StochasticInversion):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
-                hint, known = did_you_mean(name, self._callback_tensor_inputs), ", ".join(self._callback_tensor_inputs)
-                raise ValueError(f"callback_on_step_end_tensor_inputs: {name!r} is unknown{hint}; known: {known}")
+                raise ValueError(
+                    f"callback_on_step_end_tensor_inputs: {none_of(name, self._callback_tensor_inputs)}"
+                )
         height, width = pictures.shape[2:]
         if height % self.multiple or width % self.multiple:
             raise ValueError(

@@ -100,6 +100,21 @@ def test_of_several_variants_the_user_chooses(room: Path) -> None:
     ArtBankPipeline.from_pretrained(room / "two", variant="fp16")
 
 
+@pytest.mark.parametrize(("unet", "others"), [("half", "variant"), ("variant", "half")])
+def test_networks_of_several_variants_in_one_checkpoint(room: Path, tmp_path: Path, unet: str, others: str) -> None:
+    """All were looked for in the UNet's variant, and a text encoder that has only another was not found."""
+    folder = shutil.copytree(room / others, tmp_path / "mixed")
+    shutil.rmtree(folder / "unet")
+    shutil.copytree(room / unet / "unet", folder / "unet")
+    for dtype in (torch.float32, torch.float16):
+        made, plain = (ArtBankPipeline.from_pretrained(each, torch_dtype=dtype) for each in (folder, room / "half"))
+        for part in ("unet", "text_encoder", "vae"):
+            network, wanted = getattr(made, part), getattr(plain, part)
+            assert network.dtype == dtype, part
+            assert not network.training
+            assert all(map(torch.equal, network.state_dict().values(), wanted.state_dict().values())), part
+
+
 def test_a_controlnet_in_a_variant(room: Path, tmp_path: Path) -> None:
     ControlNetModel.from_unet(Base("tiny").unet()).half().save_pretrained(tmp_path / "control", variant="fp16")
     made = p.pipeline("lsast", room / "variant", "monet", controlnet=tmp_path / "control")
