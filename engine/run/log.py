@@ -6,7 +6,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,9 @@ from engine.utilities.console import console, progress_bar
 from engine.utilities.files import write_text, writing
 from engine.utilities.size import size_text
 
-_report = threading.excepthook
-
-
-def _report_others(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread ends with the error of a full disk, and its next call raises the same in the caller."""
-    if type(args.thread).__name__ != "_AsyncWriterThread":
-        _report(args)
-
-
-threading.excepthook = _report_others
-
 
 class RunLog:
-    """Writes a run's metrics and curves.
+    """Writes a run's metrics and curves; a context manager that closes itself.
 
     Lines and points after ``step`` are dropped first: an interrupted run wrote them after its last checkpoint, and the
     resumed run writes them again.
@@ -48,8 +38,18 @@ class RunLog:
         kept = [line for line in _lines(self.path) if line.get("step", 0) <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.events = folder / "tensorboard"
-        with writing(self.events):
-            self.curves: SummaryWriter | None = SummaryWriter(str(self.events), purge_step=step + 1)
+        with ExitStack() as stack:
+            stack.enter_context(_no_report_of_curves())
+            with writing(self.events):
+                self.curves: SummaryWriter | None = SummaryWriter(str(self.events), purge_step=step + 1)
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(Exception) if kind else nullcontext():  # the first error is the one to raise
+            self.close()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl`` and one point per number to the curves; a list has one number per block."""
@@ -76,9 +76,35 @@ class RunLog:
     def close(self) -> None:
         """Write what is pending; a second call does nothing."""
         curves, self.curves = self.curves, None
-        if curves is not None:
-            with writing(self.events):
-                curves.close()
+        with self._open:
+            if curves is not None:
+                with writing(self.events):
+                    curves.close()
+
+
+@contextmanager
+def _no_report_of_curves() -> Iterator[None]:
+    """A context in which Python reports no error of TensorBoard's thread.
+
+    The thread ends with the error of a full disk, and TensorBoard's next call raises the same in the caller.
+    """
+    report, before = threading.excepthook, threading.enumerate()
+
+    def is_curves(thread: threading.Thread | None) -> bool:
+        return type(thread).__name__ == "_AsyncWriterThread"
+
+    def report_others(args: threading.ExceptHookArgs) -> None:
+        if not is_curves(args.thread):
+            report(args)
+
+    threading.excepthook = report_others
+    try:
+        yield
+    finally:
+        for thread in threading.enumerate():
+            if is_curves(thread) and thread not in before:
+                thread.join(1)  # after an error it may just be ending
+        threading.excepthook = report
 
 
 def is_scored(checkpoint: Path, position: Position) -> bool:

@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,23 +130,20 @@ class Trainer:
             BlockError: a block failed.
             LinkError: a neighbouring rank failed or gave no sign of life.
         """
-        log: RunLog | None = None
         try:
             self._begin()
-            log = RunLog(self.folder, self.position.step) if self.world.main else None
-            self._started = time.monotonic() - self.position.seconds
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
-            reset_peak()
-            self._pace.start()
-            with self.course.stopped_by_signals(), deterministic(self.config.train.deterministic, self.device):
-                with Progress(self.config.train.epochs, self.steps_per_epoch, shown=self.world.main) as progress:
-                    for order in self.pipeline.orders(self.course.orders()):
-                        self._follow(order, log, progress)
-                self.writer.wait()
-                self.pipeline.close()
-            if log is not None:
-                log.close()
+            with RunLog(self.folder, self.position.step) if self.world.main else nullcontext() as log:
+                self._started = time.monotonic() - self.position.seconds
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                reset_peak()
+                self._pace.start()
+                with self.course.stopped_by_signals(), deterministic(self.config.train.deterministic, self.device):
+                    with Progress(self.config.train.epochs, self.steps_per_epoch, shown=self.world.main) as progress:
+                        for order in self.pipeline.orders(self.course.orders()):
+                            self._follow(order, log, progress)
+                    self.writer.wait()
+                    self.pipeline.close()
             return self._finish()
         except Exception as error:
             if isinstance(error, LinkError):
@@ -162,21 +159,16 @@ class Trainer:
             with suppress(Exception):  # the first error is the one to raise
                 self.writer.wait()
             with suppress(Exception):
-                self._leave_nothing_half(log, error)
+                self._leave_nothing_half(error)
             raise
-        finally:
-            if log is not None:
-                log.close()
 
-    def _leave_nothing_half(self, log: RunLog | None, error: Exception) -> None:
-        """After an error, remove a checkpoint that is not complete, and write what the log still holds.
+    def _leave_nothing_half(self, error: Exception) -> None:
+        """After an error, remove a checkpoint that is not complete.
 
         A start that a user's error ended before the first step leaves no folder, so the next one gets the same name.
         """
         if self.world.main:
             clean(self.folder / "checkpoints")
-        if log is not None:
-            log.close()
         started = self.position.step > self._first_step or newest_checkpoint(self.folder / "checkpoints")
         if self._made and not started and isinstance(error, ValueError) and not isinstance(error, WriteError):
             shutil.rmtree(self.folder)

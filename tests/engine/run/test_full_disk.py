@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -73,6 +74,8 @@ def fill(made: Trainer, moment: str, step: int) -> None:
 
 
 def test_curves_that_find_the_disk_full_say_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hook = threading.excepthook
+    assert hook.__module__ != "engine.run.log", "it was replaced for good when the module was imported"
     log = RunLog(tmp_path, 0)
     with (
         full_disk(2000),
@@ -82,6 +85,7 @@ def test_curves_that_find_the_disk_full_say_so_in_one_line(tmp_path: Path, capsy
     with suppress(WriteError):
         log.close()
     log.close()
+    assert threading.excepthook is hook
     assert "Traceback" not in capsys.readouterr().err
 
 
