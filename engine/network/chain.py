@@ -59,6 +59,9 @@ class Unit:
         framework initialised the original, including constants (the ones of a normalisation), whatever the framework.
         Normalisation statistics start fresh, and every parameter is trainable.
 
+        Raises:
+            ValueError: Python cannot copy the module, because it holds an open file or a lock, for example.
+
         Known limitations: of an initialisation with structure (orthogonal rows), only the marginal distribution
         remains. A copy of a trained unit follows the distribution of the trained weights.
         """
@@ -71,7 +74,13 @@ class Unit:
             memo[id(parameter)] = nn.Parameter(values[order].view_as(parameter))
         # Train even if the original normalises with frozen statistics: those of the copy are reset below, so it must
         # learn its own.
-        module = copy.deepcopy(self.module, memo).train()
+        try:
+            module = copy.deepcopy(self.module, memo).train()
+        except Exception as error:  # the user's own code may raise anything
+            raise ValueError(
+                f"unit {self.name!r} cannot be copied for an auxiliary network: {described(error)}; take one without "
+                "copies: local.auxiliary greedy or dgl"
+            ) from error
         for child in module.modules():
             if isinstance(child, nn.modules.batchnorm._NormBase):
                 child.reset_running_stats()

@@ -70,7 +70,11 @@ def place(error: BaseException) -> str:
 
     Code of this project, of Python itself and of installed packages is not the user's.
     """
-    others = (*(f"{PROJECT / name}{os.sep}" for name in ("engine", "tasks", "tools")), sysconfig.get_path("stdlib"), "<")
+    others = (
+        *(f"{PROJECT / name}{os.sep}" for name in ("engine", "tasks", "tools")),
+        sysconfig.get_path("stdlib"),
+        "<",
+    )
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(others) and "-packages" not in frame.filename:
             return f" ({frame.filename}, line {frame.lineno})"

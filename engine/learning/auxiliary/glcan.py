@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from engine.network.layout import as_map, is_nchw
 from engine.network.message import Message
 from engine.network.shapes import changes, infer_shapes
 from engine.task import Task
-from engine.utilities.text import described, one_line
+from engine.utilities.text import described, one_line, place
 
 
 @register("glcan")
@@ -81,6 +81,12 @@ class GLCAN(AuxiliaryNetwork):
         reduce: int = 2,
         use_bank: bool = True,
     ) -> GLCAN:
+        """Build the network from copies of the remaining units (see the class).
+
+        Raises:
+            ValueError: an option is out of range, or the units do not fit on the block's output; the message names
+                them.
+        """
         if depth < 0 or width <= 0 or reduce < 1:
             raise ValueError(
                 f"local.auxiliary: glcan needs depth >= 0, width > 0, reduce >= 1, got {depth}, {width}, {reduce}"
@@ -96,12 +102,12 @@ class GLCAN(AuxiliaryNetwork):
                 units, narrow, remarks = thinned_units(chain, units, output, width, reduce)
             network = cls(units, narrow, reduce, use_bank)
             network.remarks = remarks
-            features, network.copied = changes(network.local, output, [network])
-        except Exception as error:  # the units' own code may raise anything
+            features, network.copied = _tried(network.local, output, [network])
+        except UnfitError as error:
             names = ", ".join(unit.name for unit in units)
             raise ValueError(
                 f"local.auxiliary: units {names} do not fit on block {span.index}'s output of shape "
-                f"{tuple(output.x.shape)}; try reduce=1, width=1 or depth=0 ({described(error)})"
+                f"{tuple(output.x.shape)}; try reduce=1, width=1 or depth=0 ({error})"
             ) from error
         network.head = task.auxiliary_head(chain, *network.with_global_part(output, features, bank))
         return network
@@ -141,43 +147,60 @@ def thinned_units(
 
     Returns:
         The units, the convolution in front of them, and a remark on each unit that keeps its width.
+
+    Raises:
+        UnfitError: a unit does not work even at its full width.
     """
     message = (
         infer_shapes(lambda given: given.with_x(F.avg_pool2d(given.x, reduce)), output, []) if reduce > 1 else output
     )
     width_before = as_map(output.x, chain.layout).shape[1]  # in the backbone
     fitted: list[tuple[nn.Module, Unit]] = []
-    remarks: list[str] = []
+    thinned, remarks = dict[str, Unit](), dict[str, str]()
 
     def fit(unit: Unit, channels: int) -> Message:
         actual = as_map(message.x, chain.layout).shape[1]
         adapter = nn.Identity() if actual == channels else nn.Conv2d(actual, channels, 1, bias=False)
-        after = infer_shapes(lambda given: unit(given.with_x(adapter(given.x))), message, [adapter, unit.module])
+        after, _ = _tried(lambda given: unit(given.with_x(adapter(given.x))), message, [adapter, unit.module])
         fitted.append((adapter, unit))
         return after
 
+    def keep_wide(unit: Unit, why: ValueError) -> None:
+        remarks[unit.name] = (
+            f"local.auxiliary: width={width} cannot thin unit {unit.name!r}, which stays at full width in GLCAN's "
+            f"local part: {one_line(why, 200)}"
+        )
+
     # All units before any convolution between them, which keeps the order of random draws independent of the latter.
-    for unit, thinned in [(unit, _thinned(unit, width)) for unit in units]:
+    for unit in units:
         try:
-            if isinstance(thinned, ValueError):
-                raise thinned
-            message = fit(thinned, max(1, round(width_before * width)))
-        except Exception as error:
-            remarks.append(
-                f"local.auxiliary: width={width} cannot thin unit {unit.name!r}, which stays at full width in GLCAN's "
-                f"local part: {one_line(error, 200)}"
-            )
+            thinned[unit.name] = replace(unit, module=thin(unit.module, width))
+        except ValueError as error:
+            keep_wide(unit, error)
+    for unit in units:
+        if unit.name in thinned:
+            try:
+                message = fit(thinned[unit.name], max(1, round(width_before * width)))
+            except UnfitError as error:
+                keep_wide(unit, error)
+        if unit.name in remarks:
             message = fit(chain.units[chain.index(unit.name)].copy(), width_before)
         width_before = as_map(chain.shapes()[chain.index(unit.name)].x, chain.layout).shape[1]
     (narrow, first), *others = fitted
-    return [first, *(_behind(adapter, unit) for adapter, unit in others)], narrow, tuple(remarks)
+    return [first, *(_behind(adapter, unit) for adapter, unit in others)], narrow, tuple(remarks.values())
 
 
-def _thinned(unit: Unit, width: float) -> Unit | ValueError:
+class UnfitError(ValueError):
+    """Units fail on what they are given in a local part."""
+
+
+def _tried(
+    forward: Callable[[Message], Message], message: Message, modules: Sequence[nn.Module]
+) -> tuple[Message, frozenset[str]]:
     try:
-        return replace(unit, module=thin(unit.module, width))
-    except ValueError as error:
-        return error
+        return changes(forward, message, modules)
+    except Exception as error:  # the units' own code may raise anything
+        raise UnfitError(described(error) + place(error)) from error
 
 
 def _behind(adapter: nn.Module, unit: Unit) -> Unit:

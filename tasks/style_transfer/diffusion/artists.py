@@ -244,9 +244,7 @@ class ArtistPipeline(StochasticInversion):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
-                raise ValueError(
-                    f"callback_on_step_end_tensor_inputs: {none_of(name, self._callback_tensor_inputs)}"
-                )
+                raise ValueError(f"callback_on_step_end_tensor_inputs: {none_of(name, self._callback_tensor_inputs)}")
         height, width = pictures.shape[2:]
         if height % self.multiple or width % self.multiple:
             raise ValueError(

@@ -1,10 +1,12 @@
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from engine.config import Config, LocalConfig
 from engine.learning.auxiliary import AuxiliaryNetwork, build_auxiliary
-from engine.learning.auxiliary.glcan import remaining_units
+from engine.learning.auxiliary.glcan import GLCAN, remaining_units
 from engine.learning.auxiliary.thin import thin
 from engine.learning.build import build_blocks, remarks
 from engine.network.bank import FeatureBank
@@ -192,6 +194,21 @@ def test_a_unit_that_cannot_be_thinned_keeps_its_width_and_says_so() -> None:
     assert said.startswith("local.auxiliary: width=0.5 cannot thin unit 'unit2', which stays at full width in GLCAN's")
     blocks = build_blocks(chain, Config(task="", local=LocalConfig(blocks=4, auxiliary=spec)), task)
     assert remarks(blocks) == [said], "once, though two blocks have the unit"
+
+
+def test_glcan_takes_its_own_mistakes_for_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever went wrong while it was built was said to be units that do not fit."""
+    monkeypatch.setattr(GLCAN, "__init__", lambda self, *arguments: [][0])
+    with pytest.raises(IndexError):
+        build("glcan")
+
+
+def test_a_unit_that_python_cannot_copy_is_named_with_the_way_out() -> None:
+    chain = Toy().build_chain()
+    chain.units[-1].module.lock = threading.Lock()
+    said = r"^unit 'layer3' cannot be copied for an auxiliary network: TypeError: .*; .* local.auxiliary greedy or dgl$"
+    with pytest.raises(ValueError, match=said):
+        build_blocks(chain, config(local__blocks=2, local__auxiliary="glcan"), Toy())
 
 
 def test_dgl_is_pool_convolutions_and_three_layers() -> None:
