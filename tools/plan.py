@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     for line in plan_notes(plan):
         console.print(line)
     write_plan(plan, out)
-    print(f"wrote {out}: torchrun --standalone --nproc-per-node 1 tools/train.py --config {out}")
+    print(f"wrote {out}: {_command(1, out)}")
     if known.json:
         about = {"header": header("Plan", argv, known.threads, config.train.device), "budget_bytes": budget}
         write_text(
@@ -94,7 +95,9 @@ def show_ranks(plan: RankPlan, ranks: int, out: Path) -> None:
     Sheet(f"Blocks on {ranks} stages", ["block", "units", "stage", "ms a step", "stage is busy"], plan.rows()).show()
     processes = ranks * plan.config.placement.replicas
     write_planned(out, f"{ranks} ranks", f"{len(plan.units)} blocks", plan.config)
-    print(f"wrote {out}: torchrun --standalone --nproc-per-node {processes} tools/train.py --config {out}")
+    print(
+        f"wrote {out}: torchrun --standalone --nproc-per-node {processes} tools/train.py --config {shlex.quote(str(out))}"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -178,7 +179,7 @@ class DenoiserTask(DiffusionTask):
             if target.suffix in FILES:
                 raise ValueError(
                     f"--out: {target} is a file; a checkpoint in diffusers' layout is a folder: "
-                    f"--out {target.with_suffix('')}"
+                    f"--out {shlex.quote(str(target.with_suffix('')))}"
                 )
             if target.exists():
                 raise ValueError(f"--out: {target} is there already; choose another folder, or remove it")

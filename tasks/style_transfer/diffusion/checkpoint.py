@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,8 @@ def _folder(path: Path) -> str:
     """What a folder without a UNet is."""
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         return (
-            f"{path} is a run; a trained denoiser becomes a checkpoint by python tools/export.py --run {path} "
-            "--out FOLDER"
+            f"{path} is a run; a trained denoiser becomes a checkpoint by python tools/export.py --run "
+            f"{shlex.quote(str(path))} --out FOLDER"
         )
     if (path / "config.json").is_file():
         return f"{path} is one part of a checkpoint; give the folder above it, which has model_index.json"
@@ -217,7 +218,7 @@ def _file(path: Path) -> str:
     """What a file is, and what to do with it."""
     return _other(path) or (
         f"{path} is a single file; convert it into a folder in diffusers' layout once, for which the hub gives the "
-        f"configs, and give that: {_command(f'P.from_single_file({str(path)!r})', path)}"
+        f"configs, and give that: {_command(f'P.from_single_file({_literal(path)})', path)}"
     )
 
 
@@ -237,7 +238,7 @@ def _other(path: Path) -> str:
     if "method" in metadata and "artists" in metadata:
         return f"{path} holds artists' prompts, not a checkpoint; prompt.bank takes them, and a pipeline's `prompts`"
     if any("lora" in name for name in names):
-        fused = f"p = P.from_pretrained('CHECKPOINT'); p.load_lora_weights({str(path)!r}); p.fuse_lora(); "
+        fused = f'p = P.from_pretrained("CHECKPOINT"); p.load_lora_weights({_literal(path)}); p.fuse_lora(); '
         command = _command(f"{fused}p.unload_lora_weights(); p", path)
         return f"{path} is a LoRA, which changes a checkpoint; fuse the two, and give the folder: {command}"
     if any(name.startswith(("down_blocks.", "text_model.", "encoder.")) for name in names):
@@ -249,5 +250,11 @@ def _other(path: Path) -> str:
 
 
 def _command(pipeline: str, path: Path) -> str:
-    saved = f"{pipeline}.save_pretrained({str(path.with_suffix(''))!r})"
-    return f'python -c "from diffusers import StableDiffusionPipeline as P; {saved}"'
+    """A command, for a shell, that saves a pipeline of diffusers beside ``path``."""
+    saved = f"{pipeline}.save_pretrained({_literal(path.with_suffix(''))})"
+    return f"python -c {shlex.quote(f'from diffusers import StableDiffusionPipeline as P; {saved}')}"
+
+
+def _literal(path: Path) -> str:
+    """A path as Python reads it, in double quotes, since the command around it is in single ones."""
+    return json.dumps(str(path), ensure_ascii=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +156,7 @@ def test_a_single_file_paints_with_a_config_at_hand(single: tuple[Path, Path], t
 
 def test_a_single_file_is_refused_with_the_command_that_converts_it(single: tuple[Path, Path], tmp_path: Path) -> None:
     _, file = single
-    said = r"v1.safetensors is a single file; convert it .*: python -c \"from diffusers import .*v1.safetensors'\)"
+    said = r"v1.safetensors is a single file; convert it .*: python -c 'from diffusers import .*v1.safetensors\"\)"
     for load in (Base(str(file)).unet, lambda: ArtBankPipeline.from_pretrained(file)):
         with pytest.raises(ValueError, match=said) as caught:
             load()
@@ -163,6 +165,18 @@ def test_a_single_file_is_refused_with_the_command_that_converts_it(single: tupl
     torch.save({"state_dict": {}}, old)
     with pytest.raises(ValueError, match=r"old.ckpt is a single file; convert it"):
         Base(str(old)).unet()
+
+
+@pytest.mark.parametrize("name", ["it's", "$HOME", 'a"b', "with space", "é", "back\\slash"])
+def test_the_command_that_converts_is_for_a_shell(tmp_path: Path, name: str) -> None:
+    """A quote or a dollar sign in a path made it another command."""
+    file = tmp_path / f"{name}.ckpt"
+    torch.save({}, file)
+    with pytest.raises(ValueError, match="is a single file") as caught:
+        Base(str(file)).unet()
+    (code,) = shlex.split(str(caught.value).split("python -c ")[1])
+    literals = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert sorted(literals) == sorted([str(file), str(file.with_suffix(""))])
 
 
 def saved(folder: Path, unet: Any, checkpoint: Path) -> Path:
@@ -270,8 +284,8 @@ def test_a_lora_is_fused_by_the_command_that_is_said(checkpoint: Path, tmp_path:
     StableDiffusionPipeline.save_lora_weights(tmp_path, matrices, weight_name="lora.safetensors")
     with pytest.raises(ValueError, match=r"lora.safetensors is a LoRA") as caught:
         Base(str(tmp_path / "lora.safetensors")).unet()
-    code = str(caught.value).split('python -c "')[1].removesuffix('"').replace("CHECKPOINT", str(checkpoint))
-    exec(code, {})
+    (code,) = shlex.split(str(caught.value).split("python -c ")[1])
+    exec(code.replace("CHECKPOINT", str(checkpoint)), {})
     fused, plain = Base(str(tmp_path / "lora")).unet().state_dict(), Base(str(checkpoint)).unet().state_dict()
     changed = {name for name in plain if not torch.equal(fused[name], plain[name])}
     assert fused.keys() == plain.keys()
