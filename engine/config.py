@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import jsonargparse
 import yaml
 
-from engine.utilities.console import console
+from engine.utilities.console import console, first_of_host
 from engine.utilities.files import write_text
 from engine.utilities.kinds import takes_none
 from engine.utilities.options import check_keys, colon_hint, flat, hints, joined, loaded, parser_message, words
@@ -402,8 +401,7 @@ def _renamed_words(argv: Sequence[str]) -> list[str]:
 def _recompute(value: str) -> str:
     if value not in RECOMPUTE:
         raise ValueError(f"local.checkpoint: {value!r} is neither true nor false; the key is now local.recompute")
-    # torchrun starts this on every rank; one notice per host is enough.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if first_of_host():
         console.print(
             f"local.checkpoint {value} is now local.recompute {RECOMPUTE[value]}; the old key will be removed"
         )

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.network.state import tensors_of
 from engine.run.export import export_model
 from engine.utilities.command import ToolParser, run_tool
+from engine.utilities.files import writing
 from tasks.run import open_run
 
 
@@ -24,16 +25,15 @@ def main(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(list(argv))
     run = open_run(arguments.run)
-    try:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(arguments.out.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        written = run.task.write_export(arguments.out)
-        if written is None:
-            export_model(run.chain.model, arguments.out, run.task.export)
-            written = f"{len(tensors_of(run.chain.model))} tensors in {arguments.out}"
-    except OSError as error:
-        raise ValueError(f"--out: {arguments.out} cannot be written: {error.strerror or error}") from error
+    with writing(arguments.out):
+        folder = arguments.out.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    written = run.task.write_export(arguments.out)
+    if written is None:
+        export_model(run.chain.model, arguments.out, run.task.export)
+        written = f"{len(tensors_of(run.chain.model))} tensors in {arguments.out}"
     print(f"step {run.step}: {written}")
 
 

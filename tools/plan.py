@@ -95,9 +95,11 @@ def show_ranks(plan: RankPlan, ranks: int, out: Path) -> None:
     Sheet(f"Blocks on {ranks} stages", ["block", "units", "stage", "ms a step", "stage is busy"], plan.rows()).show()
     processes = ranks * plan.config.placement.replicas
     write_planned(out, f"{ranks} ranks", f"{len(plan.units)} blocks", plan.config)
-    print(
-        f"wrote {out}: torchrun --standalone --nproc-per-node {processes} tools/train.py --config {shlex.quote(str(out))}"
-    )
+    print(f"wrote {out}: {_command(processes, out)}")
+
+
+def _command(processes: int, config: Path) -> str:
+    return f"torchrun --standalone --nproc-per-node {processes} tools/train.py --config {shlex.quote(str(config))}"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from engine.distributed.transport import Inbox, LinkError, Outbox
 from engine.distributed.wire import GroupWire
 from engine.learning.outcome import BlockError
 from engine.utilities.command import report_failure
+from engine.utilities.console import first_of_host
 
 T = TypeVar("T")
 
@@ -167,7 +168,7 @@ class World:
         It may unpack or download files, which the others then find.
         """
         # The barrier is one collective: the first ranks reach it on leaving, the others on entering.
-        ahead = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        ahead = first_of_host()
         if self.size > 1 and not ahead:
             dist.barrier()
         yield

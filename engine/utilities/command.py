@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engine.utilities.console import first_of_host
 from engine.utilities.kinds import refusal
 from engine.utilities.text import nearest, none_of, one_line
 
@@ -60,17 +61,20 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         report_failure(f"error: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("interrupted", file=sys.stderr)
+        _say("interrupted")
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         report_failure(f"error: {type(error).__name__}: {one_line(error)}")
         raise
+
+
+def _say(line: str) -> None:
+    if first_of_host():
+        print(line, file=sys.stderr)
 
 
 def report_failure(line: str) -> None:

@@ -12,6 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 console = Console(width=None if Console().is_terminal else 120, highlight=False)
 
 
+def first_of_host() -> bool:
+    """Whether this process is the first rank of its host, which prints for all of them; True without torchrun."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def print_once(line: str) -> None:
     """Print a line on the first rank of a job only; torchrun starts the same code on every rank."""
     if os.environ.get("RANK", "0") == "0":

@@ -134,7 +134,7 @@ def test_a_run_is_exported_where_it_can_be_written(tmp_path: Path, monkeypatch: 
     (tmp_path / "file").touch()
     words = ["--run", str(tmp_path / "run"), "--out"]
     done = call(*words, "file/bank.safetensors", tool="export", cwd=tmp_path)
-    assert_refused(done, "--out: file/bank.safetensors cannot be written: ")
+    assert_refused(done, "file/bank.safetensors: cannot be written: ")
     (tmp_path / "folder.safetensors").mkdir()
     done = call(*words, "folder.safetensors", tool="export", cwd=tmp_path)
     assert_refused(done, "folder.safetensors: cannot be written: Is a directory")
@@ -149,4 +149,4 @@ def test_a_run_is_exported_where_it_can_be_written(tmp_path: Path, monkeypatch: 
     access = os.access
     monkeypatch.setattr("os.access", lambda place, mode: place != Path() and access(place, mode))
     done = call(*words, "other.safetensors", tool="export", cwd=tmp_path)
-    assert_refused(done, "--out: other.safetensors cannot be written: Permission denied")
+    assert_refused(done, "other.safetensors: cannot be written: Permission denied")
