@@ -366,7 +366,11 @@ def to_yaml(config: Config) -> str:
 
 
 def save(config: Config, path: Path) -> None:
-    """Write the complete, resolved config to ``path``."""
+    """Write the complete, resolved config to ``path``.
+
+    Raises:
+        WriteError: the disk is full, for example.
+    """
     write_text(path, to_yaml(config))
 
 

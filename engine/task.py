@@ -30,7 +30,11 @@ class Metrics(ABC):
         """Add the predictions for one micro-batch and its targets."""
 
     def save(self, folder: Path) -> None:  # noqa: B027  most have nothing to show
-        """Write results that people look at, such as pictures, to ``folder``; create it only if there are any."""
+        """Write results that people look at, such as pictures, to ``folder``; create it only if there are any.
+
+        Raises:
+            WriteError: the disk is full, for example.
+        """
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
@@ -83,6 +87,9 @@ class Task:
         Args:
             initial: whether to load the initial weights that the config names. The engine passes False when it loads
                 other weights afterwards, or none.
+
+        Raises:
+            ValueError: the network that the config names cannot be built or cut.
         """
         self._missing("build_chain")
 
@@ -112,6 +119,9 @@ class Task:
         ``message`` and ``bank`` hold meta tensors: they have shapes and types, but no values. Auxiliary networks call
         the result as ``head(message, bank)``; it returns what ``loss`` accepts as a prediction. An empty bank means
         that the auxiliary network has no global part.
+
+        Raises:
+            ValueError: there is no head for such features.
         """
         self._missing("auxiliary_head")
 
@@ -144,7 +154,11 @@ class Task:
         return Batches(count, data.batch, accumulate, getattr(data, "drop_last", False))
 
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch, including one for a last batch that is not full."""
+        """Optimizer steps per epoch, including one for a last batch that is not full.
+
+        Raises:
+            ValueError: the training data cannot be read.
+        """
         return self.batching.steps
 
     def smallest_batch(self) -> int:
@@ -157,6 +171,9 @@ class Task:
         The result must depend on seed, epoch and step alone, so that a resumed run is bit-identical. Each message holds
         only the samples that ``part`` selects from its micro-batch (see ``Part.of``); concatenated in order, all parts
         give the whole micro-batch.
+
+        Raises:
+            ValueError: a sample cannot be read.
         """
         seed, data = self.config.train.seed, self.training_data()
         loaded = load_batches(data, self.batching, epoch, start=start, part=part, shuffle=seed, workers=self._workers)
@@ -164,7 +181,11 @@ class Task:
             yield [self.message(samples) for samples in micro_batches]
 
     def test_batches(self) -> Iterator[Message]:
-        """Yield the test data in micro-batches no larger than those of training, so that evaluation fits in memory."""
+        """Yield the test data in micro-batches no larger than those of training, so that evaluation fits in memory.
+
+        Raises:
+            ValueError: a sample cannot be read.
+        """
         data = self.test_data()
         batching = Batches(len(data), self.batching.micro_batch)  # type: ignore[arg-type]
         for (samples,) in load_batches(data, batching, 0, workers=self._workers):

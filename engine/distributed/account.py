@@ -61,6 +61,9 @@ def report_ranks(folder: Path, ranks: Sequence[RankAccount], placement: Placemen
     """Print the table of ranks and the timeline, and write both to ``folder``.
 
     ``pipeline.html`` shows the table and a picture of some steps; ``timeline.json`` holds every entry that was kept.
+
+    Raises:
+        WriteError: the disk is full, for example.
     """
     # Imported here, because matplotlib takes a second that the start of a run need not wait for.
     from engine.utilities.page import write_page

@@ -76,6 +76,11 @@ def place(config: Config, task: Task, world: World, blocks: int, shared: str = "
 
 
 def check_stages(shared: str, stages: int, ranks: int) -> None:
+    """Refuse to spread a network with a shared encoder, called ``shared``, over several stages.
+
+    Raises:
+        ValueError: it has one (``shared`` is not empty), and there are several stages.
+    """
     if shared and stages > 1:
         raise ValueError(
             f"placement: {shared!r} learns from the gradients of all blocks, which would have to travel back; ranks "

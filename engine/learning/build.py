@@ -118,7 +118,11 @@ def _check_recomputable(chain: Chain, spans: Sequence[Span]) -> None:
 
 
 def fresh_blocks(config: Config, task: Task) -> Blocks:
-    """The blocks of a new network without loaded weights, to be timed or measured and then dropped."""
+    """The blocks of a new network without loaded weights, to be timed or measured and then dropped.
+
+    Raises:
+        ValueError: as ``check_example`` and ``build_blocks``.
+    """
     chain = task.build_chain(initial=False)
     check_example(chain, task)
     return build_blocks(chain, config, task)

@@ -74,7 +74,11 @@ class RunLog:
                     self.curves.add_scalar(tag, item, step)
 
     def close(self) -> None:
-        """Write what is pending; a second call does nothing."""
+        """Write what is pending; a second call does nothing.
+
+        Raises:
+            WriteError: the disk is full, for example.
+        """
         curves, self.curves = self.curves, None
         with self._open:
             if curves is not None:

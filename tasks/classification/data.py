@@ -48,7 +48,11 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.transform(image), label
 
     def take(self, count: int) -> None:
-        """Keep ``count`` images, in proportion from each class."""
+        """Keep ``count`` images, in proportion from each class.
+
+        Raises:
+            ValueError: there are fewer.
+        """
         if count > len(self):
             raise ValueError(f"data.subset: {count} images asked for, there are {len(self)}")
         by_class = sorted(self.indices, key=lambda index: (self.labels[index], index))

@@ -40,6 +40,9 @@ class ResNet(nn.Module):
         depth: 20, 32, 44, 56, 110, or any other 6n+2.
         classes: number of classes.
 
+    Raises:
+        ValueError: there is no such depth.
+
     Input (batch, 3, height, width), output (batch, classes).
     """
 
@@ -74,7 +77,11 @@ class ResNet(nn.Module):
 
 
 def resnet_chain(depth: int, classes: int, size: int) -> Chain:
-    """A ResNet as a chain: the stem, each residual block, and the linear layer as head."""
+    """A ResNet as a chain: the stem, each residual block, and the linear layer as head.
+
+    Raises:
+        ValueError: there is no such depth.
+    """
     model = ResNet(depth, classes)
     stem = nn.Sequential(model.conv1, model.bn1, nn.ReLU(inplace=True))
     units = [Unit("stem", stem, stage="stem")]

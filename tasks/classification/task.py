@@ -62,7 +62,11 @@ class Classification(Task):
 
     @property
     def images(self) -> tuple[Images, Images]:
-        """Training and test images, loaded when they are first needed."""
+        """Training and test images, loaded when they are first needed.
+
+        Raises:
+            ValueError: they cannot be loaded, or have more classes or fewer images than the config says.
+        """
         if self._images is None:
             train, test = load_images(self.config.data, self.config.train.seed)
             if self.config.data.subset:

@@ -10,7 +10,15 @@ from tasks.weights import why_unreadable
 
 
 class CLIPFeatures(nn.Module):
-    """The frozen image encoder of a CLIP model in transformers' layout; gradients pass through it to the pictures."""
+    """The frozen image encoder of a CLIP model in transformers' layout; gradients pass through it to the pictures.
+
+    Args:
+        name: a folder, or the model's name on the hub.
+        key: config key that gives the name, for the error.
+
+    Raises:
+        ValueError: no CLIP model can be loaded from there.
+    """
 
     def __init__(self, name: str, key: str = "loss.clip") -> None:
         super().__init__()

@@ -138,7 +138,13 @@ class Styles(Protocol):
     def prepare(self, style: Any) -> None:
         """Read what painting in a style needs; the time that this takes is not counted."""
 
-    def paint(self, image: Pixels, content: Path, style: Any) -> Pixels: ...
+    def paint(self, image: Pixels, content: Path, style: Any) -> Pixels:
+        """The photograph ``image``, which is read from ``content``, in a style.
+
+        Raises:
+            ValueError: it cannot be painted.
+        """
+        ...
 
     def sample(self, style: Any) -> Pixels | None:
         """A picture that shows the style, if there is one."""

@@ -101,7 +101,11 @@ class LocalSRModel(SRModel):
         check_scale(network["type"], opt["scale"], network.get("upsampler", ""))
 
     def setup_optimizers(self) -> None:
-        """Cut the network into blocks and build an optimizer for each."""
+        """Cut the network into blocks and build an optimizer for each.
+
+        Raises:
+            ValueError: the network enlarges by another factor than ``scale``, or cannot be cut as ``local`` says.
+        """
         # Shapes are inferred and weights drawn on the CPU, so that they do not depend on the device.
         chain = network_chain(self.net_g.cpu(), self.tail_parts)
         if (found := enlargement(chain)) != self.opt["scale"]:

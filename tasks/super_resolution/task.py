@@ -81,7 +81,11 @@ class SuperResolution(Upscaling):
 
     @property
     def patches(self) -> Patches:
-        """The training data, opened when it is first needed."""
+        """The training data, opened when it is first needed.
+
+        Raises:
+            ValueError: a folder or file is missing or does not fit.
+        """
         if self._patches is None:
             data = self.config.data
             self._patches = Patches(load_pairs("train", data, self.scale), data, self.config.train.seed)
@@ -89,7 +93,11 @@ class SuperResolution(Upscaling):
 
     @property
     def test(self) -> Pairs:
-        """The test data, opened when it is first needed."""
+        """The test data, opened when it is first needed.
+
+        Raises:
+            ValueError: a folder or file is missing or does not fit.
+        """
         if self._test is None:
             self._test = load_pairs("test", self.config.data, self.scale)
         return self._test

@@ -108,7 +108,11 @@ class PromptBank(Mapping[str, Prompt]):
         return self._prompts.pop(artist)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: ``ARTIST.tensor``, and each artist's settings as JSON in its metadata."""
+        """Write a safetensors file: ``ARTIST.tensor``, and each artist's settings as JSON in its metadata.
+
+        Raises:
+            WriteError: the disk is full, for example.
+        """
         tensors = {
             f"{artist}.{name}": tensor.detach().cpu().contiguous().clone()
             for artist, prompt in self._prompts.items()

@@ -201,7 +201,11 @@ class Base:
 
     @functools.cached_property
     def scheduler(self) -> DDPMScheduler:
-        """The amount of noise at each timestep, and what the denoiser predicts (``prediction_type``)."""
+        """The amount of noise at each timestep, and what the denoiser predicts (``prediction_type``).
+
+        Raises:
+            ValueError: as the class, or the denoiser predicts something unknown.
+        """
         if self.made:
             return DDPMScheduler(**{key: value for key, value in _SCHEDULE.items() if key != "set_alpha_to_one"})
         scheduler: DDPMScheduler = self._loaded(
@@ -236,7 +240,11 @@ class Base:
         ).save_pretrained(folder)
 
     def variant_of(self, part: str) -> str | None:
-        """The variant of the files of ``unet``, ``text_encoder`` or ``vae`` that is read; None for plain files."""
+        """The variant of the files of ``unet``, ``text_encoder`` or ``vae`` that is read; None for plain files.
+
+        Raises:
+            ValueError: as the class, or there are several variants, of which the user must choose one.
+        """
         folder, wanted = Path(self._checked), self.variant or None
         return variant_in(self.key, folder / part, wanted) if folder.is_dir() else wanted
 

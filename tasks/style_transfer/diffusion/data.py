@@ -90,7 +90,11 @@ def collections(folders: Mapping[str, Sequence[str]], hold_out: int) -> list[Col
 
 
 def read_resized(path: Path, shorter: int) -> Tensor:
-    """A picture (3, H, W) from 0 to 1, its shorter side ``shorter`` px, cropped to multiples of ``SCALE``."""
+    """A picture (3, H, W) from 0 to 1, its shorter side ``shorter`` px, cropped to multiples of ``SCALE``.
+
+    Raises:
+        ValueError: the file cannot be read, or is too narrow.
+    """
     picture = resized(as_tensor(read_image(path)), shorter)
     height, width = (side // SCALE * SCALE for side in picture.shape[1:])
     return picture[:, :height, :width]

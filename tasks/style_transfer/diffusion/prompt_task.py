@@ -146,7 +146,11 @@ class PromptTask(DiffusionTask):
         return Conditioner({**learning, **random}, text, tokenizer, times)
 
     def bank(self) -> PromptBank:
-        """The learnt prompts, and the other prompts of the bank that the config names."""
+        """The learnt prompts, and the other prompts of the bank that the config names.
+
+        Raises:
+            ValueError: that file is not a bank of this method.
+        """
         bank = PromptBank(self.method)
         if self.bank_file:
             bank = load_bank(Path(self.bank_file), self.new_prompt, self.method)
@@ -201,7 +205,11 @@ class PromptTask(DiffusionTask):
         return make
 
     def check_pictures(self) -> None:
-        """Check, before training, that pictures can be made."""
+        """Check, before training, that pictures can be made.
+
+        Raises:
+            ValueError: the kind of inversion does not suit what the denoiser predicts.
+        """
         kind = self.base.scheduler.config.prediction_type
         if self.config.pictures.inversion == "stochastic" and kind == "sample":
             raise ValueError(

@@ -52,7 +52,11 @@ class DiffusionTask(Task, ABC):
 
     @property
     def collections(self) -> list[Collection]:
-        """The files of the collections, searched for when first needed."""
+        """The files of the collections, searched for when first needed.
+
+        Raises:
+            ValueError: a folder is missing, or has too few pictures.
+        """
         if self._collections is None:
             self._collections = collections(self.config.data.collections, self.config.data.hold_out)
         return self._collections

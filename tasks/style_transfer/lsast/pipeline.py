@@ -124,6 +124,9 @@ class LSASTPipeline(ArtistPipeline, StableDiffusionControlNetImg2ImgPipeline):
         Args:
             control_image: what the ControlNet sees, of the size of ``image``; by default the edges of ``image``.
             controlnet_conditioning_scale: how much the ControlNet adds; 0 adds nothing.
+
+        Raises:
+            ValueError: as ``ArtistPipeline.__call__``, or ``control_image`` does not suit the pictures or the pipeline.
         """
         if control_image is not None:
             if not self.controlled:

@@ -35,7 +35,11 @@ class LSASTTask(PromptTask):
 
     @functools.cached_property
     def controlnet(self) -> ControlNetModel | None:
-        """The ControlNet that the config names, if any."""
+        """The ControlNet that the config names, if any.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
         return load_controlnet(self.config.controlnet) if self.config.controlnet else None
 
     def check_pictures(self) -> None:

@@ -53,7 +53,11 @@ class SCINTransfer(Task):
 
     @property
     def data(self) -> tuple[Pairs, TestPairs]:
-        """Training and test pairs, opened when first asked for."""
+        """Training and test pairs, opened when first asked for.
+
+        Raises:
+            ValueError: a folder is missing, or has too few pictures.
+        """
         if self._data is None:
             files = image_files(self.config.data)
             self._data = Pairs(files, self.config.data, self.config.train.seed), TestPairs(files, self.config.data)
