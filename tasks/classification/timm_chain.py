@@ -37,6 +37,10 @@ def _state(tensor: Tensor) -> _State:
     return id(tensor), tensor._version
 
 
+class _NoChainError(ValueError):
+    """A model is not a chain of modules."""
+
+
 def _with(module: nn.Module, **attributes: Any) -> Any:
     """A shallow copy of ``module`` with other attributes."""
     shell = copy.copy(module)
@@ -49,15 +53,27 @@ class _PositionEmbedding(nn.Module):
 
     ``_pos_embed`` runs on a stand-in for the model, which has this module's own parameters. So a copy of this module
     works on the parameters of the copy. Of children with parameters, the stand-in has shells without any, because
-    ``_pos_embed`` may read their plain attributes (the grid of the patch embedding).
+    ``_pos_embed`` may read their plain attributes (the grid of the patch embedding). A shell that is run is an error:
+    one of an ``nn.Sequential``, for example, would do nothing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, model_name: str) -> None:
         super().__init__()
         for name, parameter in model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+
+        def shell(name: str, child: nn.Module) -> nn.Module:
+            def forward(*_: Any, **__: Any) -> Any:
+                raise _NoChainError(
+                    f"model.name: {model_name} is not a chain of modules: it runs {name!r} where it adds positions; "
+                    "write your own chain (docs/extend.md)"
+                )
+
+            made: nn.Module = _with(child, _parameters={}, _modules={}, forward=forward)
+            return made
+
         children = {
-            name: _with(child, _parameters={}, _modules={}) if any(True for _ in child.parameters()) else child
+            name: shell(name, child) if any(True for _ in child.parameters()) else child
             for name, child in model.named_children()
         }
         stand_in = _with(model, _parameters=self._parameters, _modules=children)
@@ -197,7 +213,7 @@ def _watch(model: nn.Module, x: Tensor, model_name: str) -> tuple[list[_Call], _
             if name:
                 hooked(name, module)
         if hasattr(model, "_pos_embed"):
-            embedding = _PositionEmbedding(model)
+            embedding = _PositionEmbedding(model, model_name)
             hooked("pos_embed", embedding)
             # Shadow the method during this forward pass, so that the embedding is recorded as the call of a module.
             model._pos_embed = embedding.__call__  # type: ignore[assignment]
@@ -213,6 +229,8 @@ def _watch(model: nn.Module, x: Tensor, model_name: str) -> tuple[list[_Call], _
             start = _state(inputs)
             try:
                 result = model.forward_features(inputs)  # type: ignore[operator]
+            except _NoChainError:
+                raise
             except Exception as error:  # the model's own code may raise anything
                 reached = f" after {calls[-1].name!r}" if calls else ""
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from engine.learning.schedules import Sequential
 from engine.network.layout import as_map
@@ -129,6 +130,23 @@ def test_a_copied_position_embedding_has_tensors_of_its_own_and_no_blocks() -> N
     copy(x).x.sum().backward()
     assert embedding.cls_token.grad is not None
     assert original.cls_token.grad is None
+
+
+def test_a_position_embedding_that_runs_other_modules_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stood in for an nn.Sequential did nothing, so that the chain was another network than the model."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    init, embed = VisionTransformer.__init__, VisionTransformer._pos_embed
+
+    def wider(self, *arguments, **options) -> None:
+        init(self, *arguments, **options)
+        self.mixing = nn.Sequential(nn.Linear(self.embed_dim, self.embed_dim))
+
+    monkeypatch.setattr(VisionTransformer, "__init__", wider)
+    monkeypatch.setattr(VisionTransformer, "_pos_embed", lambda self, x: self.mixing(embed(self, x)))
+    said = r"^model.name: test_vit is not a chain of modules: it runs 'mixing' where it adds positions; write your own"
+    with pytest.raises(ValueError, match=said):
+        timm_chain("test_vit", 10, 64, pretrained=False)
 
 
 def test_models_that_are_no_chain_say_where_and_why() -> None:
