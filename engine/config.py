@@ -22,7 +22,7 @@ from engine.utilities.console import console, first_of_host
 from engine.utilities.files import write_text
 from engine.utilities.kinds import takes_none
 from engine.utilities.options import check_keys, colon_hint, flat, hints, joined, loaded, parser_message, words
-from engine.utilities.text import one_line
+from engine.utilities.text import nearest, one_line
 
 # A process-wide switch: without it, --help ignores the docstrings below the fields. jsonargparse has no setting per
 # parser.
@@ -254,7 +254,7 @@ def task_name(argv: Sequence[str]) -> str:
     The task must be known before anything is parsed, because it decides which config class does the parsing.
 
     Raises:
-        ValueError: neither ``--task`` nor ``--config`` is given, or the config file cannot be read.
+        ValueError: neither ``--task`` nor ``--config`` is given, or the config file cannot be read or names no task.
     """
     named = [value for key, value in pairwise(words(argv)) if key == "--task"]
     if named:
@@ -262,7 +262,16 @@ def task_name(argv: Sequence[str]) -> str:
     file = config_file(argv)
     if file is None:
         raise ValueError("--config: no file given; tasks/*/configs/ and tasks/*/*/configs/ have them")
-    return str(read_yaml(file).get("task", ""))
+    content = read_yaml(file)
+    if name := content.get("task"):
+        return str(name)
+    keys = {str(key).lower(): str(key) for key in content}
+    other = keys.get(nearest("task", keys, cutoff=0.6), "task")
+    raise ValueError(
+        f"{file}: unknown key {other!r}, did you mean 'task'?"
+        if other != "task"
+        else f"{file}: task: no value given; it is the name of a folder under tasks/"
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def load_weights(
             another number of classes.
 
     Raises:
-        ValueError: there is no such file, it does not hold tensors, or names or shapes differ from the model's.
+        ValueError: there is no such file, it does not hold tensors, names or shapes differ from the model's, or
+            values are not finite.
     """
     content = read_weights(path, key, allowed)
     for inner in keys:
@@ -116,4 +117,8 @@ def load_weights(
         if name not in state or name not in expected or state[name].shape != expected[name].shape:
             have, want = (d[name].shape if name in d else "nothing" for d in (state, expected))
             raise ValueError(f"{key}: {path} does not fit: {name!r} is {have} in the file, {want} in the model")
+        if not state[name].isfinite().all() and expected[name].isfinite().all():  # a mask may be infinite
+            raise ValueError(
+                f"{key}: {path} holds values of {name!r} that are not finite, as a run that diverged leaves"
+            )
     model.load_state_dict(state, strict=False)  # the names were checked; extra state is not the file's business

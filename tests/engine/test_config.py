@@ -123,9 +123,17 @@ def test_config_may_be_given_with_an_equals_sign(tmp_path: Path) -> None:
     assert config_file([f"--config={tmp_path / 'c.yaml'}"]) == tmp_path / "c.yaml"
 
 
-def test_missing_file_and_unknown_task() -> None:
+def test_missing_file_and_unknown_task(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file: nowhere.yaml"):
         task_name(["--config", "nowhere.yaml"])
+    file = tmp_path / "c.yaml"
+    for text, message in (
+        ("tsk: classification", "unknown key 'tsk', did you mean 'task'?"),
+        ("a: 3", "task: no value"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{file}: {message}')}"):
+            task_name(["--config", str(file)])
     with pytest.raises(ValueError, match="--config: no file given"):
         task_name([])
     with pytest.raises(ValueError, match="'clasification' is none of .*; did you mean 'classification'"):

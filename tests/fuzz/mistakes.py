@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,12 @@ def limited() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def train(room: Path, *words: str) -> Done:
-    """A command of a user who has made a mistake: it trains, or is refused in one line."""
+def train(room: Path, *words: str, named: Sequence[str]) -> Done:
+    """A command of a user who has made a mistake: it trains, or is refused in one line.
+
+    Args:
+        named: keys, files or units that may be to blame; the line names one of them.
+    """
     with limited():
         done = call(*words, cwd=room)
     said = done.stdout + done.stderr
@@ -68,7 +72,7 @@ def train(room: Path, *words: str) -> Done:
         lines = done.stderr.strip().splitlines()
         assert len(lines) == 1, said
         assert lines[0].startswith("error: "), said
-        assert len(lines[0]) > len("error: ") + 10, said
+        assert any(name in lines[0] for name in named), f"{said}names none of {named}"
     return done
 
 

@@ -73,7 +73,7 @@ def test_a_wrong_value(rooms: Any, path: tuple[str, ...], value: Any, at: str) -
             return
         words += ["--" + ".".join(path), said]
     (room / "config.yaml").write_text(yaml.safe_dump(config))
-    train(room, *words, *([] if path[0] == "output" else ["--output.root", "runs"]))
+    train(room, *words, *([] if path[0] == "output" else ["--output.root", "runs"]), named=[".".join(path)])
 
 
 KEYS = [(key,) for key in BASE] + [(key, inner) for key in BASE if isinstance(BASE[key], dict) for inner in BASE[key]]
@@ -98,7 +98,8 @@ def test_a_misspelt_key(rooms: Any, mistake: tuple[tuple[str, ...], str]) -> Non
         inner = inner[key]
     inner[word] = inner.pop(path[-1])
     (room / "config.yaml").write_text(yaml.safe_dump(config))
-    done = train(room, "--config", "config.yaml")
+    named = [repr(".".join((*path[:-1], word))), *(["task: no value given"] if path == ("task",) else [])]
+    done = train(room, "--config", "config.yaml", named=named)
     assert done.returncode == 2, (path, word)
     assert not (room / "runs").exists(), "nothing begins"
 
@@ -113,7 +114,8 @@ def test_a_damaged_config_file(rooms: Any, at: float, cut: int, put_in: str) -> 
     room, text = rooms(), Path(SMOKE[1]).read_text()
     start = int(at * len(text))
     (room / "config.yaml").write_bytes((text[:start] + put_in + text[start + cut :]).encode("utf-8", "surrogateescape"))
-    train(room, "--config", "config.yaml", "--output.root", "runs", "--train.steps", "2", "--data.subset", "100")
+    words = ["--config", "config.yaml", "--output.root", "runs", "--train.steps", "2", "--data.subset", "100"]
+    train(room, *words, named=["config.yaml", *map(".".join, KEYS)])
 
 
 @fuzz(
@@ -122,4 +124,4 @@ def test_a_damaged_config_file(rooms: Any, at: float, cut: int, put_in: str) -> 
 def test_a_config_of_arbitrary_bytes(rooms: Any, content: bytes) -> None:
     room = rooms()
     (room / "config.yaml").write_bytes(content)
-    assert train(room, "--config", "config.yaml").returncode == 2
+    assert train(room, "--config", "config.yaml", named=["config.yaml"]).returncode == 2

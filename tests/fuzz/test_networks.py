@@ -30,6 +30,10 @@ WORDS += [
 ]
 
 
+# More blocks than there are units are a mistake too.
+NAMED = [*(f"'layer{number}'" for number in range(5)), "'layer'", "'head'", "local.blocks"]
+
+
 def weights(run: Path) -> dict[str, Tensor]:
     """All tensors of a run's newest checkpoint."""
     newest = max((run / "checkpoints").glob("step_*"), key=lambda path: int(path.name.split("_")[1]))
@@ -55,7 +59,7 @@ def test_a_network_of_ones_own(
     local = ["--local.blocks", str(blocks), "--local.auxiliary", auxiliary, "--local.schedule", schedule]
 
     def run(name: str, *words: str) -> dict[str, Tensor] | None:
-        done = train(room, *WORDS, *local, "--output.name", name, *words)
+        done = train(room, *WORDS, *local, "--output.name", name, *words, named=NAMED)
         return None if done.returncode else weights(room / "runs" / name)
 
     torch.manual_seed(0)

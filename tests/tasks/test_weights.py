@@ -73,6 +73,15 @@ class Mine:
     """No tensor."""
 
 
+def test_values_that_are_not_finite_are_refused(state: dict[str, Any], tmp_path: Path) -> None:
+    """The run ended in its first step, with the advice to lower the learning rate."""
+    torch.save({**state, "linear.bias": torch.full((10,), float("nan"))}, tmp_path / "file.pth")
+    with pytest.raises(
+        ValueError, match=r"^model.weights: .*file.pth holds values of 'linear.bias' that are not finite"
+    ):
+        chain_of(tmp_path / "file.pth")
+
+
 def test_what_could_run_code_is_refused_without_bad_advice(tmp_path: Path) -> None:
     """torch's own message advises weights_only=False."""
     torch.save({"state_dict": {}, "mine": Mine()}, tmp_path / "file.pth")
