@@ -170,7 +170,7 @@ class Trainer:
         if self.world.main:
             clean(self.folder / "checkpoints")
         started = self.position.step > self._first_step or newest_checkpoint(self.folder / "checkpoints")
-        if self._made and not started and isinstance(error, ValueError) and not isinstance(error, WriteError):
+        if self._made and not started and isinstance(error, ValueError):
             shutil.rmtree(self.folder)
 
     def _finish(self) -> dict[str, Any]:

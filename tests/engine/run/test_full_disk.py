@@ -51,6 +51,7 @@ def test_a_full_disk_names_the_file_and_the_last_good_checkpoint(
     lines = (tmp_path / "run/metrics.jsonl").read_text() if moment != "_begin" else ""
     assert all(json.loads(line) for line in lines.splitlines())
     assert "Traceback" not in capsys.readouterr().err
+    assert (tmp_path / "run").exists() == (moment != "_begin"), "an empty folder would take the name of the next run"
     again = trainer(tmp_path, train__resume="auto")
     assert str(find_checkpoint(again.folder / "checkpoints", print) or "none") == kept
     assert again.fit()["steps"] == 8
