@@ -8,16 +8,22 @@ files as a script, and at no other time. Deleting the file undoes the change.
 
 from __future__ import annotations
 
+import sys
 import sysconfig
+import traceback
 from collections import OrderedDict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from basicsr.utils import options
 
 import tasks.super_resolution  # noqa: F401  repairs BasicSR and registers LocalSRModel
-from engine.utilities.files import write_text
+from engine.utilities.command import report_failure
+from engine.utilities.console import first_of_host
+from engine.utilities.files import NAMELESS, write_text
+from engine.utilities.text import one_line
 
 _parse_options = options.parse_options
 
@@ -38,14 +44,34 @@ def prepare() -> None:
 
     BasicSR writes experiments/ beside its package, in site-packages, but looks for runs to resume in the current
     folder; with this correction it does both in the current folder. It also loads training states onto the current GPU,
-    which fails if there is none, and divides ranks by the number of GPUs.
+    which fails if there is none, and divides ranks by the number of GPUs. Errors end as ``report`` says.
     """
+    sys.excepthook = report
     if Path(options.__file__).is_relative_to(sysconfig.get_path("purelib")):
         options.parse_options = _parse_options_here
     if not torch.cuda.is_available():
         options.init_dist = _refuse_ranks
         torch.cuda.current_device = lambda: 0
         torch.UntypedStorage.cuda = _stay  # type: ignore[assignment,method-assign]
+
+
+def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Take the place of ``sys.excepthook``: print an error that ends the process.
+
+    Raises:
+        SystemExit: the error is a user's mistake, which only this project's code raises as a ValueError, or a full
+            disk. It was printed in one line.
+    """
+    raised_in = Path(traceback.extract_tb(trace)[-1].filename) if trace else Path()
+    ours = any(raised_in.is_relative_to(ROOT / name) for name in ("engine", "tasks"))
+    if not (isinstance(error, ValueError) and ours) and not (isinstance(error, OSError) and error.errno in NAMELESS):
+        sys.__excepthook__(kind, error, trace)
+        return
+    line = f"error: {one_line(error)}"
+    if first_of_host():
+        print(line, file=sys.stderr)
+    report_failure(line)
+    raise SystemExit(2)
 
 
 class _OptionsHere(OrderedDict[str, Any]):

@@ -1,5 +1,6 @@
 """BasicSR's own training command with ``model_type: LocalSRModel``."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,7 +8,8 @@ import sys
 import sysconfig
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import options as basicsr_options
 
 from tasks.super_resolution.local_model import LocalSRModel
-from tasks.super_resolution.startup import FILE, LINE, install, prepare
+from tasks.super_resolution.network import check_scale
+from tasks.super_resolution.startup import FILE, LINE, install, prepare, report
 from tests.tasks.super_resolution.networks import write_images
 
 
@@ -292,6 +295,35 @@ def test_the_environment_knows_local_sr_model() -> None:
     installed = Path(sysconfig.get_path("purelib")) / FILE
     assert installed.is_file(), "make install-all writes it; so does python -m tasks.super_resolution.startup"
     assert installed.read_text() == LINE
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "net_g_latest.pth")
+
+
+def mistake_of_basicsr() -> None:
+    raise ValueError("not ours")
+
+
+@pytest.mark.parametrize(
+    ("fail", "line"),
+    [
+        (lambda: check_scale("EDSR", 5, ""), "error: "),
+        (full_disk, "error: [Errno 28] No space left on device: 'net_g_latest.pth'"),
+        (mistake_of_basicsr, ""),
+    ],
+)
+def test_basicsrs_commands_end_in_one_line(
+    fail: Callable[[], None], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake that LocalSRModel finds, and a disk that is full, ended in a traceback through BasicSR's code."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        fail()
+    with pytest.raises(SystemExit, match="2") if line else nullcontext():
+        report(caught.type, caught.value, caught.tb)
+    said = capsys.readouterr().err
+    assert said.startswith(line or "Traceback")
+    assert not line or said.count("\n") == 1
 
 
 @pytest.mark.parametrize("given", [False, pytest.param(True, marks=pytest.mark.slow)])
