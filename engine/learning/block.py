@@ -294,7 +294,7 @@ class Block(nn.Module):
         for observer in self.observers:
             observer.started()
         try:
-            output, report = self._local_step(message.detach(), update, weight)
+            output, report = self._local_step(self._arrived(message), update, weight)
         except Refusal as refusal:
             raise Refusal(f"block {self.index}: {refusal}") from None
         except Exception as cause:
@@ -302,6 +302,15 @@ class Block(nn.Module):
         for observer in self.observers:
             observer.ended(output)
         return output, report
+
+    def _arrived(self, message: Message) -> Message:
+        """The message as the local step takes it: detached, so that no gradient goes back."""
+        message = message.detach()
+        # On a CPU, PyTorch (up to 2.13 at least) crashes in the backward pass of a GroupNorm whose input is
+        # channels-last and needs no gradient.
+        if message.x.device.type == "cpu" and any(isinstance(module, nn.GroupNorm) for module in self.modules()):
+            return message.map(lambda tensor: tensor.contiguous() if tensor.dim() >= 4 else tensor)
+        return message
 
     def _local_step(self, message: Message, update: bool, weight: float) -> tuple[Message, Report]:
         assert self.optimizer is not None, "attach an optimizer first"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,3 +304,19 @@ def test_extra_state_of_auxiliary_networks_stays_with_their_blocks(count: int, c
     load_checkpoint(path, others, "glcan", print)
     assert others[0].auxiliary.local_modules[0].count == calls
     assert others[0].chain.units[1].module.count == 2
+
+
+def test_a_block_that_begins_with_group_norm_trains_on_channels_last_maps() -> None:
+    """PyTorch crashes on a CPU: the process was gone without a word (timm's cpubone_nano)."""
+    chain = chain_of(nn.Conv2d(3, 8, 1), nn.Sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)))
+    chain.model.to(memory_format=torch.channels_last)
+    child = os.fork()
+    if not child:
+        try:
+            message = batch()
+            for block in blocks_of(chain, 2, "greedy"):
+                message, _ = block.local_step(message.with_x(message.x.to(memory_format=torch.channels_last)))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
