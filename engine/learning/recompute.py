@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from engine.learning.outcome import Refusal
 from engine.network.chain import Unit
 from engine.network.message import Message, versions
 
@@ -37,7 +38,7 @@ def run_recomputed(unit: Unit, message: Message) -> Message:
     """Run a unit so that autograd keeps only its input; backward recomputes the rest.
 
     Raises:
-        ValueError: the unit changes its input in place, so recomputation would start from a different input.
+        Refusal: the unit changes its input in place, so recomputation would start from a different input.
     """
     before = versions(message.features)
     state = _State(unit.module)
@@ -53,7 +54,7 @@ def run_recomputed(unit: Unit, message: Message) -> Message:
     )
     state.keep_changed()
     if versions(message.features) != before:
-        raise ValueError(changes_input(unit))
+        raise Refusal(changes_input(unit))
     return result
 
 

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from engine.config import Config
 from engine.learning.blocks import Blocks
 from engine.learning.build import prepare
-from engine.learning.outcome import BlockError
 from engine.memory.footprint import Footprint, count_bytes
 from engine.memory.work import Speed, WorkCounter
 from engine.network.message import Message
@@ -53,7 +52,7 @@ def estimate_step(blocks: Blocks, config: Config, message: Message, speed: Speed
     scaler of fp16 is left out. With ``local.compile``, the count is that of the uncompiled network.
 
     Raises:
-        ValueError: as ``faking``.
+        ValueError: as ``faking``, or the loss cannot be computed on fake tensors (a Refusal).
     """
     with faking():
         make_fake([blocks[0].chain.model, *blocks])

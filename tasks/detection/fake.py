@@ -48,6 +48,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.learning.outcome import Refusal
 from engine.utilities.text import one_line
 
 _aten = torch.ops.aten
@@ -66,7 +67,7 @@ def keeping_values(detector: str = "this detector", *, fused: bool = True) -> It
             tensors, which take 5 GiB for 16 images of 800 x 1333.
 
     Raises:
-        ValueError: the loss needs the values of predictions, as that of YOLOX, which chooses samples by them.
+        Refusal: the loss needs the values of predictions, as that of YOLOX, which chooses samples by them.
     """
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     assert mode is not None, "no FakeTensorMode is active"
@@ -84,7 +85,7 @@ def keeping_values(detector: str = "this detector", *, fused: bool = True) -> It
             why = f"needs values of its predictions, which an estimate does not have ({error.func})"
         else:
             why = f"fails on fake tensors, by which an estimate is made ({one_line(error, 200)})"
-        raise ValueError(
+        raise Refusal(
             f"model.config: the loss of {detector} {why}; measure its memory instead: tools/memory.py measure"
         ) from error
     finally:

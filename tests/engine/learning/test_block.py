@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.learning.outcome import BlockError
+from engine.learning.outcome import BlockError, Refusal
 from engine.network.message import Message
 from engine.utilities.seed import derive
 from tests.toy import Toy, assert_equal, blocks_of, config, state, train
@@ -299,7 +299,7 @@ def test_a_unit_that_changes_its_input_cannot_be_recomputed() -> None:
     task = Toy(depth=3)
     _, blocks, schedule = blocks_of(task, config(local__schedule="end_to_end", local__recompute="units"))
     blocks[0].units[1].module.norm = nn.ReLU(inplace=True)
-    with pytest.raises(BlockError, match="unit 'layer1' changes its input in place"):
+    with pytest.raises(Refusal, match="^block 0: unit 'layer1' changes its input in place"):
         train(schedule, messages(task, 1))
 
 

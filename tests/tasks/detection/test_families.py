@@ -114,5 +114,5 @@ def test_a_detector_is_refused(config: str, said: str, monkeypatch: pytest.Monke
 def test_an_estimate_that_needs_values_is_refused_by_name() -> None:
     made, task = small("ddod/ddod_r50_fpn_1x_coco.py")
     blocks = build_blocks(task.build_chain(), made, task)
-    with pytest.raises(ValueError, match="^model.config: the loss of DDOD needs values of its predictions"):
+    with pytest.raises(ValueError, match="^block 0: model.config: the loss of DDOD needs values of its predictions"):
         estimate_step(blocks, made, shapes_of(task.example))
