@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.models.detectors.base import BaseDetector
 from mmdet.registry import MODELS
 from mmdet.utils import dist_utils, register_all_modules
 from mmengine.config import Config as PlainConfig
@@ -98,7 +99,7 @@ class Detection(Task):
             if not self._fits:  # whoever has a large data set should not wait for it to learn that the detector is none
                 model = plain_config(self.config.model).model
                 without_downloads(model)
-                _chain_of(model)
+                detector_chain(_detector(model, initialise=False))
             # Not self.plain: its heads depend on the number of classes, which the data determines.
             plain = plain_config(self.config.model) if data.name == "config" else None
             train, test = load_samples(data, plain, self.config.train.seed)
@@ -131,7 +132,7 @@ class Detection(Task):
         if not (initial and config.pretrained):
             without_downloads(model)
         with seeded(self.config.train.seed, "model"):
-            chain = _chain_of(model)
+            chain = detector_chain(_detector(model, initialise=True))
         if initial and not config.pretrained and not config.weights:
             _check_learns(model.backbone)
         if initial and config.weights:
@@ -242,21 +243,25 @@ class Detection(Task):
         return {"state_dict": dict(state), "meta": {"dataset_meta": {"classes": tuple(self.classes)}}}
 
 
-def _chain_of(model: ConfigDict) -> Chain:
-    """The chain of the detector that MMDetection builds from a ``model`` config.
+def _detector(model: ConfigDict, *, initialise: bool) -> BaseDetector:
+    """The detector that MMDetection builds from a ``model`` config, in training mode.
+
+    Args:
+        initialise: whether to initialise the weights as MMDetection does, which its shapes need not wait for.
 
     Raises:
-        ValueError: the detector cannot be built, or is no chain.
+        ValueError: the detector cannot be built.
     """
     try:
         detector = MODELS.build(model)
-        detector.init_weights()
+        if initialise:
+            detector.init_weights()
     except Exception as error:
         raise ValueError(f"model.config: {model.get('type')}: {one_line(error, 300)}") from error
     # The engine synchronises BatchNorm between replicas; SyncBatchNorm itself would wait for every rank.
     detector = revert_sync_batchnorm(detector)
     detector.train()  # those with a teacher return nothing
-    return detector_chain(detector)
+    return detector
 
 
 def _check_learns(backbone: Mapping[str, Any]) -> None:

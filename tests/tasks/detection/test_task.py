@@ -299,10 +299,15 @@ def test_without_pretrained_nothing_is_downloaded() -> None:
     assert kept == {"init_cfg": {"type": "Normal"}}
 
 
-def test_the_detector_is_refused_before_its_data_are_read(tmp_path: Path) -> None:
+def test_the_detector_is_refused_before_its_data_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ("--data.name", "coco", "--data.root", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="MaskRCNN has a mask head"):
         _build("--model.config", "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", *FROM_SCRATCH, *data)
+
+    def initialise(_: object) -> None:
+        raise AssertionError("weights drawn for a check of shapes")
+
+    monkeypatch.setattr("mmengine.model.BaseModule.init_weights", initialise)
     with pytest.raises(ValueError, match="data.root: there is no folder"):
         _build(*data)
 
