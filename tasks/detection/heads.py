@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmdet.models.detectors.base import BaseDetector
@@ -116,6 +116,9 @@ def _light_detector(
     if "anchor_generator" in dense:
         anchors = dense["anchor_generator"]
         anchors["strides"] = strides
+        for key in ("base_sizes", "centers"):  # one for each level
+            if anchors.get(key):
+                anchors[key] = [anchors[key][level] for level in levels]
         octave = anchors.get("scales_per_octave", 1)
         if octave > 1:  # keep the middle scale: scores, a head's largest tensors, shrink to a third in RetinaNet
             anchors["octave_base_scale"] *= 2 ** ((octave - 1) / 2 / octave)
@@ -126,14 +129,24 @@ def _light_detector(
     if ranges is not None:
         dense["regress_ranges"] = [ranges[level] for level in levels]
     if "roi_head" in light:
-        extractor = light["roi_head"]["bbox_roi_extractor"]
-        finest = extractor["featmap_strides"][0]
-        extractor["featmap_strides"] = [s for s in strides if s in extractor["featmap_strides"]] or strides[:1]
-        extractor["finest_scale"] = extractor.get("finest_scale", 56) * extractor["featmap_strides"][0] / finest
+        for extractor in _extractors(light["roi_head"]):
+            finest = extractor["featmap_strides"][0]
+            extractor["featmap_strides"] = [s for s in strides if s in extractor["featmap_strides"]] or strides[:1]
+            if extractor["type"] == "SingleRoIExtractor":  # others read all levels for a region of any size
+                extractor["finest_scale"] = extractor.get("finest_scale", 56) * extractor["featmap_strides"][0] / finest
     built = MODELS.build(light)
     built.init_weights()
     built.train()
     return given_levels(built)
+
+
+def _extractors(roi_head: Any) -> Iterator[Any]:
+    """The configs of everything in an RoI head that extracts regions from levels."""
+    for section in roi_head.values() if isinstance(roi_head, dict) else roi_head:
+        if isinstance(section, dict) and "featmap_strides" in section:
+            yield section
+        elif isinstance(section, dict | list | tuple):
+            yield from _extractors(section)
 
 
 def _lighter(config: Any, whole: int, channels: int, width: float) -> Any:
@@ -143,12 +156,12 @@ def _lighter(config: Any, whole: int, channels: int, width: float) -> Any:
     if not isinstance(config, dict):
         return config
     light = {key: _lighter(value, whole, channels, width) for key, value in config.items()}
-    for key in ("in_channels", "out_channels"):
-        if light.get(key) == whole:
+    for key, value in light.items():
+        if value == whole and key.endswith(("in_channels", "out_channels")):
             light[key] = channels
     for key in ("feat_channels", "conv_out_channels", "fc_out_channels"):
         if key in light:
-            light[key] = _scaled(light[key], width)
+            light[key] = _scaled(config[key], width)
     if "stacked_convs" in light:
         light["stacked_convs"] = 1
     return light
