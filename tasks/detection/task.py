@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from mmdet.models.detectors.base import BaseDetector
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from mmdet.utils import dist_utils, register_all_modules
 from mmengine.config import Config as PlainConfig
 from mmengine.config import ConfigDict
@@ -31,9 +32,9 @@ from engine.network.message import Message
 from engine.task import Task
 from engine.utilities.batches import WHOLE, Part, micro_batches
 from engine.utilities.seed import seeded
-from engine.utilities.text import one_line
+from engine.utilities.text import described, one_line
 from tasks.detection.auxiliary import Levels
-from tasks.detection.chain import Prediction, detector_chain, recomputed
+from tasks.detection.chain import SUPPORTED, Prediction, dense_head, detector_chain, recomputed
 from tasks.detection.config import DetectionConfig
 from tasks.detection.data import Samples, data_preprocess, load_samples
 from tasks.detection.evaluate import DetectionMetrics
@@ -42,10 +43,13 @@ from tasks.detection.fake import keeping_values, made_up_boxes
 from tasks.detection.heads import PyramidHead, pyramid_head
 from tasks.detection.plain_config import class_count, plain_config, set_classes, without_downloads
 from tasks.detection.targets import Targets, samples_of
+from tasks.detection.trial import TRIAL_SIDE, failure_of
 from tasks.weights import load_weights
 
 EXAMPLE_BOXES = 8
 """Number of objects in each image of a made-up micro-batch."""
+BOXES = (EXAMPLE_BOXES, 1)
+"""Number of objects in each image of a trial."""
 
 
 class Detection(Task):
@@ -76,6 +80,7 @@ class Detection(Task):
         self._samples: tuple[Samples, Samples] | None = None
         self._fits = False
         """Whether a chain was made of the detector."""
+        self._failures: dict[Any, str] = {}
 
     @cached_property
     def plain(self) -> PlainConfig:
@@ -135,10 +140,40 @@ class Detection(Task):
             chain = detector_chain(_detector(model, initialise=True))
         if initial and not config.pretrained and not config.weights:
             _check_learns(model.backbone)
+        if not self._fits:
+            self._try_heads(chain.model)
         if initial and config.weights:
             load_weights(chain.model, Path(config.weights), [*get_torch_safe_globals(), bytes])
         self._fits = True
         return chain
+
+    def _try_heads(self, detector: BaseDetector) -> None:
+        """Compute losses and predictions on made-up images, as small as those of the data if these are not large.
+
+        Raises:
+            ValueError: something fails. The message says whether it is the images' size or those without boxes.
+        """
+        width, height = (min(TRIAL_SIDE, *sides) for sides in zip(*self._sizes(), strict=True))
+        empty = self.config.data.name != "config" and self.config.data.keep_empty
+        channels = dense_head(detector).in_channels
+
+        def failure(boxes: Sequence[int], width: int = width, height: int = height) -> str:
+            return failure_of(detector, channels, self._made_up_samples(boxes, width, height))
+
+        said = failure((*BOXES, 0) if empty else BOXES)
+        if not said:
+            return
+        if empty and not failure(BOXES):
+            raise ValueError(f"data.keep_empty: on images without boxes {said}; set it to false")
+        if not failure(BOXES, TRIAL_SIDE, TRIAL_SIDE):
+            raise ValueError(
+                f"data.sizes: on images of {width} x {height} pixels {said}; on {TRIAL_SIDE} x {TRIAL_SIDE} it "
+                "does not, so give larger sizes"
+            )
+        raise ValueError(
+            f"model.config: on made-up images with {' and '.join(map(str, BOXES))} boxes {said}; change the heads by "
+            f"model.options, or choose another detector; {SUPPORTED}"
+        )
 
     def loss(self, prediction: Prediction, targets: Targets) -> Tensor:
         if not isinstance(prediction.levels[0], FakeTensor):
@@ -167,43 +202,60 @@ class Detection(Task):
     def _head(self, chain: Chain, message: Message, *, only_seen: bool) -> PyramidHead:
         # Anchors are constants whose values matter even where everything else is fake.
         with unset_fake_temporarily() as mode:
-            head = pyramid_head(chain.model, self.plain.model, message, only_seen=only_seen)
+            try:
+                head = pyramid_head(chain.model, self.plain.model, message, only_seen=only_seen)
+                failure = self._failure(head, message)
+            except Exception as error:  # the heads' own code may raise anything
+                failure = f"it cannot be built: {described(error)}"
+            if failure:
+                raise ValueError(
+                    f"local.auxiliary: a light copy of the heads of {type(chain.model).__name__} does not work: "
+                    f"{failure}; train it with local.schedule end_to_end, or choose another detector; {SUPPORTED}"
+                )
         if mode is not None:
             make_fake([head])
         return head
 
-    def example(self) -> Message:
-        width, height = self._largest_size()
-        divisor = self.plain.model.data_preprocessor.get("pad_size_divisor", 1)
-        padded = [-(-side // divisor) * divisor for side in (height, width)]
-        count = self.micro_batch
-        meta = {
-            "img_id": 0,
-            "img_path": "",
-            "ori_shape": (height, width),
-            "img_shape": (height, width),
-            "pad_shape": tuple(padded),
-            "batch_input_shape": tuple(padded),
-            "scale_factor": (1.0, 1.0),
-            "epoch": 0,
-        }
-        with seeded(self.config.train.seed, "example"):
-            images = torch.randn(count, 3, *padded)
-        targets = {
-            "boxes": [made_up_boxes(EXAMPLE_BOXES, height, width) for _ in range(count)],
-            "labels": [torch.arange(EXAMPLE_BOXES) % (class_count(self.plain.model) or 1) for _ in range(count)],
-            "ignored": [torch.zeros(0, 4) for _ in range(count)],
-            "meta": [dict(meta) for _ in range(count)],
-        }
-        return Message({"x": images}, targets)
+    def _failure(self, head: PyramidHead, message: Message) -> str:
+        """What fails in a trial of light heads, which is the same for all on the same levels."""
+        channels: Any = head.fpn.out_channels if head.fpn else message.features["levels"][0].shape[1]
+        strides = tuple(dense_head(head.detector).prior_generator.strides)
+        if (channels, strides) not in self._failures:
+            samples = self._made_up_samples(BOXES, TRIAL_SIDE, TRIAL_SIDE)
+            self._failures[channels, strides] = failure_of(head.detector, channels, samples)
+        return self._failures[channels, strides]
 
-    def _largest_size(self) -> tuple[int, int]:
-        """Width and height that hold every image of a batch; landscape images stand for both orientations."""
+    def example(self) -> Message:
+        # Landscape images stand for both orientations.
+        width, height = max(max(size) for size in self._sizes()), max(min(size) for size in self._sizes())
+        with unset_fake_temporarily():  # the preprocessor computes sizes with tensors
+            (sample,) = self._made_up_samples([EXAMPLE_BOXES], width, height)
+            image = torch.zeros(3, height, width, dtype=torch.uint8)
+            one = data_preprocess(self.preprocessor, [{"inputs": image, "data_samples": sample}], True)
+        with seeded(self.config.train.seed, "example"):
+            images = torch.randn(self.micro_batch, *one.x.shape[1:])
+        return Message({"x": images}, {key: values * self.micro_batch for key, values in one.targets.items()})
+
+    def _made_up_samples(self, boxes: Sequence[int], width: int, height: int) -> list[DetDataSample]:
+        """An image of this size for each number of boxes."""
+        side = (height, width)
+        meta = {"img_id": 0, "img_path": "", "epoch": 0, "scale_factor": (1.0, 1.0)}
+        meta |= dict.fromkeys(("ori_shape", "img_shape", "pad_shape", "batch_input_shape"), side)
+        classes = class_count(self.plain.model) or 1
+        return samples_of(
+            {
+                "boxes": [made_up_boxes(count, height, width) for count in boxes],
+                "labels": [torch.arange(count) % classes for count in boxes],
+                "ignored": [torch.zeros(0, 4) for _ in boxes],
+                "meta": [meta for _ in boxes],
+            }
+        )
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Widths and heights that images are scaled to fit into."""
         if self.config.data.name == "config":
-            sizes = _resized_to(self.plain.train_dataloader.dataset)
-        else:
-            sizes = [(width, height) for width, height in self.config.data.sizes]
-        return max(max(size) for size in sizes), max(min(size) for size in sizes)
+            return _resized_to(self.plain.train_dataloader.dataset)
+        return [(width, height) for width, height in self.config.data.sizes]
 
     def steps_per_epoch(self) -> int:
         return len(self._batch_sizes())

@@ -42,6 +42,7 @@ class GivenDetector(Detection):
     def __init__(self, model: ConfigDict) -> None:
         # Detection.__init__ is not called, since it would change MMDetection's scope and log.
         self.plain = PlainConfig({"model": model})
+        self._failures = {}
 
 
 class DrivenBlock(Block):
