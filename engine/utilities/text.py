@@ -44,13 +44,16 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
 def one_line(error: object, limit: int = 0) -> str:
     """The text of an error on one line, with single spaces; a ``limit`` above 0 cuts it after so many characters.
 
-    An exception without any text, such as that of a bare ``assert``, is given by its type.
+    An exception without any text, such as that of a bare ``assert``, is given by its type and the code that raised it.
 
     Example:
         >>> one_line("no such\\n    file", limit=10)
         'no such fi'
     """
-    text = " ".join(str(error).split()) or (type(error).__name__ if isinstance(error, BaseException) else "")
+    text = " ".join(str(error).split())
+    if not text and isinstance(error, BaseException):
+        code = [frame.line for frame in traceback.extract_tb(error.__traceback__)[-1:] if frame.line]
+        text = ": ".join([type(error).__name__, *code])
     return text[:limit] if limit else text
 
 
@@ -62,7 +65,7 @@ def described(error: BaseException) -> str:
         ("KeyError: 'mask'", 'AssertionError')
     """
     name, text = type(error).__name__, one_line(error, 300)
-    return name if text == name else f"{name}: {text}"
+    return text if text.startswith(name) else f"{name}: {text}"
 
 
 def place(error: BaseException) -> str:
