@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.network.chain import Chain, Unit, apply_to_x
 from engine.network.message import Message
-from tasks.detection.fake import let_fakes_pass
+from tasks.detection.fake import adapt_operators
 
 SUPPORTED = (
     "supported are RetinaNet, FCOS, ATSS, GFL, PAA, VFNet, TOOD, FSAF, FreeAnchor, FoveaBox, AutoAssign, Faster R-CNN "
@@ -101,7 +101,7 @@ def detector_chain(detector: BaseDetector) -> Chain:
     """
     kind = type(detector).__name__
     _check_parts(detector, kind)
-    let_fakes_pass()
+    adapt_operators()
     backbone, dense = detector.backbone, dense_head(detector)
     first = [backbone.stem] if backbone.deep_stem else [backbone.conv1, backbone.norm1, backbone.relu]
     units = [Unit("stem", nn.Sequential(*first, backbone.maxpool), stage="stem")]
@@ -134,6 +134,10 @@ def detector_chain(detector: BaseDetector) -> Chain:
 
 
 def _check_parts(detector: BaseDetector, kind: str) -> None:
+    if not isinstance(detector, BaseDetector):
+        raise ValueError(
+            f"model.config: {kind} is no detector of MMDetection (but a tracker, for example); {SUPPORTED}"
+        )
     backbone, neck = getattr(detector, "backbone", None), getattr(detector, "neck", None)
     if not isinstance(backbone, ResNet) or type(backbone).forward is not ResNet.forward:
         raise ValueError(

@@ -21,7 +21,8 @@ Two things differ from a step on a CPU, since an estimate is for a GPU:
   step on a CPU does. No other loss of RetinaNet, FCOS, ATSS, GFL and Faster R-CNN differs.
 - A region proposal network does not choose proposals (by sorting, decoding and NMS, which takes a few MiB that are
   freed at once), since the choice depends on predictions. The second stage gets made-up proposals, as many as it asks
-  for. Half of them are near the ground truth, so that the sampler finds the usual share of positives.
+  for. Half of them are near the ground truth, so that the sampler finds the usual share of positives. A cascade's later
+  stages get the same boxes again, where real predictions would move them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ import torch
 from mmcv import _ext
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.losses.focal_loss import FocalLoss, sigmoid_focal_loss
+from mmdet.models.roi_heads.bbox_heads import BBoxHead, SABLHead
+from mmdet.models.task_modules.samplers import SamplingResult
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor
@@ -72,15 +75,21 @@ def keeping_values(detector: str = "this detector", *, fused: bool = True) -> It
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     assert mode is not None, "no FakeTensorMode is active"
     mode.allow_non_fake_inputs = True
-    let_fakes_pass()
-    plain = FocalLoss.forward, BaseDenseHead.loss_and_predict
-    BaseDenseHead.loss_and_predict = _loss_and_made_up_proposals
+    adapt_operators()
+    replaced: list[tuple[type, str, Any]] = [
+        (BaseDenseHead, "loss_and_predict", _loss_and_made_up_proposals),
+        (BBoxHead, "refine_bboxes", _boxes_as_sampled),
+        (SABLHead, "refine_bboxes", _boxes_as_sampled),
+    ]
     if fused:
-        FocalLoss.forward = functools.partialmethod(_as_on_cuda, plain[0])
+        replaced.append((FocalLoss, "forward", functools.partialmethod(_as_on_cuda, FocalLoss.forward)))
+    plain = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, function in replaced:
+        setattr(owner, name, function)
     try:
         with _KeepingValues():
             yield
-    except RuntimeError as error:
+    except Exception as error:  # the loss is known to work on real tensors (see ``tasks.detection.trial``)
         if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
             why = f"needs values of its predictions, which an estimate does not have ({error.func})"
         else:
@@ -89,7 +98,8 @@ def keeping_values(detector: str = "this detector", *, fused: bool = True) -> It
             f"model.config: the loss of {detector} {why}; measure its memory instead: tools/memory.py measure"
         ) from error
     finally:
-        FocalLoss.forward, BaseDenseHead.loss_and_predict = plain
+        for owner, name, function in plain:
+            setattr(owner, name, function)
 
 
 def made_up_boxes(count: int, height: int, width: int) -> Tensor:
@@ -168,6 +178,16 @@ def _loss_and_made_up_proposals(
     return head.loss(levels, samples), [InstanceData(bboxes=_made_up_proposals(sample, count)) for sample in samples]
 
 
+def _boxes_as_sampled(
+    head: BBoxHead, sampling_results: Sequence[SamplingResult], bbox_results: Any, batch_img_metas: Any
+) -> list[InstanceData]:
+    """``refine_bboxes`` of a cascade's stage for predictions without values: the boxes stay where they are."""
+    return [
+        InstanceData(bboxes=torch.cat([result.pos_priors[result.pos_is_gt == 0], result.neg_priors]))
+        for result in sampling_results
+    ]
+
+
 def _made_up_proposals(sample: DetDataSample, count: int) -> Tensor:
     boxes: Tensor = sample.gt_instances.bboxes
     height, width = sample.img_shape[:2]
@@ -179,25 +199,44 @@ def _made_up_proposals(sample: DetDataSample, count: int) -> Tensor:
     return torch.cat([moved, made_up_boxes(count - near, height, width)])
 
 
+class NoOperatorError(Refusal):
+    """mmcv has no form of an operator for the device."""
+
+
 @functools.cache
-def let_fakes_pass() -> None:
-    """Have mmcv's compiled operators do nothing on fake tensors, in forward and, outside any context, in backward.
+def adapt_operators() -> None:
+    """Have mmcv's compiled operators do nothing on fake tensors, and refuse in one line what they cannot do.
 
     Operators that return nothing write to tensors made beforehand, so doing nothing suffices. (pybind11 writes the
     signature of a function into its docstring.) On real tensors they work as before.
 
-    This is done once, before a detector's shapes are inferred, and for good, since backward may run at any later time.
+    This is done once, before a detector's shapes are inferred, and for good, since backward may run at any later time,
+    outside any context.
     """
 
-    def passing(operator: Callable[..., None]) -> Callable[..., None]:
+    def adapted(name: str, operator: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(operator)
         def call(*args: Any, **kwargs: Any) -> None:
-            if not _any_fake(args, kwargs):
+            if _any_fake(args, kwargs):
+                return
+            try:
                 operator(*args, **kwargs)
+            except RuntimeError as error:
+                if "implementation for device" in str(error):
+                    raise NoOperatorError(
+                        f"model.config: mmcv has no {name} for {args[0].device.type}; train on another device "
+                        "(train.device), or choose another layer"
+                    ) from error
+                if "smaller than kernel" in str(error):
+                    sides = " x ".join(map(str, args[0].shape[-2:]))
+                    raise Refusal(
+                        f"an image is too small: mmcv's {name} got a map of {sides}, smaller than its kernel"
+                    ) from error
+                raise
 
         return call
 
     for name, operator in list(vars(_ext).items()):
         signature = (getattr(operator, "__doc__", None) or "").strip().partition("\n")[0]
         if callable(operator) and signature.endswith("-> None"):
-            setattr(_ext, name, passing(operator))
+            setattr(_ext, name, adapted(name, operator))

@@ -157,7 +157,7 @@ def _lighter(config: Any, whole: int, channels: int, width: float) -> Any:
         return config
     light = {key: _lighter(value, whole, channels, width) for key, value in config.items()}
     for key, value in light.items():
-        if value == whole and key.endswith(("in_channels", "out_channels")):
+        if value == whole and key.endswith("channels"):
             light[key] = channels
     for key in ("feat_channels", "conv_out_channels", "fc_out_channels"):
         if key in light:

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from mmdet.models.detectors.base import BaseDetector
 from mmdet.structures import DetDataSample
+from mmengine.logging import MessageHub
 
+from engine.learning.outcome import Refusal
 from engine.utilities.seed import seeded
 from engine.utilities.text import described
 from tasks.detection.chain import Prediction, dense_head, given_levels
+from tasks.detection.fake import NoOperatorError
 
 TRIAL_SIDE = 384
 """Side in pixels of the images of a trial: the coarsest of the usual levels then has three rows and columns."""
@@ -37,6 +40,9 @@ def failure_of(detector: BaseDetector, channels: int, samples: Sequence[DetDataS
     for module in tried.modules():
         for config in (getattr(module, "train_cfg", None), getattr(module, "test_cfg", None)):
             _keep_few(config)
+    hub = MessageHub.get_current_instance()
+    if hub.get_info("epoch") is None:
+        hub.update_info("epoch", 0)  # TOOD's assigner asks for it
     dense, (height, width), what = dense_head(tried), samples[0].img_shape, "loss"
     with seeded("trial"), torch.no_grad():
         levels = tuple(
@@ -49,9 +55,12 @@ def failure_of(detector: BaseDetector, channels: int, samples: Sequence[DetDataS
             what = "prediction"
             tried.eval()
             prediction.predict(copy.deepcopy(list(samples)))
+        except NoOperatorError:  # for a CPU, which this trial runs on; what trains may be a GPU
+            return ""
         except Exception as error:  # the heads' own code may raise anything
+            reason = str(error) if isinstance(error, Refusal) else described(error)
             heads = [type(part).__name__ for name, part in tried.named_children() if name.endswith("_head")]
-            return f"the {what} of {type(detector).__name__} ({', '.join(heads)}) fails: {described(error)}"
+            return f"the {what} of {type(detector).__name__} ({', '.join(heads)}) fails: {reason}"
     return ""
 
 

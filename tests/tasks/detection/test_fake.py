@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from mmcv import _ext
-from mmcv.ops import roi_align
+from mmcv.ops import deform_conv2d, deform_roi_pool, roi_align
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.losses import FocalLoss
 from mmdet.registry import MODELS
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from engine.learning.outcome import Refusal
 from engine.memory.estimate import make_fake
 from engine.memory.tracker import MemoryTracker
 from tasks.detection import fake
@@ -105,6 +106,12 @@ def test_bytes_of_two_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["bytes"] == pytest.approx(own["bytes"], rel=1e-3)
 
 
+def test_the_loss_of_a_cascade() -> None:
+    """Its later stages would get the boxes that the first predicts."""
+    found = run_step("cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py", ground_truth(5, 3), True)
+    assert {name for name in found["losses"] if name.endswith("loss_bbox")} == {f"s{n}.loss_bbox" for n in range(3)}
+
+
 def test_made_up_proposals_give_the_sampler_its_share() -> None:
     model = build(TWO_STAGE)
     for sample in ground_truth(1, 5, 40):
@@ -185,7 +192,8 @@ def test_everything_is_put_back() -> None:
         context = keeping_values()
         context.__enter__()
         assert (FocalLoss.forward, BaseDenseHead.loss_and_predict) != plain
-        assert not context.__exit__(ZeroDivisionError, ZeroDivisionError(), None), "errors go on"
+        with pytest.raises(Refusal, match="the loss of this detector fails on fake tensors.*ZeroDivisionError"):
+            context.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
         assert type(torch.zeros(1)) is FakeTensor
     assert (FocalLoss.forward, BaseDenseHead.loss_and_predict) == plain
 
@@ -199,16 +207,25 @@ def test_compiled_operators_still_compute() -> None:
     assert image.grad.sum() == 4
 
 
+def test_what_an_operator_cannot_do_is_refused() -> None:
+    fake.adapt_operators()
+    image, rois = torch.zeros(1, 4, 1, 2), torch.tensor([[0.0, 0, 0, 1, 1]])
+    with pytest.raises(Refusal, match="^an image is too small: mmcv's deform_conv_forward got a map of 1 x 2, smaller"):
+        deform_conv2d(image, torch.zeros(1, 18, 1, 2), torch.zeros(4, 4, 3, 3), 1, 1)
+    with pytest.raises(Refusal, match="^model.config: mmcv has no deform_roi_pool_forward for cpu; train on another"):
+        deform_roi_pool(image, rois, None, 2)
+
+
 def test_any_compiled_operator_passes_fakes_from_the_first_shape_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A deformable convolution in a chain, in a process that has not made an estimate before."""
     for name, value in list(vars(_ext).items()):
         monkeypatch.setattr(_ext, name, getattr(value, "__wrapped__", value))
-    fake.let_fakes_pass.cache_clear()
+    fake.adapt_operators.cache_clear()
     try:
         detector, _ = build_detector("gfl", dcn={"type": "DCNv2", "deform_groups": 1})
         assert detector_chain(detector).shapes()[-1].features["levels"][0].shape[1] == 256
     finally:
-        fake.let_fakes_pass.cache_clear()
+        fake.adapt_operators.cache_clear()
     changed = {name for name, value in vars(_ext).items() if hasattr(value, "__wrapped__")}
     assert {"modulated_deform_conv_forward", "roi_align_backward", "sigmoid_focal_loss_backward"} < changed
     assert "nms" not in changed, "it returns something, which doing nothing would not"

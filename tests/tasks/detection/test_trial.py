@@ -63,8 +63,9 @@ def test_images_that_are_too_small_for_a_head_are_refused_by_their_size() -> Non
     narrow = {"neck__out_channels": 32, "bbox_head__in_channels": 32, "bbox_head__feat_channels": 32}
     said = refused(task_of("ddod/ddod_r50_fpn_1x_coco.py", "--data.sizes", "[[640, 640], [160, 128]]", **narrow))
     assert said.startswith(
-        "data.sizes: on images of 160 x 128 pixels the loss of DDOD (DDODHead) fails: RuntimeError: input image is "
-        "smaller than kernel; on 384 x 384 it does not, so give larger sizes"
+        "data.sizes: on images of 160 x 128 pixels the loss of DDOD (DDODHead) fails: an image is too small: mmcv's "
+        "deform_conv_forward got a map of 2 x 3, smaller than its kernel; on 384 x 384 it does not, so give larger "
+        "sizes"
     )
 
 
@@ -75,6 +76,12 @@ def test_a_head_whose_loss_fails_is_refused() -> None:
         "model.config: on made-up images with 8 and 1 boxes the loss of CrowdDet (RPNHead, MultiInstanceRoIHead) "
         "fails: RuntimeError: shape '"
     )
+
+
+def test_what_only_a_gpu_computes_is_no_failure_of_a_trial() -> None:
+    """mmcv has deformable RoI pooling for CUDA alone."""
+    task = task_of("dcn/faster-rcnn_r50_fpn_dpool_1x_coco.py")
+    build_blocks(task.build_chain(), task.config, task)
 
 
 def test_a_light_copy_that_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
