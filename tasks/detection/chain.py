@@ -134,11 +134,12 @@ def detector_chain(detector: BaseDetector) -> Chain:
 
 
 def _check_parts(detector: BaseDetector, kind: str) -> None:
-    if not isinstance(detector, BaseDetector):
-        raise ValueError(
-            f"model.config: {kind} is no detector of MMDetection (but a tracker, for example); {SUPPORTED}"
-        )
     backbone, neck = getattr(detector, "backbone", None), getattr(detector, "neck", None)
+    if backbone is None:
+        raise ValueError(
+            f"model.config: {kind} has no model.backbone of its own (it holds another detector, as trackers and "
+            f"teachers do); {SUPPORTED}"
+        )
     if not isinstance(backbone, ResNet) or type(backbone).forward is not ResNet.forward:
         raise ValueError(
             f"model.config: model.backbone of {kind} is {type(backbone).__name__}, which does not compute as "

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmdet.models.detectors.base import BaseDetector
 from mmdet.registry import MODELS
+from mmengine.model import revert_sync_batchnorm
 from torch import nn
 from torch.nn import functional as F
 
@@ -89,6 +90,7 @@ def pyramid_head(
     }
     fpn = MODELS.build(fpn_config)
     fpn.init_weights()
+    fpn = revert_sync_batchnorm(fpn)
     return PyramidHead(names, shrink, fpn, _light_detector(detector, config, levels, own, channels, width))
 
 
@@ -136,6 +138,8 @@ def _light_detector(
                 extractor["finest_scale"] = extractor.get("finest_scale", 56) * extractor["featmap_strides"][0] / finest
     built = MODELS.build(light)
     built.init_weights()
+    # A block's replicas are not all ranks, which SyncBatchNorm would wait for; the engine synchronises BatchNorm.
+    built = revert_sync_batchnorm(built)
     built.train()
     return given_levels(built)
 

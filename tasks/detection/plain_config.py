@@ -42,7 +42,19 @@ def plain_config(model: ModelConfig) -> Config:
             config.merge_from_dict({key: value})
         except Exception as error:
             raise ValueError(f"model.options: {key!r}: {one_line(error, 300)}") from error
+    _without_ranks(config.model)
     return config
+
+
+def _without_ranks(model: Any) -> None:
+    """Replace mmcv's own SyncBatchNorm, which asks for the other ranks when it is built, by torch's in a config."""
+    if isinstance(model, Mapping):
+        if model.get("type") == "MMSyncBN":
+            model["type"] = "SyncBN"  # type: ignore[index]
+        model = list(model.values())
+    if isinstance(model, list | tuple):
+        for item in model:
+            _without_ranks(item)
 
 
 def _with_tuples(value: Any, before: Any, pipeline: bool) -> Any:

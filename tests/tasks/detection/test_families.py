@@ -98,7 +98,7 @@ def test_res2net_splits_its_channels_and_stays_at_full_width() -> None:
         ("lad/lad_r101-paa-r50_fpn_2xb8_coco_1x.py", "LAD computes its loss in a way of its own"),
         ("condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py", "CondInst has a mask head"),
         ("detr/detr_r50_8xb2-150e_coco.py", "model.neck of DETR|DETR computes its loss"),
-        ("qdtrack/qdtrack_faster-rcnn_r50_fpn_4e_base.py", "QDTrack is no detector of MMDetection"),
+        ("qdtrack/qdtrack_faster-rcnn_r50_fpn_4e_base.py", "QDTrack has no model.backbone of its own"),
         (
             "v3det/faster_rcnn_r50_fpn_8x4_sample1e-3_mstrain_v3det_2x.py",
             "FasterRCNN: AssertionError: assert .*num_",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+from torch import nn
 
 from engine.learning.build import build_blocks
 from engine.network.shapes import shapes_of
@@ -82,6 +83,15 @@ def test_what_only_a_gpu_computes_is_no_failure_of_a_trial() -> None:
     """mmcv has deformable RoI pooling for CUDA alone."""
     task = task_of("dcn/faster-rcnn_r50_fpn_dpool_1x_coco.py")
     build_blocks(task.build_chain(), task.config, task)
+
+
+@pytest.mark.parametrize("kind", ["SyncBN", "MMSyncBN"])
+def test_nothing_waits_for_all_ranks(kind: str) -> None:
+    """Light heads kept a SyncBatchNorm, and mmcv's own could not even be built on one rank."""
+    task = task_of("retinanet/retinanet_r18_fpn_1x_coco.py", neck__norm_cfg={"type": kind, "requires_grad": True})
+    modules = [module for block in build_blocks(task.build_chain(), task.config, task) for module in block.modules()]
+    assert not [module for module in modules if isinstance(module, nn.SyncBatchNorm)]
+    assert [module for module in modules if type(module).__name__ == "_BatchNormXd"]
 
 
 def test_a_light_copy_that_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
