@@ -84,6 +84,7 @@ class Unit:
         for child in module.modules():
             if isinstance(child, nn.modules.batchnorm._NormBase):
                 child.reset_running_stats()
+                child.eps = child.eps or 1e-5  # frozen statistics may do without, but torch trains no layer without
             # The copy may run on a tensor that others need too, and ``infer_shapes`` sees no dropout.
             if isinstance(child, nn.modules.dropout._DropoutNd):
                 child.inplace = False

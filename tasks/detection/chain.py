@@ -101,6 +101,7 @@ def detector_chain(detector: BaseDetector) -> Chain:
     """
     kind = type(detector).__name__
     _check_parts(detector, kind)
+    _check_norms(detector, kind)
     adapt_operators()
     backbone, dense = detector.backbone, dense_head(detector)
     first = [backbone.stem] if backbone.deep_stem else [backbone.conv1, backbone.norm1, backbone.relu]
@@ -167,6 +168,15 @@ def _check_parts(detector: BaseDetector, kind: str) -> None:
             f"model.config: model.{name} of {kind} is {type(head).__name__}, which has no prior_generator with a "
             f"stride for each level; {SUPPORTED}"
         )
+
+
+def _check_norms(detector: BaseDetector, kind: str) -> None:
+    for name, module in detector.named_modules():
+        if isinstance(module, _BatchNorm) and module.training and not module.eps:
+            raise ValueError(
+                f"model.config: model.{name} of {kind} is a BatchNorm with eps 0, which PyTorch does not train; set "
+                "eps of its norm_cfg to 1e-5, or norm_eval of its part to true"
+            )
 
 
 def _residual(layer: nn.Module, message: Message, *, stage: str) -> Message:

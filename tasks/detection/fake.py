@@ -52,7 +52,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.learning.outcome import Refusal
-from engine.utilities.text import one_line
+from engine.utilities.text import described
 
 _aten = torch.ops.aten
 
@@ -90,12 +90,11 @@ def keeping_values(detector: str = "this detector", *, fused: bool = True) -> It
         with _KeepingValues():
             yield
     except Exception as error:  # the loss is known to work on real tensors (see ``tasks.detection.trial``)
-        if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
-            why = f"needs values of its predictions, which an estimate does not have ({error.func})"
-        else:
-            why = f"fails on fake tensors, by which an estimate is made ({one_line(error, 200)})"
+        without = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+        cause = f"{error.func} asks for them" if without else described(error)  # type: ignore[attr-defined]
         raise Refusal(
-            f"model.config: the loss of {detector} {why}; measure its memory instead: tools/memory.py measure"
+            f"model.config: the loss of {detector} cannot be computed on tensors without values, by which memory is "
+            f"estimated ({cause}); measure it instead: tools/memory.py measure"
         ) from error
     finally:
         for owner, name, function in plain:

@@ -96,6 +96,12 @@ def test_skips_travel_past_units_that_ignore_them() -> None:
     assert set(chain.shapes()[1].features) == {"x", "skip"}
 
 
+def test_a_copy_of_frozen_statistics_without_eps_trains() -> None:
+    """As in NAS-FCOS's backbone; torch normalises by statistics of a batch only if eps is positive."""
+    unit = Unit("u", nn.BatchNorm2d(3, eps=0).eval()).copy()
+    assert unit.module(torch.randn(2, 3, 4, 4)).isfinite().all()
+
+
 def test_a_copy_has_the_same_distribution_and_other_weights() -> None:
     unit = Unit("u", three())
     unit.module[1].running_mean.fill_(3.0)

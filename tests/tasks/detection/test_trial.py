@@ -94,6 +94,14 @@ def test_nothing_waits_for_all_ranks(kind: str) -> None:
     assert [module for module in modules if type(module).__name__ == "_BatchNormXd"]
 
 
+def test_batch_normalisation_without_eps_does_not_train() -> None:
+    """NAS-FCOS has it in its backbone, whose statistics are frozen; trained all the same, its first step failed."""
+    without = {"type": "BN", "eps": 0, "requires_grad": True}
+    assert refused(task_of("retinanet/retinanet_r18_fpn_1x_coco.py", backbone__norm_cfg=without)).startswith(
+        "model.config: model.backbone.bn1 of RetinaNet is a BatchNorm with eps 0, which PyTorch does not train; set eps"
+    )
+
+
 def test_a_light_copy_that_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "_lighter", lambda config, *_: config)
     said = refused(small_task()[1])
