@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.registry import DefaultScope
 from torch import nn
 
@@ -68,6 +69,27 @@ def test_images_that_are_too_small_for_a_head_are_refused_by_their_size() -> Non
         "deform_conv_forward got a map of 2 x 3, smaller than its kernel; on 384 x 384 it does not, so give larger "
         "sizes"
     )
+
+
+def test_a_head_that_wants_boxes_in_every_image_is_refused_by_keep_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wants_boxes(_: object, __: int, samples: list[DetDataSample]) -> str:
+        return "the loss fails" if any(len(sample.gt_instances) == 0 for sample in samples) else ""
+
+    monkeypatch.setattr("tasks.detection.task.failure_of", wants_boxes)
+    assert refused(small_task()[1]) == "data.keep_empty: on images without boxes the loss fails; set it to false"
+    small_task("--data.keep_empty", "false")[1].build_chain()
+
+
+def test_a_trial_waits_for_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ATSS averages its normalisers over all ranks, but each rank builds its network when it can."""
+
+    class Ranks:
+        is_available = staticmethod(lambda: True)
+        is_initialized = staticmethod(lambda: pytest.fail("the loss asks for other ranks"))
+
+    monkeypatch.setattr("mmdet.utils.dist_utils.dist", Ranks)
+    task = task_of("atss/atss_r50_fpn_1x_coco.py")
+    build_blocks(task.build_chain(), task.config, task)
 
 
 def test_a_head_whose_loss_fails_is_refused() -> None:
