@@ -8,6 +8,7 @@ from torch import nn
 
 from engine.config import Config
 from engine.distributed.replication.lockstep import compare_order
+from engine.distributed.replication.protocol import Replication
 from engine.learning.block import Block
 from engine.learning.blocks import Blocks
 from engine.learning.build import prepare
@@ -58,28 +59,29 @@ def replicate(block: Block, config: Config, group: dist.ProcessGroup, make_optim
     # The imports below are inside the branches, so that a run only needs what its kind of replication uses.
     collective: dict[nn.Module, str] = {}  # modules whose forward pass is a collective call, and the key that says so
     if placement.sync_batch_norm:
-        from engine.distributed.replication.batch_norm import synchronise
+        from engine.distributed.replication.batch_norm import SYNCHRONISED, synchronise
 
-        modules = [*block.unit_modules, *([block.auxiliary] if block.auxiliary is not None else [])]
-        collective |= dict.fromkeys(synchronise(modules, group), "placement.sync_batch_norm true")
+        collective |= dict.fromkeys(synchronise(block.modules_by_name(), group), SYNCHRONISED)
     if kind == "zero3":
         owners = [module for module in block.modules() if any(True for _ in module.parameters(recurse=False))]
         collective |= dict.fromkeys(owners, "placement.replication zero3")
-    if not local.compile:  # a hook would break the graph
-        compare_order(block.modules_by_name(), collective, group)
+    replication: Replication
     if kind == "ddp":
         from engine.distributed.replication.ddp import DDP
 
-        block.replication = DDP(block, group, make_optimizer)
+        replication = DDP(block, group, make_optimizer)
     elif kind == "fsdp":
         from engine.distributed.replication.fsdp import FSDP
 
-        block.replication = FSDP(block, group, make_optimizer)
+        replication = FSDP(block, group, make_optimizer)
     else:
         from engine.distributed.replication.zero import Zero
 
-        block.replication = Zero(block, group, make_optimizer, int(kind[-1]), placement.offload_optimizer)
+        replication = Zero(block, group, make_optimizer, int(kind[-1]), placement.offload_optimizer)
+    if collective and not local.compile:  # a hook would break the graph
+        compare_order(replication.whole, block.modules_by_name(), collective, group)
     if collective or kind.startswith("zero"):
         # All replicas must run the same layers, also where a network drops layers at random: with ZeRO because it sends
         # gradients in the order in which backward makes them.
-        block.replication.seed = ()
+        replication.seed = ()
+    block.replication = replication

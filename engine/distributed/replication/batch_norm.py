@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,32 +14,47 @@ from torch.nn.modules._functions import SyncBatchNorm as CudaSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from engine.distributed.replication.lockstep import different
 
-def synchronise(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> list[_BatchNorm]:
-    """Let every BatchNorm in ``modules`` compute its statistics over ``group`` while it trains, and return them.
+SYNCHRONISED = "placement.sync_batch_norm true"
+
+
+def synchronise(modules: Mapping[str, nn.Module], group: dist.ProcessGroup) -> list[_BatchNorm]:
+    """Let every BatchNorm among ``modules`` compute its statistics over ``group`` while it trains, and return them.
 
     The modules keep their names and identities. Only their class changes: to a subclass whose forward calls the
     original forward with ``torch.nn.functional.batch_norm`` replaced meanwhile. Therefore a BatchNorm with a forward of
     its own (timm has one that includes an activation) works as well. In evaluation mode, in which some networks keep
     frozen BatchNorms, nothing is exchanged.
     """
-    found = [child for module in modules for child in module.modules() if isinstance(child, _BatchNorm)]
+    found: dict[_BatchNorm, str] = {}
+    for name, module in modules.items():
+        if isinstance(module, _BatchNorm):
+            found.setdefault(module, name)
     made: dict[type[_BatchNorm], type[_BatchNorm]] = {}
-    for norm in found:
+    for number, (norm, name) in enumerate(found.items()):
         kind = type(norm)
         if kind not in made:
             made[kind] = _synchronised(kind, group)
         norm.__class__ = made[kind]
-    return list(dict.fromkeys(found))
+        vars(norm)["place"] = _Place(number, name)
+    return list(found)
+
+
+class _Place(NamedTuple):
+    """Which BatchNorm of its block a module is."""
+
+    number: int
+    name: str
 
 
 def _synchronised(kind: type[_BatchNorm], group: dist.ProcessGroup) -> type[_BatchNorm]:
     # torch.compile would trace past the replacement, so this forward stays out of its graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self: _BatchNorm, *args: Any) -> Any:
+    def forward(self: Any, *args: Any) -> Any:
         if not self.training:
             return kind.forward(self, *args)
-        with _Replaced(group):
+        with _Replaced(group, self.place):
             return kind.forward(self, *args)
 
     return type(f"Synchronised{kind.__name__}", (kind,), {"forward": forward})
@@ -48,18 +63,19 @@ def _synchronised(kind: type[_BatchNorm], group: dist.ProcessGroup) -> type[_Bat
 class _Replaced(TorchFunctionMode):
     """A context in which ``batch_norm`` below takes the place of torch's."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, place: _Place) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.place = group, place
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.batch_norm:
-            return batch_norm(self.group, *args, **(kwargs or {}))
+            return batch_norm(self.group, self.place, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 
 def batch_norm(
     group: dist.ProcessGroup,
+    place: _Place,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -76,6 +92,7 @@ def batch_norm(
 
     Raises:
         ValueError: all replicas together have a single value per channel.
+        Refusal: on a CPU, if another replica runs another BatchNorm of the block.
     """
     assert training, "only training computes statistics"
     if input.is_cuda:
@@ -84,7 +101,7 @@ def batch_norm(
             input, weight, bias, running_mean, running_var, eps, momentum, group, replicas
         )
         return cuda
-    result: Tensor = _OnCPU.apply(input, weight, bias, running_mean, running_var, eps, momentum, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _OnCPU.apply(input, weight, bias, running_mean, running_var, eps, momentum, group, place)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -107,13 +124,17 @@ class _OnCPU(torch.autograd.Function):
         eps: float,
         momentum: float,
         group: dist.ProcessGroup,
+        place: _Place,
     ) -> Tensor:
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         axes = [axis for axis in range(x.dim()) if axis != 1]
-        # One collective for the count and the sums. The counts differ where the parts of a micro-batch do.
-        own = x.new_full((1,), x.numel() // x.shape[1])
+        # One collective for the count, the module's number and the sums. The counts differ where the parts of a
+        # micro-batch do; the numbers must not.
+        own = x.new_tensor([x.numel() // x.shape[1], place.number])
         total = _sum(torch.cat([own, x.sum(axes)]), group)
-        count, mean = total[0], total[1:] / total[0]
+        if total[1] != place.number * dist.get_world_size(group):
+            raise different(SYNCHRONISED, f"{place.name!r} on replica {dist.get_rank(group)} and another elsewhere")
+        count, mean = total[0], total[2:] / total[0]
         if count == 1:
             raise ValueError(f"BatchNorm needs more than 1 value per channel over all replicas, got {tuple(x.shape)}")
         centred = x - _wide(mean, x)
@@ -150,7 +171,7 @@ class _OnCPU(torch.autograd.Function):
             scale = inverse if weight is None else inverse * weight
             d_input = (y - _wide(sums[0], y) - normal.mul_(_wide(sums[1], y))).mul_(_wide(scale, y)).to(input.dtype)
         needs = ctx.needs_input_grad
-        return d_input, d_weight if needs[1] else None, d_bias if needs[2] else None, None, None, None, None, None
+        return d_input, d_weight if needs[1] else None, d_bias if needs[2] else None, *[None] * 6
 
 
 def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

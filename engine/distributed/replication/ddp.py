@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.distributed.replication.protocol import Replication, Whole
+from engine.distributed.replication.protocol import Replication
 from engine.learning.block import Block
 from engine.learning.optimizer import MakeOptimizer
 from engine.learning.outcome import Refusal
@@ -34,7 +34,7 @@ class DDP(Replication):
             # Gradients as views of the buckets that are sent save a copy of all gradients. Buffers are not broadcast:
             # BatchNorm either synchronises its statistics itself or keeps one set per replica.
             self.wrapped = DistributedDataParallel(
-                Whole(block),
+                self.whole,
                 process_group=group,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,

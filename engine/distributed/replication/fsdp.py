@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from engine.distributed.replication.protocol import Replication, Whole
+from engine.distributed.replication.protocol import Replication
 from engine.learning.block import Block
 from engine.learning.optimizer import MakeOptimizer, load_state_by_name
 from engine.learning.replica import fill_unused
@@ -25,7 +25,6 @@ class FSDP(Replication):
 
     def __init__(self, block: Block, group: dist.ProcessGroup, make_optimizer: MakeOptimizer) -> None:
         super().__init__(block, group)
-        self.whole = Whole(block)
         inside = set(self.whole.modules())
         places = {id(p): (module, key) for module in inside for key, p in module._parameters.items()}
         # FSDP replaces parameters only in the modules that it wraps. If a unit's module was made around a parameter of

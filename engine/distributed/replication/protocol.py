@@ -46,6 +46,7 @@ class Replication(Replica):
 
     def __init__(self, block: Block, group: dist.ProcessGroup) -> None:
         self.block, self.group, self.rank = block, group, dist.get_rank(group)
+        self.whole = Whole(block)
         self.seed: tuple[int, ...] = (self.rank,)  # replicas have different samples, so each draws its own dropout
 
     @abstractmethod

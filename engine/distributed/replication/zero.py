@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.distributed.replication.extension import prepare_extension
-from engine.distributed.replication.protocol import Replication, Whole
+from engine.distributed.replication.protocol import Replication
 from engine.learning.block import Block
 from engine.learning.optimizer import MakeOptimizer, Named
 from engine.learning.outcome import Refusal
@@ -74,10 +74,9 @@ class Zero(Replication):
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 1 << 60,
         }
-        whole = Whole(block)
         with _set_up(self.deepspeed, group):
             self.engine = self.deepspeed.initialize(
-                model=whole, optimizer=inner, config=settings, mpu=_Ranks(group), dist_init_required=False
+                model=self.whole, optimizer=inner, config=settings, mpu=_Ranks(group), dist_init_required=False
             )[0]
         self.sharded = self.engine.optimizer
         block.optimizer = self.sharded  # the trainer sets the learning rate on the optimizer that really steps

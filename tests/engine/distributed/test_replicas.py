@@ -412,7 +412,7 @@ def normalised(modules: nn.ModuleDict, rank: int | None) -> dict[str, Any]:
 def _norms(group: Any, rank: int) -> tuple[dict[str, Any], list[bool]]:
     modules = norms()
     kinds = [type(module) for module in modules.values()]
-    synchronise([modules], group)
+    synchronise(dict(modules.named_modules()), group)
     kept = [isinstance(module, kind) for module, kind in zip(modules.values(), kinds, strict=True)]
     result = normalised(modules, rank)
     alone = modules["usual"].eval()
@@ -442,6 +442,32 @@ def test_synchronised_batch_norm_is_batch_norm_on_the_joined_batch() -> None:
             for joined, *parts in zip(value, first[name], second[name], strict=True):
                 torch.testing.assert_close(torch.cat(parts), joined, rtol=1e-9, atol=1e-9)
     assert "more than 1 value per channel over all replicas" in first["too few"]
+
+
+class NormHead(Toy):
+    """The network's own head, which only the last block has, begins with a BatchNorm."""
+
+    def build_chain(self, initial: bool = True) -> Chain:
+        chain = super().build_chain(initial)
+        chain.model.output = nn.Sequential(nn.BatchNorm1d(self.width), chain.model.output)
+        return Chain(chain.model, chain.units, Unit("output", chain.model.output), chain.example, layout="NLC")
+
+
+def _head_statistics(group: Any, rank: int | None) -> Tensor:
+    settings, task = settings_of("ddp", "sgd"), NormHead()
+    blocks = build_blocks(task.build_chain(), settings, task)
+    if rank is None:
+        prepare(blocks, settings, torch.device("cpu"))
+    else:
+        prepare_replicas(blocks, settings, torch.device("cpu"), group)
+    train(blocks, rank)
+    return states(blocks)["model output.0.running_var"]
+
+
+def test_a_batch_norm_in_the_head_is_synchronised_too() -> None:
+    alone = _head_statistics(None, None)
+    for found in on_replicas(_head_statistics):
+        torch.testing.assert_close(found, alone)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class Trait(Layer):
     def __init__(self, trait: str, norm: bool = False) -> None:
         super().__init__(6, 6, 0.0, norm)
         self.trait, self.extra, self.spare = trait, Layer(6, 6, 0.0, norm), nn.Linear(6, 6)
+        self.passes = 0
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
@@ -45,26 +46,30 @@ class Trait(Layer):
             "unused": False,
             "random": self.training and bool(torch.rand(()) < 0.5),
             "by input": self.training and bool(x.detach().mean() > 0),
+            "by input, later": self.training and self.passes > 1 and bool(x.detach().mean() > 0),
         }[self.trait]
+        self.passes += 1
         self.used = not dropped
         return x if dropped else x + self.extra(x)
 
 
 class TraitToy(Toy):
-    def __init__(self, trait: str, norm: bool = False) -> None:
+    """A stack whose layer number ``at`` has the trait."""
+
+    def __init__(self, trait: str, norm: bool = False, at: int = 0) -> None:
         super().__init__(norm=norm)
-        self.trait = trait
+        self.trait, self.at = trait, at
 
     def build_chain(self, initial: bool = True) -> Chain:
         torch.manual_seed(3)
         model = Stack(4, self.width, 0.0, self.norm)
-        model.layers[0] = Trait(self.trait, self.norm)
+        model.layers[self.at] = Trait(self.trait, self.norm)
         units = [Unit(f"layer{n}", layer) for n, layer in enumerate(model.layers)]
         example = Message({"x": torch.zeros(2, self.width)})
         return Chain(model, units, Unit("output", model.output), example, layout="NLC")
 
 
-def made(trait: str, kind: str = "ddp", group: Any = None, norm: bool = False) -> Any:
+def made(trait: str, kind: str = "ddp", group: Any = None, norm: bool = False, at: int = 0) -> Any:
     settings = config(
         local__blocks=2,
         placement__replicas=2,
@@ -72,7 +77,7 @@ def made(trait: str, kind: str = "ddp", group: Any = None, norm: bool = False) -
         optimizer__name="adamw",
         optimizer__weight_decay=0.1 if kind in ("ddp", "fsdp") else 0.0,
     )
-    task = TraitToy(trait, norm)
+    task = TraitToy(trait, norm, at)
     blocks = build_blocks(task.build_chain(), settings, task)
     if group is None:
         prepare(blocks, settings, torch.device("cpu"))
@@ -143,9 +148,9 @@ def test_a_parameter_that_some_replicas_use_counts_as_0_on_the_others() -> None:
             assert_close(state, states(blocks), "adamw")
 
 
-def _refused(group: Any, rank: int, kind: str, norm: bool, trait: str = "by input") -> str:
-    with pytest.raises(ValueError, match="^block 0: ") as refused:
-        train(made(trait, kind, group, norm), rank)
+def _refused(group: Any, rank: int, kind: str, norm: bool, trait: str = "by input", at: int = 0) -> str:
+    with pytest.raises(ValueError, match=f"^block {at // 2}: ") as refused:
+        train(made(trait, kind, group, norm, at), rank)
     return str(refused.value)
 
 
@@ -162,6 +167,20 @@ def test_synchronised_statistics_need_replicas_that_run_the_same_layers() -> Non
         )
         assert "'layers.0.extra.norm' on replica " in said
         assert "'layers.1.norm' on replica " in said
+
+
+def test_a_layer_at_the_end_that_only_one_replica_reaches_is_no_hang() -> None:
+    for said in on_replicas(_refused, "ddp", True, "by input", 3):
+        assert "'layers.3.extra.norm' on replica " in said
+        assert "the end on replica " in said
+
+
+def test_replicas_that_run_the_same_layers_at_first_only_mix_no_statistics() -> None:
+    for said in on_replicas(_refused, "ddp", True, "by input, later"):
+        assert said.startswith(
+            "block 0: with placement.sync_batch_norm true, all replicas must run the same layers, but next come "
+        )
+        assert said.count("'layers.") == 1
 
 
 @needs_deepspeed
