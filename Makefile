@@ -21,7 +21,7 @@ export OMP_NUM_THREADS ?= $(JOBS)
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-all train test test-slow test-all missing smoke lint clean
+.PHONY: help install install-all train test fuzz test-slow test-all missing smoke lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -34,8 +34,11 @@ train: install  ## train the default config, then show what it cost in memory an
 	$(RUN) tools/train.py --config $(CONFIG) --output.name last
 	$(BIN)/python tools/memory.py measure --config $(CONFIG) --threads $(OMP_NUM_THREADS) --steps 5 --html runs/memory.html
 
-test: install-all missing  ## the tests, but for those that are slow or need a GPU
-	$(PYTEST) -m "not slow and not cuda"
+test: install-all missing  ## the tests, but for the fuzz and those that are slow or need a GPU
+	$(PYTEST) -m "not slow and not cuda" --ignore tests/fuzz
+
+fuzz: install-all  ## generated mistakes in configs, files and networks: 30 of each kind, or FUZZ_EXAMPLES
+	$(PYTEST) -m "not slow" tests/fuzz
 
 test-slow: install-all missing  ## the slow tests
 	$(PYTEST) -m "slow and not cuda"

@@ -22,11 +22,22 @@ CONTEXT = multiprocessing.get_context("forkserver")
 ROOT = Path(__file__).parents[1]
 # What ranks of the engine's tests import, the function's own needs included: each would take a rank seconds.
 PRELOADED = [
-    *("torch._dynamo", "engine.run.trainer", "engine.utilities.page", "tests.engine.distributed.test_pipeline"),
-    *("engine.learning.auxiliary.glcan", "engine.learning.auxiliary.greedy", "tasks.classification.timm_chain"),
-    *("torchvision.transforms.v2", "sklearn.datasets", "matplotlib.backends.backend_svg"),
-    *("tools.train", "tasks.classification.task"),
+    *("torch._dynamo", "engine.run.trainer", "engine.utilities.page", "engine.learning.auxiliary.glcan"),
+    *("engine.learning.auxiliary.greedy", "matplotlib.backends.backend_svg", "tools.train"),
 ]
+OWN = {
+    "tests/tasks/detection": ["tests.tasks.detection.test_task"],
+    "tests/tasks/super_resolution": ["tests.tasks.super_resolution.test_task"],
+    "tests/tasks/style_transfer": [
+        *("tests.tasks.style_transfer.scin.test_task", "tests.tasks.style_transfer.denoiser.test_task"),
+        "tests.tasks.style_transfer.diffusion.test_prompt_task",
+    ],
+    "tests": [
+        *("tests.engine.distributed.test_pipeline", "tasks.classification.timm_chain", "tasks.classification.task"),
+        *("torchvision.transforms.v2", "sklearn.datasets"),
+    ],
+}
+"""What the ranks of a folder's tests import besides; the first folder that holds the test counts."""
 
 
 @dataclass
@@ -98,9 +109,8 @@ def _preloaded() -> Iterator[None]:
 
     Importing a framework takes each rank seconds. One server cannot have them all: they change what others see.
     """
-    folder = os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[0]
-    own = [folder.removesuffix(".py").replace("/", ".")] if folder.startswith("tests/tasks/") else []
-    modules = tuple(PRELOADED + own)
+    test = os.environ.get("PYTEST_CURRENT_TEST", "tests/")
+    modules = tuple(PRELOADED + next(own for folder, own in OWN.items() if test.startswith(f"{folder}/")))
     if modules not in _SERVERS:
         _SERVERS[modules] = server = forkserver.ForkServer()
         server.set_forkserver_preload(list(modules))

@@ -21,6 +21,7 @@ def test_parameters_are_those_of_the_papers() -> None:
         vgg16(10, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg16", "wrn28_10"])
 def test_they_train_in_blocks(name: str) -> None:
     words = ["--config", "tasks/classification/configs/smoke.yaml", "--data.size", "32", "--data.batch", "2"]

@@ -145,6 +145,7 @@ class Hanging(Sender):
         return torch.tensor(0.0)
 
 
+@pytest.mark.slow
 def test_sent_bytes_by_hand_and_failures_are_told() -> None:
     entries = [Entry(maker.__name__, f"{HERE}:{maker.__name__}", 2) for maker in (Dying, Sender, Refusing)]
     start = time.monotonic()
@@ -185,6 +186,7 @@ def test_figures_by_hand() -> None:
     assert turns._sent([[warm, warm], [first, last]], [[100, None], [900, None]]) == [200, None]
 
 
+@pytest.mark.slow
 def test_stages_are_cut_by_time() -> None:
     assert cut([3.0, 1.0, 1.0, 1.0], 2) == (0, 1, 4)
     with pytest.raises(ValueError, match="--ranks: 3 stages asked for, there are 2 to cut into"):

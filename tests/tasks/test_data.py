@@ -171,6 +171,7 @@ def test_a_download_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         load_images(settings(name="cifar10", root=str(tmp_path)).data, 0)
 
 
+@pytest.mark.slow
 @needs_shared("data/cifar10.tar.xz")
 def test_a_tar_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tarfile

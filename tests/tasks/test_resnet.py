@@ -35,6 +35,7 @@ def test_depths_that_do_not_exist() -> None:
         ResNet(21, 10)
 
 
+@pytest.mark.slow
 @needs_shared("weights/resnet20-12fca82f.th")
 def test_given_weights_load_and_classify_real_images() -> None:
     """About 81 % on these JPEG files, says the data's README."""

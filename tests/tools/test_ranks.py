@@ -121,6 +121,7 @@ def test_a_second_failure_is_said_as_the_first_was(tmp_path: Path) -> None:
     assert "error: rank 1: the link from rank 0 broke" in said
 
 
+@pytest.mark.slow
 def test_sigterm_saves_though_loaders_have_workers(tmp_path: Path) -> None:
     """torchrun passes a signal on to the rank's whole session, its loader's workers included."""
     runs = tmp_path / "runs"

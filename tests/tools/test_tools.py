@@ -166,6 +166,7 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items()), path.name
 
 
+@pytest.mark.slow
 def test_evaluation_runs_in_the_precision_of_training(tmp_path: Path) -> None:
     assert call(*SMOKE, "--output.name", "r", "--local.precision", "bf16", cwd=tmp_path).returncode == 0
     assert call("--run", "runs/r", tool="evaluate", cwd=tmp_path).returncode == 0

@@ -144,7 +144,7 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, part["state"], losses(room), figures(room)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
 def test_any_number_of_ranks_gives_the_bits_of_one_process(alone: Any, ranks: int, tmp_path: Path) -> None:
     name, state, curve, tested = alone
     parts = values(run_ranks(ranks, fit, NETWORKS[name](tmp_path)))
@@ -168,7 +168,7 @@ def test_streams_give_the_bits_of_one_block_after_another(alone: Any, tmp_path: 
     assert part["summary"]["schedule"] == "streams"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 4))])
 def test_a_run_goes_on_with_any_number_of_ranks(alone: Any, ranks: int, tmp_path: Path) -> None:
     """From 3 ranks, in the middle of an epoch."""
     name, state, curve, _ = alone
@@ -181,6 +181,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(alone: Any, ranks: int, tmp_path
     assert (tmp_path / "run-2").exists() is False
 
 
+@pytest.mark.slow
 def test_accumulation_and_clipping_in_a_pipeline(tmp_path: Path) -> None:
     changes = {"train__accumulate": 2, "optimizer__clip_norm": 0.5, "train__steps": 6, "data__subset": 40}
     changes |= {"optimizer__name": "adamw", "optimizer__lr": 0.01}

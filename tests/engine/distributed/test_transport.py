@@ -253,6 +253,7 @@ def _relay(count: int) -> int:
     return good
 
 
+@pytest.mark.slow
 def test_nothing_grows_over_2000_messages_of_varying_shapes() -> None:
     for before, after in values(run_ranks(2, _many, 2000, timeout=400)):
         assert after - before < 8 * 2**20, (before, after)

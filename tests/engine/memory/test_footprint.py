@@ -155,7 +155,8 @@ def test_accumulated_gradients_of_all_blocks_stay_alive() -> None:
     assert two.peak == many.peak, "more micro-batches only repeat the second"
 
 
-@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_and_transformers_are_estimated(precision: str) -> None:
     more = ("--model.name", "timm:vit_tiny_patch16_224", "--local.blocks", "3", "--local.precision", precision)
     found, full = peak(*more, "--data.batch", "256"), peak(*more[:4], "--data.batch", "256")
@@ -223,7 +224,7 @@ def test_by_block_has_every_blocks_peak() -> None:
     ("model", "blocks", "auxiliary", "bound"),
     [
         pytest.param("resnet110", 55, "glcan", 0.065, marks=SLOW),
-        ("resnet32", 16, "glcan", 0.20),
+        pytest.param("resnet32", 16, "glcan", 0.20, marks=SLOW),
         ("resnet32", 4, "glcan", 0.44),
         pytest.param("resnet110", 16, "glcan", 0.125, marks=SLOW),
     ],
@@ -233,10 +234,8 @@ def test_share_of_end_to_end(model: str, blocks: int, auxiliary: str, bound: flo
     assert share <= bound, f"{share:.3f}"
 
 
-@pytest.mark.parametrize(
-    ("model", "blocks", "expected"),
-    [("resnet32", 16, 0.19), pytest.param("resnet110", 55, 0.06, marks=SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "blocks", "expected"), [("resnet32", 16, 0.19), ("resnet110", 55, 0.06)])
 def test_dgl_needs_what_its_published_code_needs(model: str, blocks: int, expected: float) -> None:
     """Measured on the published code: 6 and 19 %; agreement says that the accounting is right."""
     share = local(model, blocks, "dgl").peak_bytes / end_to_end(model)

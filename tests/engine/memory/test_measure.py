@@ -78,6 +78,7 @@ def test_any_other_failure_is_an_error_with_its_cause() -> None:
         measure([Variant("fails", ("fails",))], [], load_toy, steps=1)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_each_and_nothing_carried_over() -> None:
     """The same variant, measured after a larger one, needs what it needs alone; its resident set too."""
     small = ("--model.name", "resnet8", "--local.blocks", "2")

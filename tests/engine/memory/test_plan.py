@@ -69,6 +69,7 @@ def profile_of(*network: str) -> Profile:
     return Profile(settings, task, SPEED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "units"])
 @pytest.mark.parametrize(
     "network",
@@ -132,6 +133,7 @@ def test_end_to_end_is_chosen_where_it_fits() -> None:
     assert plan.chosen.config.local.schedule == "end_to_end"
 
 
+@pytest.mark.slow
 def test_the_micro_batch_is_the_last_resort() -> None:
     argv = [*CONFIG, "--model.name", "resnet8", "--data.batch", "64", "--data.subset", "640"]
     smallest = estimate_variant(Variant("", ("--local.blocks", "4")), argv, load).footprint.peak_bytes
@@ -142,6 +144,7 @@ def test_the_micro_batch_is_the_last_resort() -> None:
     assert plan.chosen.peak_bytes <= plan.budget_bytes
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_said_with_what_can() -> None:
     argv = [*CONFIG, "--model.name", "resnet8", "--data.batch", "8", "--data.subset", "64"]
     with pytest.raises(ValueError, match=r"102\.4 KiB is less than the .* that parameters, buffers and"):
@@ -185,6 +188,7 @@ def test_a_plan_is_a_config_that_train_reads(tmp_path) -> None:
 IMAGENET = ["imagenet_resnet101_k4_glcan.yaml", "--train.accumulate", "1"]
 
 
+@pytest.mark.slow
 def test_what_trains_in_a_budget_evaluates_in_it() -> None:
     """Evaluation took the whole batch at once, however small the micro-batches."""
     argv = [*CONFIG, "--model.name", "resnet8", "--data.batch", "256"]

@@ -94,6 +94,7 @@ def test_pareto_front(points: list[tuple[float, float]], front: list[int]) -> No
     assert pareto_front(points) == front
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_in_itself(tmp_path: Path) -> None:
     rows = [measured(END_TO_END), measured(OFFLOADED), measured(LOCAL)]
     rows[2] = replace(rows[2], variant="<b>local</b>")

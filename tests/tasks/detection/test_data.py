@@ -631,6 +631,7 @@ def test_coco_tiny_is_as_mmdetection_reads_it() -> None:
 # Digits on photographs
 
 
+@pytest.mark.slow
 def test_digits_are_the_same_to_the_byte_and_drawn_once(drawn: Path, tmp_path: Path) -> None:
     again = digits_on_photographs(tmp_path)
     first = drawn / "data" / again.name

@@ -114,7 +114,7 @@ def test_empty_images_are_kept_or_not(voc: DataConfig, tmp_path: Path, keep_empt
     assert len(dataset) == len(task.samples[0]) == 3 + keep_empty
 
 
-@pytest.mark.parametrize("name", ["coco", "voc"])
+@pytest.mark.parametrize("name", ["coco", pytest.param("voc", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
 def test_mmengines_runner_tests_with_the_same_figures(
     name: str, request: pytest.FixtureRequest, tmp_path: Path

@@ -85,7 +85,9 @@ def run_step(name: str, samples: list[DetDataSample], faked: bool, fused: bool =
     }
 
 
-@pytest.mark.parametrize("name", ONE_STAGE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "retinanet" else [pytest.mark.slow]) for name in ONE_STAGE]
+)
 def test_bytes_are_those_of_a_real_step(name: str) -> None:
     samples = ground_truth(5, 0)
     assert run_step(name, samples, True) == run_step(name, samples, False)
@@ -96,6 +98,7 @@ def test_bytes_without_any_ground_truth() -> None:
     assert run_step("gfl", samples, True) == run_step("gfl", samples, False)
 
 
+@pytest.mark.slow
 def test_bytes_of_two_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal with equal proposals; with its own ones, a real detector's differ by what lies on which level."""
     samples = ground_truth(5, 3)

@@ -66,10 +66,19 @@ def test_batches_tell_the_epoch_which_toods_assigner_goes_by() -> None:
     "backbone",
     [
         {"norm_cfg": {"type": "SyncBN", "requires_grad": True}},
-        {"conv_cfg": {"type": "ConvWS"}, "norm_cfg": {"type": "GN", "num_groups": 8, "requires_grad": True}},
-        {"dcn": {"type": "DCNv2", "deform_groups": 1}, "stage_with_dcn": [False, True, True, True], "depth": 50},
-        {"type": "ResNeXt", "groups": 4, "base_width": 4, "depth": 50},
-        {"type": "ResNeSt", "radix": 2, "reduction_factor": 4, "depth": 50, "avg_down_stride": True},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"conv_cfg": {"type": "ConvWS"}, "norm_cfg": {"type": "GN", "num_groups": 8, "requires_grad": True}},
+                {
+                    "dcn": {"type": "DCNv2", "deform_groups": 1},
+                    "stage_with_dcn": [False, True, True, True],
+                    "depth": 50,
+                },
+                {"type": "ResNeXt", "groups": 4, "base_width": 4, "depth": 50},
+                {"type": "ResNeSt", "radix": 2, "reduction_factor": 4, "depth": 50, "avg_down_stride": True},
+            )
+        ),
     ],
 )
 def test_a_backbone_is_thinned(backbone: dict[str, object]) -> None:

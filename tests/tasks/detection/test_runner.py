@@ -343,7 +343,10 @@ def warming_up(data: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalRun
     return train(local(data, tmp_path_factory.mktemp("warming_up"), **WARM_UP))
 
 
-@pytest.mark.parametrize("cut", [["layer3.0"], ["layer1.0", "layer2.0", "layer3.0", "layer4.0", "head"]])
+@pytest.mark.parametrize(
+    "cut",
+    [["layer3.0"], pytest.param(["layer1.0", "layer2.0", "layer3.0", "layer4.0", "head"], marks=pytest.mark.slow)],
+)
 def test_resuming_with_other_blocks(data: Path, warming_up: LocalRunner, tmp_path: Path, cut: list[str]) -> None:
     first = warming_up
     go_on_from(first, tmp_path)
@@ -390,7 +393,7 @@ ADAM = {"_delete_": True, "type": "AdamW", "lr": 1e-3, "weight_decay": 0.05}
     [
         {},
         {"model.backbone.frozen_stages": 1, "optim_wrapper.paramwise_cfg": {"norm_decay_mult": 0.0}},
-        {"model.backbone.frozen_stages": 1, "optim_wrapper.optimizer": ADAM},
+        pytest.param({"model.backbone.frozen_stages": 1, "optim_wrapper.optimizer": ADAM}, marks=pytest.mark.slow),
     ],
     ids=["plain", "a group for each parameter", "frozen layers"],
 )
@@ -424,8 +427,8 @@ def test_one_block_goes_on_as_end_to_end_training_does(data: Path, stock: Runner
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optim_wrapper.optimizer": ADAM},
-        {"optim_wrapper.paramwise_cfg": {"norm_decay_mult": 0.0}},
+        pytest.param({"optim_wrapper.optimizer": ADAM}, marks=pytest.mark.slow),
+        pytest.param({"optim_wrapper.paramwise_cfg": {"norm_decay_mult": 0.0}}, marks=pytest.mark.slow),
         {"model.bbox_head.feat_channels": 16},
     ],
     ids=["another optimizer", "other groups", "other shapes"],
@@ -621,6 +624,7 @@ def test_mixed_precision_is_the_wrappers(data: Path, tmp_path: Path) -> None:
     assert [any(id(own) in changed for own in block.parameters()) for block in blocks] == [True, False, True, True]
 
 
+@pytest.mark.slow
 def test_moving_average(data: Path, tmp_path: Path) -> None:
     hooks = [{"type": "EMAHook", "momentum": 0.25, "update_buffers": True}]
     straight = train(local(data, tmp_path / "a", custom_hooks=hooks, **{"train_cfg.max_epochs": 2}))
@@ -795,6 +799,7 @@ def test_the_example(tmp_path: Path) -> None:
     assert any("pascal_voc/mAP" in line for line in scalars(runner))
 
 
+@pytest.mark.slow
 @needs_shared("data/bccd")
 def test_the_example_trains_on_a_box_of_no_size(tmp_path: Path) -> None:
     name = "BloodImage_00343"

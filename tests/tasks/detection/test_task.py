@@ -169,6 +169,7 @@ def test_parts_of_a_batch_are_the_whole_in_its_order() -> None:
             assert metas == one.targets["meta"]
 
 
+@pytest.mark.slow
 def test_replicas_normalise_by_the_boxes_of_all(few: tuple[str, ...], tmp_path: Path) -> None:
     """ATSS divides by the positives of the whole batch, whoever has them, and so do replicas of it."""
     overrides = (*few, *NETWORKS["atss"], "--train.steps", "1", "--optimizer.name", "sgd", "--optimizer.lr", "0.1")

@@ -39,7 +39,7 @@ def few(root: Path, scale: int = 2) -> tuple[str, ...]:
     return tuple(word for key, value in data.items() for word in (f"--data.{key}", str(value)))
 
 
-@pytest.fixture(scope="module", params=["EDSR", "SwinIR"])
+@pytest.fixture(scope="module", params=["EDSR", pytest.param("SwinIR", marks=pytest.mark.slow)])
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     room = tmp_path_factory.mktemp("alone")
     options = {**SMALL[request.param], **({"drop_rate": 0.1} if request.param == "SwinIR" else {})}
@@ -56,7 +56,7 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(alone: Any, ranks: in
     assert course(tmp_path, "psnr") == logged
 
 
-@pytest.mark.parametrize("replication", ["ddp", "fsdp"])
+@pytest.mark.parametrize("replication", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_replicas_learn_what_one_process_does(replication: str, tmp_path: Path) -> None:
     """With the tail in parts, which is computed again in backward."""
     sgd = ("--optimizer.name", "sgd", "--optimizer.lr", "0.01", "--train.steps", "2", "--data.repeat", "4")
@@ -103,6 +103,7 @@ def test_an_export_is_what_basicsr_and_spandrel_load(kind: str, tmp_path: Path) 
         assert torch.allclose(found.model.eval()(low), stock.eval()(low), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_writes_pictures_and_takes_other_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +169,7 @@ def peak(*overrides: str) -> int:
     return estimate_step(blocks, config, shapes_of(task.example)).footprint.peak_bytes
 
 
+@pytest.mark.slow
 def test_memory_of_edsr_baseline_in_four_blocks() -> None:
     plain = ("--model.tail_parts", "1")
     whole = peak("--local.schedule", "end_to_end", *plain)
@@ -179,6 +181,7 @@ def test_memory_of_edsr_baseline_in_four_blocks() -> None:
     assert local < in_parts, "even where end-to-end training has its tail in parts too"
 
 
+@pytest.mark.slow
 def test_a_plan_finds_a_cut_for_a_budget(tmp_path: Path) -> None:
     file, written = tmp_path / "plan.json", tmp_path / "plan.yaml"
     options = json.dumps({"num_feat": 32, "num_block": 6})

@@ -120,6 +120,7 @@ def test_texts_are_the_collections_names_and_what_is_seen(tmp_path: Path) -> Non
     assert torch.equal(message.features["prompt"][0], dropped._encode([""])[0])
 
 
+@pytest.mark.slow
 def test_blocks_learn_and_gradients_stay_inside(tmp_path: Path) -> None:
     """A few steps on one batch lower every block's loss; the time's embedding learns from all of them."""
     config, task = task_of(DENOISER, tmp_path, "--data.batch", "8", "--optimizer.lr", "0.003")
@@ -147,6 +148,7 @@ def test_a_chain_for_shapes_does_not_take_the_place_of_the_one_that_learns(tmp_p
     assert task.unet is task.denoiser_of(chain.model)
 
 
+@pytest.mark.slow
 def test_blocks_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each as one graph, auxiliary network included; traced and not made into C++, which takes minutes."""
     plain = torch.compile
@@ -204,6 +206,7 @@ def test_two_ranks_have_the_bits_of_one_process(tmp_path: Path, trains: list[str
     assert course(tmp_path / "ranks", "noise_mse") == course(tmp_path / "alone", "noise_mse")
 
 
+@pytest.mark.slow
 def test_several_stages_need_a_frozen_time(tmp_path: Path) -> None:
     found = run_ranks(2, fit, DENOISER, tmp_path, *small(), *NO_PICTURES)
     assert [each.code for each in found] == [2, 2]
@@ -247,9 +250,10 @@ def test_lora_is_exported_as_diffusers_reads_it(lora: tuple[Path, dict[str, Tens
         export.main(["--run", str(folder), "--out", str(tmp_path / "lora.pth")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [[], pytest.param(END_TO_END, marks=pytest.mark.slow), LORA],
+    [[], END_TO_END, LORA],
     ids=["local", "end to end", "local lora"],
 )
 def test_an_estimate_is_what_a_step_takes(tmp_path: Path, overrides: list[str]) -> None:
@@ -263,6 +267,7 @@ def test_an_estimate_is_what_a_step_takes(tmp_path: Path, overrides: list[str]) 
     assert estimate.footprint.peak_bytes == pytest.approx(measured.peak_bytes, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_blocks_share_of_the_activations_at_stable_diffusions_size() -> None:
     """Full training at 512 px on fake tensors: 55 % of end-to-end's at most, auxiliary networks included."""
     words = ["--config", "tasks/style_transfer/denoiser/configs/denoiser_tiny.yaml", "--data.batch", "1"]

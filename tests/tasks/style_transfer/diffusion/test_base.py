@@ -58,6 +58,7 @@ def test_without_weights_only_shapes_are_right(folder: Path) -> None:
         assert Base(name).unet(weights=False).conv_in.weight.eq(0.01).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters", "text", "shape"),
     [

@@ -21,7 +21,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 @both
-@pytest.mark.parametrize("inversion", ["stochastic", "none"])
+@pytest.mark.parametrize("inversion", ["stochastic", pytest.param("none", marks=pytest.mark.slow)])
 def test_sides_that_are_multiples_of_8_are_enough(checkpoint: Path, method: str, inversion: str) -> None:
     made = p.pipeline(method, checkpoint, "monet")
     made = p.pipeline(method, checkpoint, "monet", controlnet=p.controlnet(made.unet) if method == "lsast" else None)

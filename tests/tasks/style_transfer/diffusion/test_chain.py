@@ -129,15 +129,23 @@ class Heads(Task):
         return light_end(chain, message, chain.model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "spec",
+    ("kind", "spec"),
     [
-        "greedy",
-        "glcan",
-        {"type": "glcan", "reduce": 1, "width": 0.5, "depth": 1},
-        {"type": "glcan", "width": 0.25},
-        {"type": "glcan", "use_bank": False, "reduce": 1},
+        ("tiny", "greedy"),
+        ("tiny", {"type": "glcan", "reduce": 1, "width": 0.5, "depth": 1}),
+        ("as Stable Diffusion 2", "glcan"),
+        *(
+            pytest.param(kind, spec, marks=pytest.mark.slow)
+            for kind in KINDS
+            for spec in (
+                "greedy",
+                "glcan",
+                {"type": "glcan", "reduce": 1, "width": 0.5, "depth": 1},
+                {"type": "glcan", "width": 0.25},
+                {"type": "glcan", "use_bank": False, "reduce": 1},
+            )
+        ),
     ],
     ids=str,
 )

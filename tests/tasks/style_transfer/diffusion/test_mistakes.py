@@ -100,6 +100,7 @@ def test_checkpoints_that_lack_something(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_predicts_velocity_trains_and_paints(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "sd")
     path = folder / "scheduler/scheduler_config.json"
@@ -110,6 +111,7 @@ def test_a_checkpoint_that_predicts_velocity_trains_and_paints(checkpoint: Path,
     p.paint(p.pipeline("artbank", folder, "monet"))
 
 
+@pytest.mark.slow
 def test_what_an_artists_folder_may_hold(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     works = pictures(tmp_path / "works")
@@ -129,6 +131,7 @@ def test_what_an_artists_folder_may_hold(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob(".making-*"))
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_where_it_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train(tmp_path, "--pictures.count", "0").returncode == 0
     (tmp_path / "file").touch()

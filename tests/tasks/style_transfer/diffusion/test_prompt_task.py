@@ -47,6 +47,13 @@ FORMS = {
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 # One of each method: the other two differ in the prompts alone, which the step of every form shows to the bit.
+one_method = pytest.mark.parametrize(
+    "form",
+    [
+        "artbank ssam",
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ("artbank released", "lsast paper", "lsast released")),
+    ],
+)
 both_methods = pytest.mark.parametrize(
     "form",
     [
@@ -123,7 +130,7 @@ def test_one_block_is_the_plain_step_to_the_bit(tmp_path: Path, form: str) -> No
     assert all(not torch.equal(*pair) for pair in zip(learning, before, strict=True))
 
 
-@both_methods
+@one_method
 @pytest.mark.parametrize("schedule", [pytest.param("end_to_end", marks=pytest.mark.slow), "sequential"])
 def test_what_is_frozen_does_not_change_by_a_bit(tmp_path: Path, form: str, schedule: str) -> None:
     config, task = made(form, tmp_path, "--local.schedule", schedule)
@@ -236,7 +243,7 @@ def test_each_block_asks_for_its_own_layers_prompts(tmp_path: Path, form: str, w
     assert read == wanted
 
 
-@both_methods
+@one_method
 def test_a_checkpoint_has_the_prompts_and_nothing_frozen(finished: Finished, form: str) -> None:
     room, state = finished(form)
     base = Base(str(room / "base"))
@@ -254,7 +261,7 @@ def test_a_checkpoint_has_the_prompts_and_nothing_frozen(finished: Finished, for
     )
 
 
-@both_methods
+@one_method
 def test_a_run_goes_on_is_evaluated_and_exported(tmp_path: Path, form: str) -> None:
     """The exported bank in a plain pipeline gives the run's own pictures, bit for bit."""
     config, own = FORMS[form]
@@ -291,7 +298,7 @@ def test_a_run_goes_on_is_evaluated_and_exported(tmp_path: Path, form: str) -> N
         export.main(["--run", str(run), "--out", str(tmp_path / "model.pth")])
 
 
-@pytest.mark.parametrize("form", ["artbank ssam", "lsast paper"])
+@one_method
 def test_a_bank_is_added_to_and_the_other_artists_stay_to_the_bit(tmp_path: Path, form: str) -> None:
     config, own = FORMS[form]
     make = artbank_prompt if config == ARTBANK else lsast_prompt
@@ -321,7 +328,7 @@ def test_a_bank_is_added_to_and_the_other_artists_stay_to_the_bit(tmp_path: Path
         assert '"base": "tiny"' in file.metadata()["artists"]
 
 
-@both_methods
+@one_method
 def test_a_run_opened_again_is_the_one_that_learnt(finished: Finished, tmp_path: Path, form: str) -> None:
     """Its figures are those of training's last evaluation, and the exported prompts have the text model's scale."""
     run = shutil.copytree(finished(form)[0] / "run", tmp_path / "run")

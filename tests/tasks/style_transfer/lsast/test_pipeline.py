@@ -42,7 +42,7 @@ def three(made: Any, stage: int, artist: str = "monet") -> Tensor:
 
 
 @FORMS
-@pytest.mark.parametrize("guidance", [1.0, 10.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 10.0])
 def test_with_one_stage_it_is_diffusers_own_to_the_bit(checkpoint: Path, form: str, guidance: float) -> None:
     made = controlled(checkpoint, "monet", form=form, stages=1)
     image = as_pixels(shapes()[0])

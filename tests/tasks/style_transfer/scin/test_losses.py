@@ -144,7 +144,15 @@ def test_losses_do_not_depend_on_vggs_scale() -> None:
         torch.testing.assert_close(have, want, rtol=0.03, atol=0)
 
 
-@pytest.mark.parametrize(("parts", "recompute"), [(1, True), (4, False), (7, True), (20, False)])
+@pytest.mark.parametrize(
+    ("parts", "recompute"),
+    [
+        pytest.param(1, True, marks=pytest.mark.slow),
+        (4, False),
+        pytest.param(7, True, marks=pytest.mark.slow),
+        pytest.param(20, False, marks=pytest.mark.slow),
+    ],
+)
 def test_parts_that_are_recomputed_give_the_same_losses_and_gradients(parts: int, recompute: bool) -> None:
     """Ten pictures, in parts of three, three, three and one, or two each, or one each.
 

@@ -127,13 +127,14 @@ def estimated(way: str, recompute: str) -> Footprint:
     return estimate_step(blocks, task.config, shapes_of(task.example)).footprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "recompute"),
     [
         ("local", "units"),
-        pytest.param("end to end", "none", marks=pytest.mark.slow),
-        pytest.param("local", "none", marks=pytest.mark.slow),
-        pytest.param("end to end", "units", marks=pytest.mark.slow),
+        ("end to end", "none"),
+        ("local", "none"),
+        ("end to end", "units"),
     ],
 )
 def test_bytes_on_fake_tensors_are_those_of_real_ones(way: str, recompute: str) -> None:
@@ -160,7 +161,8 @@ def test_ranks_give_the_bits_of_one_process(tmp_path: Path) -> None:
     assert course(tmp_path / "two", "style_loss") == course(tmp_path / "one", "style_loss")
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_replicas_share_batches_and_agree(tmp_path: Path, kind: str) -> None:
     """Each contrasts its own pairs, so the figures are not one process's; but both must have the same weights."""
     options = "--placement.replicas", "2", "--data.batch", "4", "--placement.replication", kind
@@ -236,6 +238,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path, overrides: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_several_stages_need_a_frozen_style_encoder(tmp_path: Path) -> None:
     found = run_ranks(2, fit, SMOKE, tmp_path, *SMALL)
     assert [each.code for each in found] == [2, 2]
@@ -251,7 +254,8 @@ def test_identities_are_no_more_than_pairs() -> None:
     assert task.example().batch == 4
 
 
-@pytest.mark.parametrize("encoder", ["pe", pytest.param("vgg", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["pe", "vgg"])
 def test_cuts_are_planned(tmp_path: Path, encoder: str) -> None:
     target = tmp_path / "plan.yaml"
     plan.main(["--config", SMOKE, "--memory", "1GiB", "--out", str(target), "--model.style_encoder", encoder])
@@ -271,6 +275,7 @@ def test_only_what_a_later_block_reads_travels() -> None:
     assert names["adain"] == {"x", "style", "content", "style_statistics"}
 
 
+@pytest.mark.slow
 @needs_shared("data")
 def test_real_photographs_and_paintings_lower_the_losses(tmp_path: Path) -> None:
     """A few steps on one batch of Van Goghs with real VGG features, at the default learning rate of the config."""
