@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from engine.config import Config
 from engine.learning.blocks import Blocks
 from engine.learning.build import prepare
+from engine.learning.outcome import BlockError
 from engine.memory.footprint import Footprint, count_bytes
 from engine.memory.work import Speed, WorkCounter
 from engine.network.message import Message
