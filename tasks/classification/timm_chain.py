@@ -13,6 +13,7 @@ from timm.layers import Format
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_leaves
 
 from engine.network.chain import Chain, Unit
 from engine.network.message import Message
@@ -194,7 +195,7 @@ def _watch(model: nn.Module, x: Tensor, model_name: str) -> tuple[list[_Call], _
     entered: list[tuple[_State, ...]] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]  # VoVNet has some in lists
         alive.extend(tensors)
         entered.append(tuple(_state(tensor) for tensor in tensors))
 
