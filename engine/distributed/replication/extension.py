@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from engine.utilities.console import console
+from engine.utilities.console import console, first_of_host
 
 PATIENCE = 600.0
 """Seconds after which no build can still be running, on however slow a host."""
@@ -21,7 +21,7 @@ def prepare_extension() -> None:
 
     Only the first rank of a host does so; if others wait for the lock already, they go on when it vanishes.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not first_of_host():
         return
     root = cache()
     for lock in sorted(root.glob("**/deepspeed*/lock")):
