@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from engine.learning.schedules import SCHEDULES, Schedule
 from engine.network.chain import Chain, Unit
 from engine.network.cut import Span
 from engine.network.message import Message
+from engine.run.checkpoint import Position
+from engine.run.resume import Saved
 from engine.task import Metrics, Task
 from engine.utilities.batches import WHOLE, Part
 
@@ -162,3 +165,10 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]), name
+
+
+def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Callable[[str], None]) -> Position:
+    """Load a checkpoint into all blocks of a network, and return its position."""
+    saved = Saved(path, blocks, auxiliary, log)
+    saved.load(blocks)
+    return saved.position

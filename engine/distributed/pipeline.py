@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.distributed.order import Order
 from engine.distributed.transport import Inbox, Outbox
-from engine.learning.schedules.sequential import Schedule
+from engine.learning.schedules.protocol import Schedule
 
 
 class Pipeline:

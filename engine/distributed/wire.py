@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -56,26 +53,3 @@ class GroupWire:
         work = dist.irecv(tensor, self.peer, self.group, tag)
         assert work is not None
         return work
-
-
-class Loopback:
-    """Both ends of a wire in one process: a stand-in for tests, and for watching what a link does."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        self._sent: dict[int, queue.Queue[Tensor]] = {TICKETS: queue.Queue(), TENSORS: queue.Queue()}
-
-    def send(self, tensor: Tensor, tag: int) -> Work:
-        self._sent[tag].put(tensor.clone())
-        return _Done(lambda: None)
-
-    def receive(self, tensor: Tensor, tag: int) -> Work:
-        return _Done(lambda: tensor.copy_(self._sent[tag].get()))
-
-
-@dataclass
-class _Done:
-    finish: Callable[[], Any]
-
-    def wait(self) -> Any:
-        return self.finish()

@@ -81,17 +81,6 @@ def _extra(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for counters in state["blocks"] for name, value in counters.get("extra", {}).items()}
 
 
-def load_checkpoint(path: Path, blocks: Sequence[Block], auxiliary: Any, log: Callable[[str], None]) -> Position:
-    """Load a checkpoint into all blocks of a network, and return the position (see ``Saved``).
-
-    Raises:
-        ValueError: as ``Saved`` and ``Saved.load``. In this case nothing has changed.
-    """
-    saved = Saved(path, blocks, auxiliary, log)
-    saved.load(blocks)
-    return saved.position
-
-
 def load_model(path: Path, model: nn.Module) -> int:
     """Load only the model of a checkpoint, for evaluation or export, and return the checkpoint's step.
 

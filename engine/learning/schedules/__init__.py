@@ -6,7 +6,8 @@ To add a schedule, write a class with the methods of ``Schedule`` and give it a 
 from __future__ import annotations
 
 from engine.learning.schedules.end_to_end import EndToEnd
-from engine.learning.schedules.sequential import Schedule, Sequential
+from engine.learning.schedules.protocol import Schedule
+from engine.learning.schedules.sequential import Sequential
 from engine.learning.schedules.streams import Streams
 from engine.utilities.text import none_of
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from engine.distributed.order import Order
 from engine.distributed.ticket import TICKET_BYTES
 from engine.distributed.transport import Inbox, LinkError, Outbox
-from engine.distributed.wire import TENSORS, TICKETS, GroupWire, Loopback
+from engine.distributed.wire import TENSORS, TICKETS, GroupWire, Work
 from engine.learning.outcome import Report
 from engine.network.bank import FeatureBank
 from engine.network.message import Message
@@ -30,6 +34,29 @@ def link(depth: int = 2, timeout: float = 10.0) -> tuple[Outbox, Inbox, Counted]
         Inbox(wire, (1, 0), CPU, depth=depth, timeout=timeout),
         wire,
     )
+
+
+class Loopback:
+    """Both ends of a wire in one process."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self._sent: dict[int, queue.Queue[Tensor]] = {TICKETS: queue.Queue(), TENSORS: queue.Queue()}
+
+    def send(self, tensor: Tensor, tag: int) -> Work:
+        self._sent[tag].put(tensor.clone())
+        return _Done(lambda: None)
+
+    def receive(self, tensor: Tensor, tag: int) -> Work:
+        return _Done(lambda: tensor.copy_(self._sent[tag].get()))
+
+
+@dataclass
+class _Done:
+    finish: Callable[[], Any]
+
+    def wait(self) -> Any:
+        return self.finish()
 
 
 class Counted(Loopback):

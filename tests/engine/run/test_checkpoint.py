@@ -12,10 +12,10 @@ from engine.config import Config
 from engine.learning.optimizer import state_by_name
 from engine.run.checkpoint import Incomplete, Position, check_names, find_checkpoint, read_state
 from engine.run.export import export_model
-from engine.run.resume import load_checkpoint, load_model
+from engine.run.resume import load_model
 from engine.run.save import save_checkpoint
 from engine.run.trainer import Trainer
-from tests.toy import Toy, assert_equal, blocks_of, config, state
+from tests.toy import Toy, assert_equal, blocks_of, config, load_checkpoint, state
 
 
 def trainer(room: Path, **changes: object) -> Trainer:
