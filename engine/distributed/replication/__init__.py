@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.config import Config
+from engine.distributed.replication.base import Replication
 from engine.distributed.replication.lockstep import compare_order
-from engine.distributed.replication.protocol import Replication
 from engine.learning.block import Block
 from engine.learning.blocks import Blocks
 from engine.learning.build import prepare

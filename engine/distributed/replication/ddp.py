@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.distributed.replication.protocol import Replication
+from engine.distributed.replication.base import Replication
 from engine.learning.block import Block
 from engine.learning.optimizer import MakeOptimizer
 from engine.learning.outcome import Refusal

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from engine.distributed.replication.protocol import Replication
+from engine.distributed.replication.base import Replication
 from engine.learning.block import Block
 from engine.learning.optimizer import MakeOptimizer, load_state_by_name
 from engine.learning.replica import fill_unused

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.distributed.replication.base import Replication
 from engine.distributed.replication.extension import prepare_extension
-from engine.distributed.replication.protocol import Replication
 from engine.learning.block import Block
 from engine.learning.optimizer import MakeOptimizer, Named
 from engine.learning.outcome import Refusal
