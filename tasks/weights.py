@@ -70,6 +70,10 @@ def why_unreadable(error: BaseException) -> str:
     return f"it holds {what}; save the weights alone, by torch.save(model.state_dict(), FILE)"
 
 
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.float().isfinite().all())  # float8 has no isfinite
+
+
 def load_weights(
     model: nn.Module,
     path: Path,
@@ -117,7 +121,7 @@ def load_weights(
         if name not in state or name not in expected or state[name].shape != expected[name].shape:
             have, want = (d[name].shape if name in d else "nothing" for d in (state, expected))
             raise ValueError(f"{key}: {path} does not fit: {name!r} is {have} in the file, {want} in the model")
-        if not state[name].isfinite().all() and expected[name].isfinite().all():  # a mask may be infinite
+        if not _finite(state[name]) and _finite(expected[name]):  # a mask may be infinite
             raise ValueError(
                 f"{key}: {path} holds values of {name!r} that are not finite, as a run that diverged leaves"
             )

@@ -106,7 +106,6 @@ def test_archives_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest
         assert len(list(_unpacked(Path(folder) / "set.tar").iterdir())) == count
 
 
-@pytest.mark.slow
 def test_later_blocks_of_many_do_not_diverge() -> None:
     """Unnormalised pooled features grow with the residual sums; joined in one linear layer, losses reached 70."""
     settings = ClassificationConfig(task="classification")

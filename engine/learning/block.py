@@ -307,7 +307,7 @@ class Block(nn.Module):
         """The message as the local step takes it: detached, so that no gradient goes back."""
         message = message.detach()
         # On a CPU, PyTorch (up to 2.13 at least) crashes in the backward pass of a GroupNorm whose input is
-        # channels-last and needs no gradient.
+        # channels-last and needs no gradient. What a frozen layer in front of it returns is not looked at.
         if message.x.device.type == "cpu" and any(isinstance(module, nn.GroupNorm) for module in self.modules()):
             return message.map(lambda tensor: tensor.contiguous() if tensor.dim() >= 4 else tensor)
         return message

@@ -84,7 +84,7 @@ def faking(mode: FakeTensorMode | None = None) -> Iterator[None]:
         if isinstance(cause, ValueError):
             raise cause from None
         if needs_values(cause):
-            where = f"block {error.block}" if isinstance(error, BlockError) else "an auxiliary network"
+            where = f"block {error.block}" if isinstance(error, BlockError) else "the network"
             raise ValueError(
                 f"{where} needs the values of tensors, which a prediction of memory does not have "
                 f"({described(cause)}); measure instead: tools/memory.py measure"

@@ -1,4 +1,4 @@
-"""Shapes from a forward pass on fake tensors, without arithmetic; where that needs values, on small real tensors."""
+"""Shapes from a forward pass on fake tensors, without arithmetic; where that needs values, on real ones."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from engine.network.message import Message, versions
+from engine.utilities.seed import seeded
 
 
 def infer_shapes(forward: Callable[[Message], Message], message: Message, modules: Iterable[nn.Module]) -> Message:
     """The message that ``forward`` returns for a message shaped like ``message``, as meta tensors.
 
-    If ``forward`` needs the values of tensors (``x.sum() > 0``, ``x[x > 0]``), it runs on random numbers instead.
+    If ``forward`` needs the values of tensors (``x.sum() > 0``, ``x[x > 0]``), it runs on random numbers instead, as
+    many as ``message`` has.
 
     Args:
         modules: the modules that ``forward`` runs. They are in evaluation mode meanwhile, so that no statistic changes,
@@ -36,16 +38,16 @@ def changes(
     # Two nested fake modes refuse each other's tensors, so reuse the caller's if there is one.
     active = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)]
     modules = list(modules)
+    fake = active[-1] if active else FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with evaluating(modules), trial(modules), active[-1] if active else FakeTensorMode(allow_non_fake_inputs=True):
+        with evaluating(modules), trial(modules, fake), fake:
             # Fake tensors on the CPU, not meta tensors: real parameters are on the CPU, and some operators and modules
             # choose their path by the device.
             return _run(forward, message, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
     except Exception as error:
         if active or not needs_values(error):
             raise
-    with evaluating(modules), trial(modules), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with evaluating(modules), trial(modules), seeded(0, "trial"):
         return _run(forward, message, _made_up)
 
 
@@ -82,12 +84,12 @@ def shapes_of(make: Callable[[], Message]) -> Message:
 
 
 @contextmanager
-def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """A context for a pass on fake tensors, which may fail: it leaves no trace in ``modules``, nor on stderr.
+def trial(modules: Iterable[nn.Module], fake: FakeTensorMode | None = None) -> Iterator[None]:
+    """A context for a pass that may fail, under ``fake`` or on real tensors, and leaves no trace, nor on stderr.
 
     The modules get back the attributes that they had before, also in their dicts, lists, sets and deques. A cache
     could otherwise keep a fake tensor, and a real pass would then compute with a tensor that has no values. They work
-    on copies of their buffers, because fake tensors do not keep an operator from changing a real one in place.
+    on copies of their parameters and buffers, because an operator could change them in place, even under ``fake``.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints the traceback of errors that it raises
     disabled, log.disabled = log.disabled, True
@@ -99,6 +101,11 @@ def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = _copy(parameter, fake)
+                module._parameters[name] = copies[id(parameter)]  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -110,6 +117,12 @@ def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
             if _identities(value) != _identities(content):  # some frameworks' dicts cannot be changed, nor have they
                 value.clear()
                 value.update(content) if isinstance(value, (dict, set)) else value.extend(content)
+
+
+def _copy(parameter: nn.Parameter, fake: FakeTensorMode | None) -> Tensor:
+    if fake is None:
+        return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    return parameter if isinstance(parameter, FakeTensor) else fake.from_tensor(parameter)  # which takes no memory
 
 
 def _identities(container: Any) -> list[int]:

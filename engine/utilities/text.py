@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
+PACKAGES = {"site-packages", "dist-packages"}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -79,6 +80,6 @@ def place(error: BaseException) -> str:
         "<",
     )
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(others) and "-packages" not in frame.filename:
+        if not frame.filename.startswith(others) and not PACKAGES & set(Path(frame.filename).parts):
             return f" ({frame.filename}, line {frame.lineno})"
     return ""

@@ -134,7 +134,7 @@ def _light_detector(
         for extractor in _extractors(light["roi_head"]):
             finest = extractor["featmap_strides"][0]
             extractor["featmap_strides"] = [s for s in strides if s in extractor["featmap_strides"]] or strides[:1]
-            if extractor["type"] == "SingleRoIExtractor":  # others read all levels for a region of any size
+            if extractor["type"].split(".")[-1] != "GenericRoIExtractor":  # which reads all levels for any region
                 extractor["finest_scale"] = extractor.get("finest_scale", 56) * extractor["featmap_strides"][0] / finest
     built = MODELS.build(light)
     built.init_weights()

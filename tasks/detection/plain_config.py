@@ -51,6 +51,8 @@ def _without_ranks(model: Any) -> None:
     if isinstance(model, Mapping):
         if model.get("type") == "MMSyncBN":
             model["type"] = "SyncBN"  # type: ignore[index]
+            for own in {"stats_mode", "group"} & model.keys():
+                del model[own]  # type: ignore[attr-defined]
         model = list(model.values())
     if isinstance(model, list | tuple):
         for item in model:

@@ -140,7 +140,7 @@ class Detection(Task):
             chain = detector_chain(_detector(model, initialise=True))
         if initial and not config.pretrained and not config.weights:
             _check_learns(model.backbone)
-        if not self._fits:
+        if initial:  # training follows
             self._try_heads(chain.model)
         if initial and config.weights:
             load_weights(chain.model, Path(config.weights), [*get_torch_safe_globals(), bytes])
@@ -151,7 +151,7 @@ class Detection(Task):
         """Compute losses and predictions on made-up images, as small as those of the data if these are not large.
 
         Raises:
-            ValueError: something fails. The message says whether it is the images' size or those without boxes.
+            ValueError: something fails. The message says whether it is the images' size or that some have no boxes.
         """
         width, height = (min(TRIAL_SIDE, *sides) for sides in zip(*self._sizes(), strict=True))
         empty = self.config.data.name != "config" and self.config.data.keep_empty
@@ -165,11 +165,15 @@ class Detection(Task):
         if not said:
             return
         if empty and not failure(BOXES):
+            train, _ = self.samples
+            if all(train.info(index)["instances"] for index in range(len(train))):
+                return
             raise ValueError(f"data.keep_empty: on images without boxes {said}; set it to false")
         if not failure(BOXES, TRIAL_SIDE, TRIAL_SIDE):
+            key = "model.config: its pipeline" if self.config.data.name == "config" else "data.sizes"
             raise ValueError(
-                f"data.sizes: on images of {width} x {height} pixels {said}; on {TRIAL_SIDE} x {TRIAL_SIDE} it "
-                "does not, so give larger sizes"
+                f"{key}: on images of {width} x {height} pixels {said}; on {TRIAL_SIDE} x {TRIAL_SIDE} it does not, so "
+                "give larger sizes"
             )
         raise ValueError(
             f"model.config: on made-up images with {' and '.join(map(str, BOXES))} boxes {said}; change the heads by "
@@ -230,7 +234,8 @@ class Detection(Task):
     def example(self) -> Message:
         # Landscape images stand for both orientations.
         width, height = max(max(size) for size in self._sizes()), max(min(size) for size in self._sizes())
-        with unset_fake_temporarily():  # the preprocessor computes sizes with tensors
+        # The preprocessor computes sizes with tensors, and may draw them.
+        with unset_fake_temporarily(), seeded(self.config.train.seed, "example"):
             (sample,) = self._made_up_samples([EXAMPLE_BOXES], width, height)
             image = torch.zeros(3, height, width, dtype=torch.uint8)
             one = data_preprocess(self.preprocessor, [{"inputs": image, "data_samples": sample}], True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,11 +41,8 @@ def failure_of(detector: BaseDetector, channels: int, samples: Sequence[DetDataS
     for module in tried.modules():
         for config in (getattr(module, "train_cfg", None), getattr(module, "test_cfg", None)):
             _keep_few(config)
-    hub = MessageHub.get_current_instance()
-    if hub.get_info("epoch") is None:
-        hub.update_info("epoch", 0)  # TOOD's assigner asks for it
     dense, (height, width), what = dense_head(tried), samples[0].img_shape, "loss"
-    with seeded("trial"), torch.no_grad():
+    with seeded("trial"), torch.no_grad(), _epoch():
         levels = tuple(
             torch.randn(len(samples), channels, *(min(LARGEST, math.ceil(side / stride)) for side, stride in sides))
             for sides in (((height, y), (width, x)) for x, y in dense.prior_generator.strides)
@@ -62,6 +60,20 @@ def failure_of(detector: BaseDetector, channels: int, samples: Sequence[DetDataS
             heads = [type(part).__name__ for name, part in tried.named_children() if name.endswith("_head")]
             return f"the {what} of {type(detector).__name__} ({', '.join(heads)}) fails: {reason}"
     return ""
+
+
+@contextmanager
+def _epoch() -> Iterator[None]:
+    """A context in which MMEngine's message hub knows an epoch, which TOOD's assigner asks for."""
+    hub = MessageHub.get_current_instance()
+    absent = hub.get_info("epoch") is None
+    if absent:
+        hub.update_info("epoch", 0)
+    try:
+        yield
+    finally:
+        if absent:
+            hub.pop_info("epoch")
 
 
 def _keep_few(config: Any) -> None:

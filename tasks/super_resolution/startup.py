@@ -59,8 +59,8 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
     """Take the place of ``sys.excepthook``: print an error that ends the process.
 
     Raises:
-        SystemExit: the error is a user's mistake, which only this project's code raises as a ValueError, or a full
-            disk. It was printed in one line.
+        SystemExit: the error is a ValueError that this project's code raised, as it does for a user's mistakes, or a
+            full disk. It was printed in one line.
     """
     raised_in = Path(traceback.extract_tb(trace)[-1].filename) if trace else Path()
     ours = any(raised_in.is_relative_to(ROOT / name) for name in ("engine", "tasks"))

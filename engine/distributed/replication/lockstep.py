@@ -23,9 +23,9 @@ def compare_order(
     tensors of the same size. Replicas with such modules draw the same random numbers, so only a network that chooses
     its layers by the input can make them differ.
 
-    Known limitations: a module is compared at its first training pass only. From then on, synchronised BatchNorm on a
-    CPU compares its own calls, and ZeRO compares which parameters take part in the loss. On a GPU, BatchNorms of the
-    same size can mix their statistics if replicas first diverge later.
+    Known limitations: a module is compared at its first training pass only. If replicas diverge later, ZeRO compares
+    which parameters take part in the loss, and synchronised BatchNorm on a CPU compares calls of the same width; other
+    widths end the job with an error of the collective. On a GPU, BatchNorms of the same width can mix their statistics.
 
     Args:
         block: the module whose forward pass runs all others; while some of ``collective`` have not run, replicas also
@@ -55,13 +55,15 @@ def compare_order(
             compare(number)
 
     def after(module: nn.Module, inputs: object, outputs: object) -> None:
-        if waiting:
-            compare(END)
-        else:
+        if not waiting:
             last.remove()
+        # A module in evaluation mode, such as a frozen BatchNorm, exchanges nothing, and may never do so.
+        elif any(modules[number].training for number in waiting):
+            compare(END)
 
     numbered = {module: number for number, module in enumerate(modules)}
-    waiting |= {number: module.register_forward_pre_hook(before) for module, number in numbered.items()}
+    # In front, because ZeRO-3 gathers a module's parameters in such a hook of its own.
+    waiting |= {number: module.register_forward_pre_hook(before, prepend=True) for module, number in numbered.items()}
     last = block.register_forward_hook(after)
 
 

@@ -17,7 +17,7 @@ from engine.network.chain import Chain, Unit
 from engine.network.cut import Span
 from engine.network.layout import as_map, is_nchw
 from engine.network.message import Message
-from engine.network.shapes import changes, infer_shapes
+from engine.network.shapes import changes, infer_shapes, needs_values
 from engine.task import Task
 from engine.utilities.text import described, one_line, place
 
@@ -200,6 +200,8 @@ def _tried(
     try:
         return changes(forward, message, modules)
     except Exception as error:  # the units' own code may raise anything
+        if needs_values(error):  # only where memory is predicted (see ``engine.memory.estimate.faking``)
+            raise
         raise UnfitError(described(error) + place(error)) from error
 
 

@@ -19,7 +19,7 @@ from engine.network.bank import FeatureBank
 from engine.network.chain import Chain
 from engine.network.cut import Span
 from engine.network.message import Message
-from engine.network.shapes import infer_shapes
+from engine.network.shapes import infer_shapes, needs_values
 from engine.task import Task
 from engine.utilities.imports import import_named
 from engine.utilities.kinds import refusal, takes_none
@@ -109,6 +109,8 @@ def build_auxiliary(
             infer_shapes(lambda message: message.with_x(network(message, message.bank)), output, [network])
             return network
         except Exception as error:  # the user's own code may raise anything
+            if needs_values(error):  # only where memory is predicted (see ``engine.memory.estimate.faking``)
+                raise
             raise ValueError(
                 f"local.auxiliary: {name!r} fails on block {span.index}'s output of shape {tuple(output.x.shape)}: "
                 f"{described(error)}{place(error)}"

@@ -91,7 +91,7 @@ class ArtistPipeline(StochasticInversion):
             # diffusers would look for the variant of the UNet here too.
             if part not in kwargs and base.variant_of(part) != kwargs["variant"]:
                 wanted = dtype.get(part, dtype.get("default")) if isinstance(dtype, dict) else dtype
-                kwargs[part] = load().to(wanted)
+                kwargs[part] = load().to(wanted if isinstance(wanted, torch.dtype) else torch.float32)
         check_index(Path(name))
         above: Any = super()
         return cls._loaded(above.from_pretrained, name, prompts, kwargs)

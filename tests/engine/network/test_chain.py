@@ -181,6 +181,9 @@ class Weighing(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.passes += 1
         noise = torch.rand(())
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
         y = super().forward(x)
         if self.how == "item":
             return y * (noise + x.abs().max()).item()
@@ -193,14 +196,17 @@ class Weighing(nn.Linear):
 
 @pytest.mark.parametrize("how", ["item", "if", "index", "numpy", "none"])
 def test_a_unit_that_needs_values_is_tried_on_real_tensors(how: str) -> None:
-    """It would train, and was refused. Whatever a trial runs on, it leaves buffers as they were."""
+    """It would train, and was refused. Whatever a trial runs on, it leaves parameters and buffers as they were."""
     model = nn.Sequential(Weighing(how), nn.Linear(4, 2))
     chain = Chain(model, [Unit("weighing", model[0])], Unit("head", model[1]), EXAMPLE, "NLC")
-    before, random = model[0].passes, torch.get_rng_state()
+    before, random, weight = model[0].passes, torch.get_rng_state(), model[0].weight
+    values = weight.detach().clone()
     (message,) = chain.shapes()
     assert message.x.is_meta
     assert message.x.shape == (2, 4)
     assert chain.prediction().shape == (2, 2)
     assert model[0].passes is before
     assert not before
+    assert model[0].weight is weight
+    assert torch.equal(weight, values)
     assert torch.equal(torch.get_rng_state(), random)

@@ -225,7 +225,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))], ids="seed{}".format
+    "seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 20))], ids="seed{}".format
 )
 def test_a_run_killed_at_any_step_goes_on_to_the_same_weights(
     seed: int, uninterrupted: dict[str, Tensor], tmp_path: Path

@@ -25,7 +25,7 @@ def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-one_stage = pytest.mark.parametrize(
+one_stage_and_slowly_two = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "faster_rcnn" else []) for name in CONFIGS]
 )
 
@@ -95,7 +95,7 @@ def test_what_is_no_such_chain_is_refused_by_module_and_cause() -> None:
 
 
 @pytest.mark.parametrize("boxes", [(0, 1), (0, 0)])
-@one_stage
+@one_stage_and_slowly_two
 def test_images_without_ground_truth_train(name: str, boxes: tuple[int, ...]) -> None:
     detector, _ = build_detector(name)
     chain = detector_chain(detector)
@@ -105,7 +105,7 @@ def test_images_without_ground_truth_train(name: str, boxes: tuple[int, ...]) ->
     assert all(gradient.isfinite().all() for gradient in gradients(detector).values())
 
 
-@one_stage
+@one_stage_and_slowly_two
 def test_a_light_head_learns_from_any_unit_s_output(name: str) -> None:
     detector, model = build_detector(name)
     chain = detector_chain(detector)
@@ -182,7 +182,7 @@ def test_greedy_sees_nothing_but_the_block_s_own_output() -> None:
     assert [level.shape[-1] for level in prediction.levels] == [16, 8, 4, 2], "no finer than its own map"
 
 
-@one_stage
+@one_stage_and_slowly_two
 def test_a_recomputed_head_gives_the_same_gradients(name: str) -> None:
     detector, _ = build_detector(name)
     chain = detector_chain(detector)

@@ -129,23 +129,22 @@ class Heads(Task):
         return light_end(chain, message, chain.model)
 
 
+SPECS: list[Any] = [
+    "greedy",
+    "glcan",
+    {"type": "glcan", "reduce": 1, "width": 0.5, "depth": 1},
+    {"type": "glcan", "width": 0.25},
+    {"type": "glcan", "use_bank": False, "reduce": 1},
+]
+FAST = [("tiny", SPECS[0]), ("tiny", SPECS[2]), ("as Stable Diffusion 2", SPECS[1])]
+
+
 @pytest.mark.parametrize(
     ("kind", "spec"),
     [
-        ("tiny", "greedy"),
-        ("tiny", {"type": "glcan", "reduce": 1, "width": 0.5, "depth": 1}),
-        ("as Stable Diffusion 2", "glcan"),
-        *(
-            pytest.param(kind, spec, marks=pytest.mark.slow)
-            for kind in KINDS
-            for spec in (
-                "greedy",
-                "glcan",
-                {"type": "glcan", "reduce": 1, "width": 0.5, "depth": 1},
-                {"type": "glcan", "width": 0.25},
-                {"type": "glcan", "use_bank": False, "reduce": 1},
-            )
-        ),
+        pytest.param(kind, spec, marks=[] if (kind, spec) in FAST else [pytest.mark.slow])
+        for kind in KINDS
+        for spec in SPECS
     ],
     ids=str,
 )

@@ -46,14 +46,9 @@ FORMS = {
     "lsast released": (LSAST, ["--prompt.form", "released"]),
 }
 every_form = pytest.mark.parametrize("form", FORMS)
-# One of each method: the other two differ in the prompts alone, which the step of every form shows to the bit.
-one_method = pytest.mark.parametrize(
-    "form",
-    [
-        "artbank ssam",
-        *(pytest.param(form, marks=pytest.mark.slow) for form in ("artbank released", "lsast paper", "lsast released")),
-    ],
-)
+# The methods share the code of runs.
+one_method = pytest.mark.parametrize("form", ["artbank ssam", pytest.param("lsast paper", marks=pytest.mark.slow)])
+# One form of each: the other two differ in the prompts alone, which the step of every form shows to the bit.
 both_methods = pytest.mark.parametrize(
     "form",
     [
@@ -261,7 +256,7 @@ def test_a_checkpoint_has_the_prompts_and_nothing_frozen(finished: Finished, for
     )
 
 
-@one_method
+@both_methods
 def test_a_run_goes_on_is_evaluated_and_exported(tmp_path: Path, form: str) -> None:
     """The exported bank in a plain pipeline gives the run's own pictures, bit for bit."""
     config, own = FORMS[form]
