@@ -92,6 +92,7 @@ def test_deepspeed_takes_the_steps_it_should() -> None:
     check_losses(entries, run(entries))
 
 
+@pytest.mark.slow
 def test_the_local_pipeline_is_the_local_run() -> None:
     entries = [one_process()[2], *local_pipelines(2, {1: [1.0] * 4})]
     found = run(entries)

@@ -35,7 +35,9 @@ MODELS = [
 NAMED = [("resnet101", 64), ("resnet152", 64), ("resnext101_32x8d", 64)]
 
 
-@pytest.mark.parametrize(("name", "size"), MODELS + NAMED)
+@pytest.mark.parametrize(
+    ("name", "size"), [*MODELS, *(pytest.param(*named, marks=pytest.mark.slow) for named in NAMED)]
+)
 def test_the_chain_computes_what_the_model_computes(name: str, size: int) -> None:
     chain = timm_chain(name, 7, size, pretrained=False)
     x = torch.randn(2, 3, size, size)
@@ -87,14 +89,14 @@ def test_watching_changes_no_statistic_and_leaves_no_hook() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "auxiliary"),
     [
-        ("timm:resnet50", 64, "glcan"),
+        pytest.param("timm:resnet50", 64, "glcan", marks=pytest.mark.slow),
         ("timm:vit_tiny_patch16_224", 32, "glcan"),
         ("timm:swin_tiny_patch4_window7_224", 56, "glcan"),
         ("timm:vit_tiny_patch16_224", 32, "dgl"),
-        ("timm:resnext50_32x4d", 64, "{type: glcan, width: 0.5}"),
+        pytest.param("timm:resnext50_32x4d", 64, "{type: glcan, width: 0.5}", marks=pytest.mark.slow),
         ("timm:convnext_atto", 64, "greedy"),
         ("timm:efficientformer_l1", 224, "{type: glcan, reduce: 1}"),  # maps, then tokens
-        ("timm:efficientformer_l1", 224, "dgl"),
+        pytest.param("timm:efficientformer_l1", 224, "dgl", marks=pytest.mark.slow),
     ],
 )
 def test_they_train_in_blocks(name: str, size: int, auxiliary: str) -> None:

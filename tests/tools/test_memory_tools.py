@@ -117,7 +117,7 @@ BAD_INPUT = [
     ("memory", ["measure", "--device", "gpu"], "train.device: 'gpu' is none of auto, cpu, cuda, cuda:N"),
     ("memory", ["measure", "--snapshots", "s", "--device", "cpu"], "--snapshots: only CUDA's allocator keeps"),
     ("memory", ["compare", "--local.schedule", "end_to_end"], "end_to_end has no local rows to compare"),
-    ("memory", ["compare", "--auxiliaries", "glcam"], "; did you mean 'glcan'?"),
+    pytest.param("memory", ["compare", "--auxiliaries", "glcam"], "; did you mean 'glcan'?", marks=pytest.mark.slow),
     ("memory", ["compare", "--blocks", "0"], "--blocks: 0 is too small; the least is 1"),
     ("memory", ["measure", "--threads", "0"], "--threads: 0 is too small; the least is 1"),
     ("memory", ["measure", "--steps", "0", "--figure", "f.svg"], "--steps: 0 is too small; the least is 1"),

@@ -137,6 +137,7 @@ def test_help_says_what_each_key_does(tmp_path: Path) -> None:
     assert "more blocks need less memory and cost some accuracy" in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     """Killed three times, perhaps while saving, and resumed each time: the bits of the run nobody touched."""
     from safetensors.torch import load_file

@@ -135,7 +135,10 @@ def skips(classes: int, size: int) -> Any:
     return Chain(model, units, head, Message({"x": torch.zeros(2, 3, size, size)}))
 
 
-@pytest.fixture(scope="module", params=list(NETWORKS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name == "resnet14" else []) for name in NETWORKS],
+)
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A network trained in one process."""
     room = tmp_path_factory.mktemp("alone")

@@ -663,6 +663,7 @@ def test_boxes_of_digits_hold_the_ink() -> None:
     assert not ink.any(), "no ink outside"
 
 
+@pytest.mark.slow
 def test_digits_have_all_classes_small_and_large_and_images_without(
     drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

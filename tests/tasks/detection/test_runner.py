@@ -263,7 +263,9 @@ def test_a_run_is_logged_evaluated_and_saved_for_stock_tools(data: Path, trained
 FASTER_RCNN = "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
 
 
-@pytest.mark.parametrize(("base", "family"), [(None, "glcan"), (FASTER_RCNN, "glcan"), (None, "levels")])
+@pytest.mark.parametrize(
+    ("base", "family"), [(None, "glcan"), pytest.param(FASTER_RCNN, "glcan", marks=pytest.mark.slow), (None, "levels")]
+)
 def test_both_doors_give_the_same_bits(data: Path, tmp_path: Path, base: str | None, family: str) -> None:
     config = local(data, tmp_path / "run", local={"blocks": 4, "auxiliary": family})
     if base is not None:
@@ -374,6 +376,7 @@ def test_resuming_with_other_blocks(data: Path, warming_up: LocalRunner, tmp_pat
 ALL_FRESH = "auxiliary networks and all optimizer state start fresh"
 
 
+@pytest.mark.slow
 def test_resuming_without_optimizer_state_for_the_blocks(data: Path, tmp_path: Path) -> None:
     first = make(local(data, tmp_path, **{"default_hooks.checkpoint.save_optimizer": False}))
     first.train()
@@ -568,6 +571,7 @@ def test_frozen_layers(data: Path, tmp_path: Path) -> None:
     assert all(int(norm.num_batches_tracked) == IMAGES / BATCH for norm in own)
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_loss(data: Path, tmp_path: Path) -> None:
     cut = {"cut": ["layer2.0", "layer4.0"], "auxiliary": "glcan"}
     losses = []

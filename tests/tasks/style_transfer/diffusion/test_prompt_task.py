@@ -144,7 +144,7 @@ def test_what_is_frozen_does_not_change_by_a_bit(tmp_path: Path, form: str, sche
         assert torch.equal(prompt.matrix, before)
 
 
-@both_methods
+@one_method
 def test_prompts_learn_on_a_batch(tmp_path: Path, form: str) -> None:
     config, task = made(form, tmp_path, *END_TO_END, "--data.batch", "8", "--optimizer.lr", "0.01")
     _, _, schedule = blocks_of(task, config)
@@ -339,6 +339,7 @@ def test_a_run_opened_again_is_the_one_that_learnt(finished: Finished, tmp_path:
     assert all(0.01 < each["scale"] < 0.03 for each in settings.values())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_half_precision_is_trained_in_fp32(tmp_path: Path) -> None:
     base = Base("tiny")
     text, unet, vae = base.text_encoder().half(), base.unet().half(), AutoencoderTiny().half()

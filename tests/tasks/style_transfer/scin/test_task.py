@@ -171,6 +171,7 @@ def test_replicas_share_batches_and_agree(tmp_path: Path, kind: str) -> None:
     assert_equal(*found)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(
     finished: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
