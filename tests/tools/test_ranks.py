@@ -165,7 +165,7 @@ def test_a_rank_that_hangs_is_ended_with_the_job(tmp_path: Path) -> None:
     with running(job, tmp_path) as process:
         wait_for(runs / "smoke", 3)
         os.kill(workers(str(runs))["0"], signal.SIGSTOP)
-        said, _ = process.communicate(timeout=90)
+        said, _ = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "error: rank 1 waited 3 s for order" in said
     assert "this rank is at step" in said
