@@ -54,7 +54,7 @@ def run_ranks(
     count: int,
     function: Callable[..., Any],
     *arguments: Any,
-    timeout: float = 120.0,
+    timeout: float = 240.0,
     stuck: Sequence[int] = (),
 ) -> list[Ended]:
     """Call ``function(*arguments)`` on each of ``count`` ranks, as torchrun would start them.

@@ -53,7 +53,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=240)
     assert running.returncode == 0, err
     assert "stopped and saved at step" in out
     assert "Traceback" not in err

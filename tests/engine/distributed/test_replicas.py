@@ -53,7 +53,7 @@ PARAMETERS = [
 every_kind_and_case = pytest.mark.parametrize(("kind", "case"), PARAMETERS)
 
 
-def on_replicas(work: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
+def on_replicas(work: Callable[..., Any], *args: Any, seconds: float = 240) -> list[Any]:
     """``work(group, replica, *args)`` on two replicas that are ranks 1 and 2 of three; what each returns.
 
     Rank 0 only joins, as the rank of another stage would: nothing may be sent to it or expected of it.
