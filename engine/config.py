@@ -365,6 +365,12 @@ def parse(config_class: type[AnyConfig], argv: Sequence[str], program: str = "to
         raise ValueError(
             f"local.auxiliary: options come after the name: --local.auxiliary {chosen} --local.auxiliary.KEY"
         )
+    cut = config.local.cut
+    for name in ("local.blocks", "local.balance"):  # of a file, which may be a saved, complete config, both are fine
+        if cut and name in typed and not (name == "local.blocks" and config.local.blocks == len(cut) + 1):
+            raise ValueError(
+                f"{name}: has no effect beside local.cut; leave it out, or add --local.cut [] to drop the cut"
+            )
     config.check()
     return config
 

@@ -26,6 +26,18 @@ def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:
     assert (config.local.blocks, config.train.steps, config.optimizer.lr) == (5, 7, 0.1)
 
 
+def test_a_number_of_blocks_has_no_effect_beside_a_cut(tmp_path: Path) -> None:
+    """Typed after a config that cuts by names, it was ignored without a word."""
+    cut = "local: {cut: [layer2.0]}"
+    for words in (["--local.blocks", "8"], ["--local.balance", "parameters"]):
+        with pytest.raises(
+            ValueError, match=rf"^{words[0][2:]}: has no effect beside local.cut; leave it out, or add "
+        ):
+            read(tmp_path, cut, *words)
+    assert read(tmp_path, cut, "--local.cut", "[]", "--local.blocks", "8").local.blocks == 8
+    assert read(tmp_path, cut, "--local.blocks", "2").local.cut == ["layer2.0"]
+
+
 def test_what_is_saved_reads_back_the_same(tmp_path: Path) -> None:
     text = "local: {auxiliary: {type: glcan, width: 0.5}, balance: [1, 2.5], cut: [a, b]}"
     config = read(tmp_path, text)
