@@ -84,7 +84,7 @@ def find_start(config: Config, folder: Path, job: str) -> Path | None:
     if path is not None and not path.is_dir():
         raise ValueError(f"train.resume: {path} is not a checkpoint; give `auto` or a folder checkpoints/step_N")
     if path is None:
-        console.print(f"train.resume: no checkpoint in {checkpoints}; starting at step 0")
+        console.print(f"train.resume: no usable checkpoint in {checkpoints}; starting at step 0")
     elif wish != "auto":
         read_state(path)  # ``find_checkpoint`` has verified the others
     return path

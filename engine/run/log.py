@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class RunLog:
     """Writes a run's metrics and curves; a context manager that closes itself.
 
     Lines and points after ``step`` are dropped first: an interrupted run wrote them after its last checkpoint, and the
-    resumed run writes them again.
+    resumed run writes them again. A run that starts anew at step 0 keeps them in ``metrics-1.jsonl``.
 
     Raises:
         WriteError: the disk is full, for example; a line is then written whole or not at all.
@@ -35,7 +36,11 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(self.path) if line.get("step", 0) <= step]
+        lines = _lines(self.path)
+        kept = [line for line in lines if line.get("step", 0) <= step]
+        if step == 0 and len(kept) < len(lines):  # a run without a usable checkpoint: what it had reached stays known
+            others = (folder / f"metrics-{number}.jsonl" for number in count(1))
+            self.path.replace(next(other for other in others if not other.exists()))
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.events = folder / "tensorboard"
         with ExitStack() as stack:

@@ -221,5 +221,5 @@ def _unpacked(archive: Path) -> Path:
                 # Most archives hold one folder with everything in it, whose name does not matter.
                 os.replace(inner[0] if len(inner) == 1 and inner[0].is_dir() else content, whole)
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            raise ValueError(f"data.root: {archive} cannot be unpacked: {error}") from error
+            raise ValueError(f"data.root: {archive} cannot be unpacked: {one_line(error)}") from error
     return target

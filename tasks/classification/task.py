@@ -77,6 +77,12 @@ class Classification(Task):
                 raise ValueError(
                     f"model.classes: label {label} ({train.classes[label]!r}) is out of range for {classes} classes"
                 )
+            if classes and len(train.classes) != classes:
+                names = ", ".join(train.classes[:5]) + (", ..." if len(train.classes) > 5 else "")
+                print_once(
+                    f"data: {len(train.classes)} classes ({names}), but the network is for {classes}; labels count the "
+                    "classes of the data in this order, which must be that of the network's outputs"
+                )
             self._images = train, test
         return self._images
 

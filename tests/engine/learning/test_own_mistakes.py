@@ -34,7 +34,7 @@ def pooled(module, message):
     return message.with_x(module(message.x.mean((2, 3))))
 
 
-def chain(first=None, order=(0, 1), forward=None, width=16, out=None, lazy=False, **features):
+def chain(first=None, order=(0, 1), forward=None, width=16, out=None, lazy=False, channels=3, **features):
     def make(classes, size):
         model = nn.Sequential(
             first or nn.Conv2d(3, 8, 3),
@@ -42,7 +42,7 @@ def chain(first=None, order=(0, 1), forward=None, width=16, out=None, lazy=False
             nn.LazyLinear(7) if lazy else nn.Linear(width, out or classes),
         )
         units = [Unit(f"layer{n}", model[n], **({"forward": forward} if forward and n == 1 else {})) for n in order]
-        example = Message({"x": torch.zeros(2, 3, size, size), **features})
+        example = Message({"x": torch.zeros(2, channels, size, size), **features})
         return Chain(model, units, Unit("head", model[2], pooled), example)
 
     return make
@@ -67,6 +67,8 @@ class Sized(nn.Conv2d):
 
 
 right = chain()
+grey = chain(nn.Conv2d(1, 8, 3), channels=1)
+of_two = chain(many(lambda x: x[: len(x) // 2].repeat(2, 1, 1, 1)))
 a_tuple = chain(many(lambda x: (x, x)))
 a_dict = chain(many(lambda x: {"x": x}))
 nothing = chain(many(lambda x: None))
@@ -132,6 +134,12 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         ("turned_round", "unit 'layer1', given x (2, 3, 16, 16), fails: RuntimeError: "),
         ("wrong_head", "unit 'head', given x (2, 16, 12, 12), fails: RuntimeError: "),
         ("few_classes", "the head 'head' returns (2, 7) for 2 images, not (2, 10)"),
+        (
+            "grey",
+            "unit 'layer0', given x (3, 3, 16, 16) when images are (3, 3, 16, 16) and not the example's "
+            "(2, 1, 16, 16), fails: RuntimeError: ",
+        ),
+        ("of_two", "unit 'layer0' returns 2 samples for 3"),
         ("absent", "unit 'layer1', given x (2, 8, 14, 14), fails: KeyError: 'mask'"),
         ("only_in_the_example", "example has feature 'mask', which no batch of classification has (they have x)"),
         (

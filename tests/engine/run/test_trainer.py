@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from engine.network.message import Message
+from engine.run.log import RunLog
 from engine.run.trainer import Trainer
 from engine.utilities.device import choose_device
 from tests.toy import Toy, config
@@ -254,6 +255,13 @@ def test_a_gpu_repeats_itself_to_the_bit(tmp_path: Path, precision: str) -> None
         made.fit()
         states.append(state(made.blocks))
     assert_equal(*states)
+
+
+def test_metrics_of_a_run_without_a_usable_checkpoint_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "error": 1.0}\n')
+    RunLog(tmp_path, 0).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert json.loads((tmp_path / "metrics-1.jsonl").read_text()) == {"step": 7, "error": 1.0}
 
 
 def test_of_two_jobs_that_chose_one_folder_each_gets_its_own(tmp_path: Path) -> None:
