@@ -50,10 +50,12 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
     """
     config_file = folder / "config.yaml"
     if not config_file.is_file():
-        raise ValueError(f"--run: {folder} is no run: it has no config.yaml")
+        above = next((each for each in folder.absolute().parents if (each / "config.yaml").is_file()), None)
+        hint = f"; give {above}" if above else ""
+        raise ValueError(f"--run: {folder} is no run: it has no config.yaml{hint}")
     path = find_checkpoint(folder / "checkpoints", console.print)
     if path is None:
-        raise ValueError(f"--run: {folder} has no complete checkpoint")
+        raise ValueError(f"--run: {folder} has no complete checkpoint checkpoints/step_N; train it first, or resume it")
     argv = ["--config", str(config_file), *overrides]
     entry = find_task(task_name(argv))
     config = parse(entry.config, argv)

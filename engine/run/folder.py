@@ -81,7 +81,7 @@ def find_start(config: Config, folder: Path, job: str) -> Path | None:
     if not wish:
         return None
     path = find_checkpoint(checkpoints, console.print) if wish == "auto" else Path(wish)
-    if path is not None and not path.is_dir():
+    if path is not None and not (path.is_dir() and (path.name.startswith("step_") or (path / "state.json").is_file())):
         raise ValueError(f"train.resume: {path} is not a checkpoint; give `auto` or a folder checkpoints/step_N")
     if path is None:
         console.print(f"train.resume: no usable checkpoint in {checkpoints}; starting at step 0")

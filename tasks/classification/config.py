@@ -13,7 +13,7 @@ class ModelConfig:
     """The network."""
 
     name: str = "resnet20"
-    """`resnet20` ... `resnet110` (CIFAR style, any depth 6n+2), `timm:NAME`, or `module:function`, which returns a
+    """`resnet8` ... `resnet110` (CIFAR style, any depth 6n+2), `timm:NAME`, or `module:function`, which returns a
     Chain."""
     weights: str = ""
     """File with initial weights under the model's own names (safetensors, or a torch file of tensors). A head for

@@ -50,7 +50,7 @@ class ResNet(nn.Module):
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(
-                f"model.name: resnet{depth} does not exist; CIFAR-style depths are 6n+2: 20, 32, 44, 56, 110"
+                f"model.name: resnet{depth} does not exist; CIFAR-style depths are 6n+2: 8, 14, 20, 32, 44, 56, 110"
             )
         count = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
