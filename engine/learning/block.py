@@ -104,7 +104,7 @@ class Block(nn.Module):
         self.unsaved = Unsaved({})
         self.infinite: frozenset[str] = frozenset()
         """Names of buffers that have infinite or undefined elements before training, such as a causal mask."""
-        self.scaled = precision == "fp16"
+        self.scaled, self.group_normed = precision == "fp16", False
         self.skipped = 0
         self.next_sequence = 0
         self.observers: list[Observer] = []
@@ -115,6 +115,7 @@ class Block(nn.Module):
         self.optimizer = make_optimizer(self.parameters_by_name())
         self.optimizer_name = type(self.optimizer).__name__
         self.unsaved = Unsaved(self.modules_by_name())
+        self.group_normed = any(isinstance(module, nn.GroupNorm) for module in self.modules())
         # A disabled scaler passes losses through, so ``train_backward`` needs no case of its own.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaled)
 
@@ -308,7 +309,7 @@ class Block(nn.Module):
         message = message.detach()
         # On a CPU, PyTorch (up to 2.13 at least) crashes in the backward pass of a GroupNorm whose input is
         # channels-last and needs no gradient. What a frozen layer in front of it returns is not looked at.
-        if message.x.device.type == "cpu" and any(isinstance(module, nn.GroupNorm) for module in self.modules()):
+        if self.group_normed and message.x.device.type == "cpu":
             return message.map(lambda tensor: tensor.contiguous() if tensor.dim() >= 4 else tensor)
         return message
 

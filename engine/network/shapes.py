@@ -98,14 +98,13 @@ def trial(modules: Iterable[nn.Module], fake: FakeTensorMode | None = None) -> I
     contents = [(value, copy.copy(value)) for value in containers]
     copies: dict[int, Tensor] = {}
     for module, _ in kept:
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in copies:
-                    copies[id(parameter)] = _copy(parameter, fake)
-                module._parameters[name] = copies[id(parameter)]  # type: ignore[assignment]
+        tensors: tuple[dict[str, Any], ...] = (module._buffers, module._parameters)
+        for owned in tensors:
+            for name, tensor in owned.items():
+                if tensor is not None:
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = _copy(tensor, fake)
+                    owned[name] = copies[id(tensor)]
     try:
         yield
     finally:
@@ -119,10 +118,12 @@ def trial(modules: Iterable[nn.Module], fake: FakeTensorMode | None = None) -> I
                 value.update(content) if isinstance(value, (dict, set)) else value.extend(content)
 
 
-def _copy(parameter: nn.Parameter, fake: FakeTensorMode | None) -> Tensor:
+def _copy(tensor: Tensor, fake: FakeTensorMode | None) -> Tensor:
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.clone()
     if fake is None:
-        return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-    return parameter if isinstance(parameter, FakeTensor) else fake.from_tensor(parameter)  # which takes no memory
+        return nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    return tensor if isinstance(tensor, FakeTensor) else fake.from_tensor(tensor)  # which takes no memory
 
 
 def _identities(container: Any) -> list[int]:

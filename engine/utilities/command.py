@@ -61,15 +61,20 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        _say(f"error: {error}")
-        report_failure(f"error: {error}")
-        raise SystemExit(2) from None
+        end_with(f"error: {error}")
     except KeyboardInterrupt:
         _say("interrupted")
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         report_failure(f"error: {type(error).__name__}: {one_line(error)}")
         raise
+
+
+def end_with(line: str) -> NoReturn:
+    """Print a user's mistake, leave it to torchrun as well, and end the process with exit code 2."""
+    _say(line)
+    report_failure(line)
+    raise SystemExit(2) from None
 
 
 def _say(line: str) -> None:

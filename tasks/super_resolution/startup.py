@@ -20,8 +20,7 @@ import torch
 from basicsr.utils import options
 
 import tasks.super_resolution  # noqa: F401  repairs BasicSR and registers LocalSRModel
-from engine.utilities.command import report_failure
-from engine.utilities.console import first_of_host
+from engine.utilities.command import end_with
 from engine.utilities.files import NAMELESS, write_text
 from engine.utilities.text import one_line
 
@@ -67,11 +66,7 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
     if not (isinstance(error, ValueError) and ours) and not (isinstance(error, OSError) and error.errno in NAMELESS):
         sys.__excepthook__(kind, error, trace)
         return
-    line = f"error: {one_line(error)}"
-    if first_of_host():
-        print(line, file=sys.stderr)
-    report_failure(line)
-    raise SystemExit(2)
+    end_with(f"error: {one_line(error)}")
 
 
 class _OptionsHere(OrderedDict[str, Any]):
